@@ -1,0 +1,92 @@
+"""How far a table of single sites is from the whole model: the model at four sizes, timed in turn.
+
+A site that is timed alone has the caches to itself, and a table may come from a day when the machine
+was faster. What the table says of widths relative to each other is therefore kept, and its level is
+taken from whole models with every site at the same share of its units.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from compress import bench, surgery
+from compress.export import onnx, runners
+from compress.ir import Whole
+from compress.job import Job
+from compress.surgery import Removal
+
+SHARES = (1.0, 0.5, 0.25, 0.0)
+Prices = Mapping[str, Mapping[int, float]]
+
+
+def fit(whole_ms: Sequence[float], alone_ms: Sequence[float]) -> tuple[float, Whole]:
+    """What the times of sites alone are multiplied by, and what makes of their sum the model's time.
+
+    The factor is that of the smallest models, where the sites' times simply add up; what larger models
+    take beyond that is in the curve.
+
+    Args:
+        whole_ms: time of the whole model, dense first, then ever smaller ones.
+        alone_ms: the sum over the same model's sites of what each takes alone, falling.
+
+    >>> fit([11.0, 5.0, 1.0], [4.0, 2.0, 0.0])
+    (2.0, Whole(inside_ms=(8.0, 4.0, 0.0), whole_ms=(11.0, 5.0, 1.0)))
+    """
+    factor = 1.0
+    if len(whole_ms) > 1:
+        factor = (whole_ms[-2] - whole_ms[-1]) / (alone_ms[-2] - alone_ms[-1])
+    return factor, Whole(inside_ms=tuple(factor * ms for ms in alone_ms), whole_ms=tuple(whole_ms))
+
+
+def measure(job: Job, prices: Prices) -> tuple[float, Whole]:
+    """Time the dense model and smaller ones here, and fit their sums of `prices[site][units]`."""
+    sizes: list[dict[str, int]] = []
+    for share in SHARES:
+        size = {site.name: _nearest(prices[site.name], share * site.units) for site in job.sites}
+        if not sizes or _alone_ms(prices, size) < _alone_ms(prices, sizes[-1]):
+            sizes.append(size)
+    whole_ms = _times(job, sizes)
+    falling = [0]
+    for number, ms in enumerate(whole_ms):
+        if ms < whole_ms[falling[-1]]:
+            falling.append(number)
+    return fit([whole_ms[k] for k in falling], [_alone_ms(prices, sizes[k]) for k in falling])
+
+
+def _nearest(row: Mapping[int, float], units: float) -> int:
+    return min(row, key=lambda known: (abs(known - units), known))
+
+
+def _alone_ms(prices: Prices, size: Mapping[str, int]) -> float:
+    return sum(prices[name][units] for name, units in size.items())
+
+
+def _times(job: Job, sizes: Sequence[Mapping[str, int]]) -> list[float]:
+    """Milliseconds of the model at every size; the first is the dense one, whose file is there."""
+    threads = job.recipe.bench.threads
+    example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
+    inputs = {name: tensor.numpy() for name, tensor in example.items()}
+    files = [job.folder / "dense.onnx"]
+    with job.stages("export sizes") as tick:
+        for number, size in enumerate(sizes[1:], 1):
+            removals = {
+                site.name: Removal(kept=torch.arange(size[site.name]))
+                for site in job.sites
+                if size[site.name] < site.units
+            }
+            model = surgery.shrink(job.task.model, job.sites, removals)
+            files.append(job.folder / f"size{number}.onnx")
+            onnx.export(model, example, files[-1], output_name=job.task.output_name, logits=job.task.logits)
+            tick(number, len(sizes) - 1)
+    with ExitStack() as stack:
+        loaded = [stack.enter_context(runners.OrtRunner(file, threads=threads)) for file in files]
+        calls = {str(number): runner.timed(inputs) for number, runner in enumerate(loaded)}
+        tick = stack.enter_context(job.stages("time sizes"))
+        found = bench.compare(
+            calls, blocks=30, block_ms=job.recipe.bench.block_ms, threads=threads, progress=tick
+        )
+    for file in files[1:]:
+        file.unlink()
+    dense_ms = found.latency("0").p50
+    return [dense_ms, *(dense_ms / found.ratio(str(number)).value for number in range(1, len(files)))]

@@ -1,0 +1,239 @@
+"""One pass over data: second moments of every writer's inputs, streamed to one file a site.
+
+Products are taken in float32 within a batch, about a fixed shift near the mean, and added up in
+float64, so that neither many batches nor a large mean cost digits; padding never enters. When the
+matrices of all sites do not fit into the memory allowed, the data is passed several times.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.ir import Site
+from compress.task import Batch, Task
+
+DOUBLE = 8
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments of one writer's inputs, float64, over all real tokens.
+
+    Attributes:
+        count: rows seen.
+        mean: [in] `E[x]`.
+        second: [in, in] `E[x x^T]`, not centered.
+        taylor: [in] mean over samples of `(sum over tokens of x dL/dx)^2`, None when not asked for.
+    """
+
+    count: int
+    mean: Tensor
+    second: Tensor
+    taylor: Tensor | None = None
+
+
+class _Moments:
+    """Running sums about a shift that the first rows set."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.shift = torch.zeros(0)
+        self.sum = torch.zeros(0)
+        self.square = torch.zeros(0)
+        self.taylor = torch.zeros(0)
+        self.samples = 0
+
+    def add(self, rows: Tensor) -> None:
+        if not self.count:
+            self.shift = rows.mean(0)
+            self.sum = torch.zeros(rows.shape[1], dtype=torch.float64)
+            self.square = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        self.count += len(rows)
+        off = rows - self.shift
+        self.sum += off.sum(0, dtype=torch.float64)
+        self.square += off.T @ off
+
+    def add_taylor(self, per_sample: Tensor) -> None:
+        if not self.samples:
+            self.taylor = torch.zeros(per_sample.shape[1], dtype=torch.float64)
+        self.samples += len(per_sample)
+        self.taylor += per_sample.double().square().sum(0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        shift, off = self.shift.double(), self.sum / self.count
+        mean = shift + off
+        crossed = torch.outer(shift, off)
+        second = self.square / self.count + crossed + crossed.T + torch.outer(shift, shift)
+        found = {
+            "count": torch.tensor([self.count], dtype=torch.float64),
+            "mean": mean,
+            "second": (second + second.T) / 2,
+        }
+        if self.samples:
+            found["taylor"] = self.taylor / self.samples
+        return found
+
+
+def collect(
+    task: Task,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    directory: Path,
+    *,
+    memory_mb: int = 2048,
+    taylor: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write `directory/<index>.safetensors` for every site that has no valid file there yet.
+
+    Args:
+        task: the model, and its loss when `taylor` scores are wanted.
+        sites: whose writers are watched.
+        batches: calibration inputs.
+        directory: holds one file a site, named by its index.
+        memory_mb: what the float64 matrices of one pass may take.
+        taylor: also collect first-order scores, by a backward pass for every batch.
+        progress: called with batches done and batches in all, over all passes.
+
+    Raises:
+        CompressError: there are no rows, or an activation is NaN or infinite (with its site).
+    """
+    if not batches:
+        raise CompressError("there is no calibration data; give some with --data")
+    missing = [i for i, site in enumerate(sites) if not _valid(directory, i, site, taylor)]
+    passes = _passes([(i, sites[i]) for i in missing], memory_mb * 1e6)
+    for number, group in enumerate(passes):
+
+        def tick(done: int, before: int = number) -> None:
+            if progress is not None:
+                progress(before * len(batches) + done, len(passes) * len(batches))
+
+        moments = _pass(task, [sites[i] for i in group], batches, taylor, tick)
+        for index, found in zip(group, moments, strict=True):
+            _write(directory / f"{index:03d}.safetensors", found.tensors())
+
+
+def read(directory: Path, index: int) -> Statistics:
+    """The statistics of one site.
+
+    Raises:
+        CompressError: the file is missing or damaged.
+    """
+    path = directory / f"{index:03d}.safetensors"
+    try:
+        found = load_file(path)
+        return Statistics(int(found["count"]), found["mean"], found["second"], found.get("taylor"))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CompressError(f"{path} is missing or damaged ({error}); run again to rebuild it") from error
+
+
+def writer_width(site: Site) -> int:
+    """How many inputs the writer has."""
+    return site.units * site.column.width
+
+
+def _valid(directory: Path, index: int, site: Site, taylor: bool) -> bool:
+    try:
+        found = read(directory, index)
+    except CompressError:
+        return False
+    width = writer_width(site)
+    whole = found.mean.shape == (width,) and found.second.shape == (width, width)
+    return whole and found.count > 0 and (found.taylor is not None or not taylor)
+
+
+def _passes(sites: Sequence[tuple[int, Site]], room: float) -> list[list[int]]:
+    """Sites grouped so that the matrices of one pass fit into `room` bytes (one always fits)."""
+    groups: list[list[int]] = []
+    used = 0.0
+    for index, site in sites:
+        size = DOUBLE * writer_width(site) ** 2
+        if not groups or used + size > room:
+            groups.append([])
+            used = 0.0
+        groups[-1].append(index)
+        used += size
+    return groups
+
+
+def _pass(
+    task: Task,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    taylor: bool,
+    tick: Callable[[int], None],
+) -> list[_Moments]:
+    """All batches through the model, with hooks on the writers of `sites`."""
+    moments = [_Moments() for _ in sites]
+    current: list[Batch] = []
+
+    def watch(site: Site, own: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            values = arguments[0]
+            rows = real_rows(values.detach(), current[-1]).float()
+            if not bool(torch.isfinite(rows).all()):
+                raise CompressError(
+                    f"{site.name}: its inputs hold NaN or infinity on calibration data; check the "
+                    "model's weights and the data"
+                )
+            own.add(rows)
+            if taylor:
+                # torch leaves this one method without types.
+                values.register_hook(  # type: ignore[no-untyped-call]
+                    lambda gradient: _first_order(own, values, gradient, current[-1])
+                )
+
+        return hook
+
+    hooks = [
+        task.model.get_submodule(site.writer.rpartition(".")[0]).register_forward_pre_hook(watch(site, own))
+        for site, own in zip(sites, moments, strict=True)
+    ]
+    try:
+        for done, batch in enumerate(batches, 1):
+            current.append(batch)
+            if taylor:
+                with torch.enable_grad():
+                    torch.autograd.backward(task.loss(task.logits(task.model(**batch.inputs)), batch))
+                task.model.zero_grad(set_to_none=True)
+            else:
+                with torch.inference_mode():
+                    task.model(**batch.inputs)
+            tick(done)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if any(own.count == 0 for own in moments):
+        raise CompressError("no real token reached a site; the calibration data is all padding")
+    return moments
+
+
+def _first_order(own: _Moments, values: Tensor, gradient: Tensor, batch: Batch) -> None:
+    """Add one batch's `sum over tokens of x dL/dx` for every sample; the loss is a mean over samples."""
+    product = (values.detach() * gradient).reshape(
+        len(next(iter(batch.inputs.values()))), -1, values.shape[-1]
+    )
+    if batch.real is not None:
+        product = product * batch.real.reshape(len(product), -1, 1)
+    own.add_taylor(product.sum(1) * len(product))
+
+
+def real_rows(values: Tensor, batch: Batch) -> Tensor:
+    """[rows, features]: the tokens of an activation that are not padding."""
+    flat = values.reshape(-1, values.shape[-1])
+    if batch.real is None or batch.real.numel() != len(flat):
+        return flat
+    return flat[batch.real.reshape(-1)]
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".part")
+    save_file(tensors, half)
+    half.replace(path)

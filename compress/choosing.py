@@ -1,0 +1,227 @@
+"""From costs and stored candidates to the plan that was built and timed: rounds.json and plan.json."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from compress import artifact, calibrate, database, loop, search
+from compress.errors import CompressError
+from compress.ir import Document, Option, Plan
+from compress.job import Job
+from compress.loop import Effort, Menus, Round, Rounds, Timing
+from compress.pricing import Costs
+from compress.search import Menu
+from compress.stitch import Stitched
+from compress.surgery import Removal
+
+TimePlan = Callable[[dict[str, int | None]], Timing]
+FLOAT_BYTES = 4
+JUDGES = 32  # inputs of one batch that judges a choice
+
+
+class Losses(Document):
+    """Menus in units of the stitched model's loss: `rows[site][option]`."""
+
+    rows: tuple[tuple[float, ...], ...]
+
+
+def candidates(job: Job, costs: Costs) -> dict[str, dict[int, float]]:
+    """Build every candidate the costs name, one site at a time; the layer errors by site and units."""
+    wanted = job.recipe.calibration
+    statistics = artifact.folder(job.folder / "statistics", job.key)
+    with job.stages("calibrate") as tick:
+        calibrate.collect(
+            job.task,
+            job.sites,
+            job.calibration,
+            statistics,
+            memory_mb=wanted.memory_mb,
+            taylor=job.recipe.options.score == "taylor",
+            progress=tick,
+        )
+    levels = {
+        site.name: [units for units in costs.rows[site.name] if units < site.units] for site in job.sites
+    }
+    key = artifact.digest(job.key, levels)
+    with job.stages("candidates") as tick:
+        return database.build(
+            job.task.model,
+            job.sites,
+            statistics,
+            levels,
+            artifact.folder(job.folder / "candidates", key),
+            score=job.recipe.options.score,
+            damping=wanted.damping,
+            progress=tick,
+        )
+
+
+def menus_of(job: Job, costs: Costs, errors: dict[str, dict[int, float]]) -> Menus:
+    """The search's view of a job: prior errors, and the same again where losses are not known yet."""
+    units, prior = [], []
+    for site in job.sites:
+        row = sorted(costs.rows[site.name].items(), reverse=True)
+        units.append(tuple(None if kept == site.units else kept for kept, _ in row))
+        lost = [0.0 if kept == site.units else errors[site.name][kept] for kept, _ in row]
+        prior.append(Menu(np.array([ms for _, ms in row]), np.array(lost)))
+    return Menus(
+        names=tuple(site.name for site in job.sites),
+        kinds=tuple(site.kind for site in job.sites),
+        units=tuple(units),
+        totals=tuple(site.units for site in job.sites),
+        prior=tuple(prior),
+        scaled=tuple(prior),
+        whole=costs.whole,
+    )
+
+
+def judge_of(job: Job, menus: Menus) -> Stitched:
+    """The stitched model over inputs that no statistic has seen, when there are such."""
+    wanted = job.recipe.search
+    batches = list(job.task.batches("validation", JUDGES, wanted.samples))
+    return Stitched(
+        job.task, job.sites, job.folder / "candidates", menus.units, batches or job.calibration[:8]
+    )
+
+
+def weigh(job: Job, menus: Menus, judge: Stitched) -> Menus:
+    """The menus with losses of the stitched model in the place of layer errors."""
+    if job.recipe.options.uniform:
+        return menus
+    made_from = artifact.digest(job.key, menus.units, job.recipe.search.samples)
+
+    def measure() -> Losses:
+        dense = tuple(units.index(None) for units in menus.units)
+        with job.stages("sensitivities") as tick:
+            scaled = search.sensitivities(menus.prior, dense, judge, progress=tick)
+        return Losses(rows=tuple(tuple(menu.error.tolist()) for menu in scaled))
+
+    losses = artifact.saved(job.folder / "losses.json", Losses, made_from, measure)
+    scaled = tuple(Menu(menu.cost, np.array(row)) for menu, row in zip(menus.prior, losses.rows, strict=True))
+    return Menus(
+        names=menus.names,
+        kinds=menus.kinds,
+        units=menus.units,
+        totals=menus.totals,
+        prior=menus.prior,
+        scaled=scaled,
+        whole=menus.whole,
+    )
+
+
+def effort_of(job: Job) -> Effort:
+    """How hard the recipe says to search."""
+    wanted = job.recipe.search
+    return Effort(wanted.generations, wanted.offspring, wanted.seed, job.recipe.options.uniform)
+
+
+def close_loop(
+    job: Job,
+    costs: Costs,
+    menus: Menus,
+    judge: Stitched,
+    asked: float,
+    time_plan: TimePlan,
+    rounds: Rounds,
+) -> Rounds:
+    """Choose, build and time plans until one keeps the promise.
+
+    It goes on from `rounds`, or, when there are none, from where a killed run stopped.
+    """
+    path = job.folder / "rounds.json"
+    made_from = artifact.digest(job.key, costs, job.recipe.search, job.recipe.bench, asked)
+
+    def stage(name: str) -> Callable[[int, int], None]:
+        job.stages.progress.say(name)
+        return lambda done, total: None
+
+    return loop.close(
+        menus,
+        asked,
+        costs.dense_ms,
+        judge,
+        effort_of(job),
+        time_plan,
+        rounds=job.recipe.bench.rounds,
+        stored=rounds if rounds.rounds else artifact.stored_at(path, Rounds, made_from) or rounds,
+        keep=lambda rounds: artifact.store(path, made_from, rounds),
+        progress=stage,
+    )
+
+
+def choose_once(job: Job, menus: Menus, judge: Stitched, limit_ms: float, asked: float) -> Round:
+    """The plan for a budget that cannot be timed here, or needs no timing; nothing is measured."""
+    with job.stages("search") as tick:
+        try:
+            choices, loss = loop.choose(menus, limit_ms, judge, effort_of(job), progress=tick)
+        except search.UnreachableError as error:
+            raise loop.out_of_reach(menus, asked, menus.whole.dense_ms, None) from error
+    return Round(
+        limit_ms=limit_ms,
+        predicted_ms=menus.latency_ms(choices),
+        units=menus.named(choices),
+        loss=loss,
+    )
+
+
+def choose_by_size(job: Job, costs: Costs, menus: Menus, judge: Stitched) -> Round:
+    """The plan whose file keeps a size budget; bytes are known exactly, so nothing is timed.
+
+    Raises:
+        CompressError: even the smallest plan is larger.
+    """
+    per_unit = {site.name: site.parameters_per_unit * FLOAT_BYTES / 1e6 for site in job.sites}
+    totals = dict(zip(menus.names, menus.totals, strict=True))
+    sized = tuple(
+        Menu(np.array([per_unit[name] * (totals[name] if u is None else u) for u in units]), menu.error)
+        for name, units, menu in zip(menus.names, menus.units, menus.scaled, strict=True)
+    )
+    dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
+    inside_mb = sum(float(menu.cost.max()) for menu in sized)
+    limit_mb = job.recipe.budget.value - (dense_mb - inside_mb)
+    try:
+        start = search.knapsack(sized, limit_mb)
+    except search.UnreachableError as error:
+        raise CompressError(
+            f"--size-mb {job.recipe.budget.value:g} is out of reach: {dense_mb - inside_mb:.1f} MB of "
+            f"{dense_mb:.1f} MB lie outside every site (embeddings, head); the smallest plan has "
+            f"{dense_mb - inside_mb + error.least:.1f} MB"
+        ) from error
+    effort = effort_of(job)
+    with job.stages("search") as tick:
+        choices, loss = search.evolve(
+            sized,
+            start,
+            limit_mb,
+            judge,
+            generations=effort.generations,
+            offspring=effort.offspring,
+            seed=effort.seed,
+            progress=tick,
+        )
+    return Round(
+        limit_ms=costs.dense_ms,
+        predicted_ms=menus.latency_ms(choices),
+        units=menus.named(choices),
+        loss=loss,
+    )
+
+
+def removals_of(job: Job, units: dict[str, int | None]) -> dict[str, Removal]:
+    """The stored candidates of a plan, by site name."""
+    return {
+        site.name: database.removal(job.folder / "candidates", index, kept)
+        for index, site in enumerate(job.sites)
+        if (kept := units[site.name]) is not None
+    }
+
+
+def plan_of(job: Job, menus: Menus, turn: Round) -> Plan:
+    """The decision as a document to read, edit and commit."""
+    return Plan(
+        target=job.recipe.target,
+        budget=job.recipe.budget,
+        choices={name: Option(units=units) for name, units in turn.units.items()},
+        fixed_ms=menus.whole.fixed_ms,
+        predicted_ms=turn.predicted_ms,
+    )

@@ -1,0 +1,346 @@
+"""Words on the command line -> a `Recipe`; a `Report` -> one line and an exit code.
+
+Nothing heavy is imported before a verb needs it: `compress --help` does not wait for torch.
+"""
+
+import difflib
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compress import __version__
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from compress.ir import Budget
+    from compress.recipe import Recipe, Shapes
+    from compress.session import Session
+
+BUDGETS = ("speedup", "latency_ms", "energy_mj", "power_w", "size_mb")
+EXAMPLES = """\b
+Examples:
+  compress --target cpu --speedup 2x
+  compress path/to/model --data train.csv --target cpu --latency-ms 5 --out out
+  compress path/to/model --data train.csv --target a100 --speedup 3x
+\b
+`compress MODEL ...` is short for `compress run MODEL ...`.
+Exit codes: 0 the budget is met, measured; 1 missed; 2 a bad request;
+3 built, but this machine is not the target, so not measured."""
+
+Words = dict[str, Any]
+Command = Callable[..., int]
+Decorator = Callable[[Command], Command]
+
+
+class Verbs(click.Group):
+    """The verbs; words that begin with none of them belong to `run`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` in front where it was left out."""
+        if args and args[0] not in (*self.commands, "-h", "--help", "--version"):
+            near = difflib.get_close_matches(args[0], list(self.commands), 1, 0.8)
+            if near and not args[0].startswith("-") and not Path(args[0]).exists():
+                raise click.UsageError(
+                    f"{args[0]!r} is neither a verb nor a file; did you mean {near[0]!r}?", ctx
+                )
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of this module, which is the order of need."""
+        return list(self.commands)
+
+
+def _options(*options: Callable[[Any], Any]) -> Decorator:
+    """Several click options as one decorator, in the order in which `--help` lists them."""
+
+    def apply(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+def _verb(work: "Callable[[Session, Words], int]") -> Command:
+    """A click callback that does `work` in a session of its own."""
+
+    @functools.wraps(work)
+    def act(**words: Any) -> int:
+        from compress import console
+        from compress.session import Session
+
+        console.hush()
+        with console.own_streams() as streams:
+            progress = console.progress(streams.err, quiet=words["quiet"])
+            session = Session(streams, progress, words["as_json"])
+            try:
+                return work(session, words)
+            except (Exception, KeyboardInterrupt) as error:
+                return session.fail(error)
+
+    return act
+
+
+COUNT = click.IntRange(min=1)
+MODEL = click.argument("model", required=False)
+COMMON = _options(
+    click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress."),
+)
+SHAPES = _options(
+    click.option("--batch", type=COUNT, metavar="N", help="Inputs in one run; 1 unless given."),
+    click.option("--tokens", type=COUNT, metavar="N", help="Length of a text input; 32 unless given."),
+)
+THREADS = click.option("--threads", type=COUNT, metavar="N", help="Threads of the runtime; 1 unless given.")
+REQUEST = _options(
+    MODEL,
+    click.option("--target", metavar="NAME", help="The device; `compress targets` lists them."),
+    click.option("--speedup", metavar="2x", help="Budget: how many times faster."),
+    click.option("--latency-ms", metavar="5", help="Budget: median latency in milliseconds."),
+    click.option("--energy-mj", metavar="20", help="Budget: energy of one run in millijoules."),
+    click.option("--power-w", metavar="15", help="Budget: power under load in watts."),
+    click.option("--size-mb", metavar="30", help="Budget: size of the file in megabytes."),
+    click.option("--data", metavar="PATH", help="Inputs with labels: a file or a folder."),
+    click.option("--test", metavar="PATH", help="Inputs for the score, if --data has no test part."),
+    click.option("--task", metavar="TASK", help="What the model does, if its config does not say."),
+    click.option("--text", metavar="COLUMN", help="The text column, if it is not found."),
+    click.option("--label", metavar="COLUMN", help="The label column, if it is not found."),
+    click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A request as TOML."),
+    click.option("--max-drop", type=float, metavar="0.01", help="How much of the score may be lost."),
+    click.option("--out", "-o", metavar="DIR", help="Where the result goes; `out` unless given."),
+    SHAPES,
+    THREADS,
+    click.option("--seed", type=int, metavar="N", help="Of the search; 0 unless given."),
+    COMMON,
+)
+
+
+@click.group(
+    cls=Verbs,
+    epilog=EXAMPLES,
+    subcommand_metavar="[VERB] [MODEL] [OPTIONS]",
+    options_metavar="",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, message="compress %(version)s")
+def app() -> None:
+    """Compile a trained PyTorch model to a budget on a named device, and measure that it was met.
+
+    MODEL is a Hugging Face directory or hub id, or package.module:factory for any nn.Module;
+    without one the embedded default is compiled.
+    """
+
+
+@app.command()
+@REQUEST
+@_verb
+def run(session: "Session", words: Words) -> int:
+    """Compile MODEL to a budget, and measure that it was met."""
+    recipe = request(words)
+    session.out = Path(recipe.out)
+    from compress import console, pipeline, report
+
+    console.use_cores()
+    result = pipeline.run(recipe, session.progress)
+    page = str(session.out / "compression" / "report.html")
+    session.answer(result.model_dump(mode="json"), report.verdict_line(result, page))
+    step = report.next_step(result, recipe.out)
+    if step is not None:
+        session.progress.say(step)
+    return report.exit_code(result)
+
+
+@app.command()
+@MODEL
+@SHAPES
+@COMMON
+@_verb
+def inspect(session: "Session", words: Words) -> int:
+    """List the sites of MODEL, the places to compress."""
+    from compress import survey
+
+    session.answer(survey.inspect(words["model"], shapes(words)))
+    return 0
+
+
+@app.command()
+@REQUEST
+@_verb
+def plan(session: "Session", words: Words) -> int:
+    """Say what is reachable, and by which move; builds nothing."""
+    recipe = request(words, asked="2x")
+    session.out = Path(recipe.out)
+    from compress import console, survey
+
+    console.use_cores()
+    session.answer(survey.plan(recipe, session.progress))
+    return 0
+
+
+@app.command()
+@click.argument("artifacts", metavar="FILE-OR-DIR...", nargs=-1, required=True)
+@SHAPES
+@THREADS
+@click.option("--blocks", type=click.IntRange(min=30), default=40, metavar="N", help="Blocks of each; 40.")
+@COMMON
+@_verb
+def bench(session: "Session", words: Words) -> int:
+    """Time files in turn here; ratios are to the first."""
+    from compress import survey
+
+    paths, threads, blocks = list(words["artifacts"]), words["threads"] or 1, words["blocks"]
+    session.answer(survey.time_files(paths, shapes(words), threads, blocks, session.progress))
+    return 0
+
+
+@app.command("export")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--to", "to", required=True, metavar="FORMAT", help="onnx, ort, edge or edge+ort.")
+@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="PATH", help="Where to; DIR/FORMAT.")
+@click.option("--archive", is_flag=True, help="One .tar.gz instead of a folder.")
+@COMMON
+@_verb
+def deliver(session: "Session", words: Words) -> int:
+    """Write what a run made as files for a runtime or a device."""
+    from compress.export import deliver
+
+    directory, to, archive = words["directory"], words["to"], words["archive"]
+    written = deliver.deliver(directory, to, words["out"], archive=archive)
+    document = {"format": to, "files": [str(path) for path in written]}
+    session.answer(document, "\n".join(str(path) for path in written))
+    return 0
+
+
+@app.command("report")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--merge", type=click.Path(path_type=Path), metavar="FILE", help="measured.json of a device.")
+@click.option("--device-is-target", is_flag=True, help="Vouch for a device that is not recognised.")
+@COMMON
+@_verb
+def rebuild(session: "Session", words: Words) -> int:
+    """Write the report of a run again, and repeat its verdict."""
+    from compress import page, report
+
+    directory: Path = words["directory"]
+    found = report.read(directory)
+    nested = directory / "compression"
+    folder = nested if (nested / "report.json").is_file() else directory
+    if words["merge"] is not None:
+        from compress import measurement, merge
+
+        answer = measurement.read(words["merge"])
+        before, found = found, merge.merge(found, answer, device_is_target=words["device_is_target"])
+        merge.renew_card(folder, before, found)
+    elif words["device_is_target"]:
+        raise CompressError("--device-is-target is about a measurement; name it with --merge measured.json")
+    written = page.write(found, folder)
+    session.answer(found.model_dump(mode="json"), report.verdict_line(found, str(written)))
+    return report.exit_code(found)
+
+
+@app.command()
+@click.argument("name", metavar="[NAME | measure]", required=False)
+@COMMON
+@_verb
+def targets(session: "Session", words: Words) -> int:
+    """List the devices, show one, or measure this machine."""
+    if words["name"] == "measure":
+        from compress import console, survey
+
+        console.use_cores()
+        session.answer(survey.measure_target(session.progress))
+        return 0
+    from compress import devices
+
+    session.answer(devices.listed() if words["name"] is None else devices.facts(words["name"]))
+    return 0
+
+
+@app.command("doctor")
+@COMMON
+@_verb
+def check_up(session: "Session", words: Words) -> int:
+    """Say what this environment can do, and what to install."""
+    from compress import doctor
+
+    found = doctor.examine()
+    session.answer(found, doctor.text(found))
+    return 0 if found["ready"] else 2
+
+
+def shapes(words: Words) -> "Shapes":
+    """The input shape in the words, with defaults for what they leave out."""
+    from compress.recipe import Shapes
+
+    return Shapes(**_given(words, "batch", "tokens"))
+
+
+def request(words: Words, asked: str | None = None) -> "Recipe":
+    """The recipe that the words ask for, laid over the file that `--recipe` names.
+
+    `asked` is the speedup where there is neither a budget nor a recipe.
+    """
+    from compress import recipe
+
+    plain = ("model", "target", "data", "test", "task", "text", "label", "max_drop", "out")
+    values = _given(words, *plain)
+    values["budget"] = budget(words)
+    if values["budget"] is None and words["recipe"] is None and asked is not None:
+        values["budget"] = recipe.parse_budget("speedup", asked)
+    tables = {"shapes": ("batch", "tokens"), "bench": ("threads",), "search": ("seed",)}
+    values |= {table: _given(words, *names) for table, names in tables.items()}
+    return recipe.read(words["recipe"], values)
+
+
+def budget(words: Words) -> "Budget | None":
+    """The one budget among the words, None without any."""
+    from compress.recipe import parse_budget
+
+    given = _given(words, *BUDGETS)
+    if len(given) > 1:
+        flags = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise CompressError(f"{flags} were both given; a run has one budget, so leave out all but one")
+    for name, value in given.items():
+        if "," in value:
+            raise CompressError(
+                f"--{name.replace('_', '-')} {value} names several budgets; a run has one, so run "
+                "the command once for each"
+            )
+        return parse_budget(name, value)
+    return None
+
+
+def _given(words: Words, *names: str) -> Words:
+    """The words that were said, out of `names`."""
+    return {name: words[name] for name in names if words[name] is not None}
+
+
+def perform(words: Sequence[str]) -> int:
+    """Do what the words say; the exit code."""
+    try:
+        return int(app.main(list(words), prog_name="compress", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.Abort:
+        click.echo("compress: interrupted", err=True)
+        return 130
+    except click.ClickException as error:
+        message = error.format_message()
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            message += f"\n  See `{error.ctx.command_path} --help`."
+        click.echo(f"compress: {message}", err=True)
+        if "--json" in words:
+            click.echo(json.dumps({"error": message, "exit_code": 2}, indent=2))
+        return 2
+
+
+def main() -> None:
+    """The `compress` command."""
+    sys.exit(perform(sys.argv[1:]))

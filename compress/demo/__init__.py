@@ -1,0 +1,1 @@
+"""The embedded default: a small trained intent classifier and its data."""

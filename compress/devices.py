@@ -1,0 +1,57 @@
+"""The devices that can be a target: the facts of each, their sources, and how far off a prediction is."""
+
+from compress import profiles, roofline
+
+ORIGINS = ("onnxruntime", "tensorrt")
+
+
+def listed() -> dict[str, object]:
+    """Every target in one row."""
+    rows = []
+    for name in profiles.names():
+        profile = profiles.load(name)
+        rows.append(
+            {
+                "name": name,
+                "kind": profile.kind,
+                "runtime": profile.runtime,
+                "baseline": profile.baseline_precision,
+                "peak_tflops": profile.peak_tflops.get(profile.baseline_precision),
+                "bandwidth_gb_s": profile.bandwidth_gb_s,
+                "memory_gb": profile.memory_gb,
+                "costs": "measured" if profile.measured_here or _tables(name) else "estimated",
+                "description": profile.description,
+            }
+        )
+    return {"targets": rows}
+
+
+def facts(name: str) -> dict[str, object]:
+    """What is known of one target: its profile with sources, its tables, the roofline's error.
+
+    Raises:
+        CompressError: there is no such target (with the nearest names).
+    """
+    profile = profiles.load(name)
+    document: dict[str, object] = profile.model_dump(mode="json", exclude_none=True)
+    document["measured_tables"] = _tables(name)
+    check = roofline.check(name)
+    if check is not None:
+        document["roofline"] = {
+            "against": check.title,
+            "precision": check.precision,
+            "batch": check.batch,
+            "tokens": check.tokens,
+            "points": len(check.points),
+            "mean_error": round(check.mean_error, 4),
+            "max_error": round(check.max_error, 4),
+        }
+        document["published"] = [
+            {**point.model_dump(mode="json"), "error": round(point.error, 4)} for point in check.points
+        ]
+    return document
+
+
+def _tables(name: str) -> list[str]:
+    """The runtimes for which a measured table ships."""
+    return [origin for origin in ORIGINS if profiles.measured(name, origin) is not None]

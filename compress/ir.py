@@ -1,0 +1,251 @@
+"""The vocabulary of a compilation: sites, options, candidates, plans; values that are saved as JSON.
+
+A *site* is one place of a model that can be compressed without asking any other place. Its *units*
+(attention heads, key/value groups, intermediate neurons) own *slices* of tensors; masking, shrinking,
+counting and pricing are generic functions over slices. An *option* says what is done to a site, a
+*candidate* adds its price and its damage, a *plan* chooses one option for every site.
+"""
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+Kind = Literal["heads", "ffn", "linear", "residual"]
+Source = Literal["measured", "estimated"]
+BUDGETS = ("speedup", "latency_ms", "energy_mj", "power_w", "size_mb")
+
+
+class Document(BaseModel):
+    """A frozen value that refuses unknown keys; everything on disk is one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Slice(Document):
+    """Part of one tensor: unit u owns `[start + u * width, start + (u + 1) * width)` along `dim`."""
+
+    tensor: str
+    dim: int = Field(ge=0)
+    width: int = Field(ge=1)
+    start: int = Field(default=0, ge=0)
+
+
+class Count(Document):
+    """An integer attribute of a module that follows the site: `units kept * per_unit`."""
+
+    module: str
+    attribute: str
+    per_unit: int = Field(ge=1)
+
+
+class Matmul(Document):
+    """One product `rows x inner @ inner x out` of a site, at the shape of the example inputs.
+
+    A side that shrinks with the site states how many of its features one unit owns; 0 means that the
+    side stays.
+    """
+
+    weight: str
+    rows: int = Field(ge=1)
+    out: int = Field(ge=1)
+    inner: int = Field(ge=1)
+    out_per_unit: int = Field(default=0, ge=0)
+    inner_per_unit: int = Field(default=0, ge=0)
+    bias: bool = False
+
+    def features(self, units: int) -> tuple[int, int]:
+        """`(out, inner)` when `units` units are kept."""
+        return (
+            units * self.out_per_unit if self.out_per_unit else self.out,
+            units * self.inner_per_unit if self.inner_per_unit else self.inner,
+        )
+
+
+class Drop(Document):
+    """How the site's module is replaced when no unit is left (methods 8.1: the bias stays).
+
+    `module` is the dotted name of the module that is replaced; `output` is the position of the hidden
+    state in what it returns (None: it returns the tensor itself), `outputs` the length of that tuple.
+    With `writer` True the module ends in the writer, so the stand-in returns the writer's bias;
+    otherwise the writer lies outside, and is replaced by its bias as well.
+    """
+
+    module: str
+    writer: bool
+    output: int | None = None
+    outputs: int = 1
+
+
+class Site(Document):
+    """One place that can be compressed alone: its units, what they own, and what its products cost.
+
+    `writer` is the state-dict name of the weight whose input columns the units own (attention output
+    projection, second feed-forward matrix): the one matrix that is updated, all others are sliced.
+    `bias` is the writer's bias, or None. `batch` and `tokens` are those of the example inputs.
+    """
+
+    name: str
+    kind: Kind
+    units: int = Field(ge=1)
+    slices: tuple[Slice, ...]
+    counts: tuple[Count, ...] = ()
+    matmuls: tuple[Matmul, ...] = ()
+    writer: str
+    bias: str | None = None
+    drop: Drop | None = None
+    batch: int = Field(default=1, ge=1)
+    tokens: int = Field(default=1, ge=1)
+    head_dim: int = Field(default=0, ge=0)
+    queries: int = Field(default=1, ge=1)
+    gated: bool = False
+    activation: str = ""
+    causal: bool = False
+
+    @property
+    def column(self) -> Slice:
+        """The slice of the writer's weight: `dim` 1 for an `[out, in]` weight, 0 for `[in, out]`."""
+        return next(part for part in self.slices if part.tensor == self.writer)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that belong to the units: what is gone when every unit is."""
+        return self.units * self.parameters_per_unit
+
+    @property
+    def parameters_per_unit(self) -> int:
+        """Parameters of one unit, counted from the products (weights, and biases that shrink)."""
+        total = 0
+        for product in self.matmuls:
+            if product.out_per_unit:
+                total += product.out_per_unit * (product.inner + int(product.bias))
+            else:
+                total += product.inner_per_unit * product.out
+        return total
+
+    @property
+    def shape(self) -> str:
+        """A key shared by sites that cost the same: everything that sets the time, no names."""
+        products = ",".join(
+            f"{m.rows}x{m.out}x{m.inner}:{m.out_per_unit}:{m.inner_per_unit}:{int(m.bias)}"
+            for m in self.matmuls
+        )
+        heads = f"{self.batch}x{self.tokens}:{self.head_dim}:{self.queries}:{int(self.causal)}"
+        return f"{self.kind}|{self.units}|{products}|{heads}|{self.activation}:{int(self.gated)}"
+
+
+class Option(Document):
+    """What may be done to a site; the default leaves it dense. `units` None keeps all, 0 drops it."""
+
+    units: int | None = Field(default=None, ge=0)
+    pattern: str = "dense"
+    rank: int = Field(default=0, ge=0)
+    precision: str = "fp32"
+
+
+class Candidate(Document):
+    """An option with its price and its damage.
+
+    `error` is the added squared output error relative to the dense output about its mean: 0 is
+    lossless, 1 is a site that is dropped with its mean kept.
+    """
+
+    site: str
+    option: Option
+    error: float = Field(ge=0)
+    latency_ms: float = Field(ge=0)
+    energy_mj: float | None = None
+    weight_bytes: int = Field(ge=0)
+    source: Source
+
+
+class Budget(Document):
+    """The one bound that a plan must keep: exactly one of the five is set."""
+
+    speedup: float | None = None
+    latency_ms: float | None = None
+    energy_mj: float | None = None
+    power_w: float | None = None
+    size_mb: float | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "Budget":
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a budget is exactly one of {', '.join(BUDGETS)}; found {given}")
+        value = getattr(self, given[0])
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{given[0]} must be a positive number, not {value}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Which bound is set."""
+        return next(name for name in BUDGETS if getattr(self, name) is not None)
+
+    @property
+    def value(self) -> float:
+        """The bound itself, in the unit its name states."""
+        return float(getattr(self, self.name))
+
+
+class Latency(Document):
+    """One artefact's latency at one shape, milliseconds; `p99` only from 1,000 runs on."""
+
+    p50: float
+    p90: float
+    p99: float | None = None
+    mean: float
+    std: float
+    runs: int
+
+
+class Whole(Document):
+    """From the time of all sites to the time of the model: straight lines through known points.
+
+    The two do not differ by a constant: the more weights a model has, the less of them the caches hold.
+    Both rows fall, and start with the dense model; a single point says that the rest is constant.
+    """
+
+    inside_ms: tuple[float, ...] = Field(min_length=1)
+    whole_ms: tuple[float, ...] = Field(min_length=1)
+
+    @property
+    def dense_ms(self) -> float:
+        """Time of the dense model."""
+        return self.whole_ms[0]
+
+    @property
+    def fixed_ms(self) -> float:
+        """Time that is left when every site is gone."""
+        return max(self.latency_ms(0.0), 0.0)
+
+    def latency_ms(self, inside_ms: float) -> float:
+        """Time of the model whose sites together take `inside_ms`."""
+        return _along(self.inside_ms, self.whole_ms, inside_ms)
+
+    def room_ms(self, latency_ms: float) -> float:
+        """What all sites together may take in a model that takes `latency_ms`."""
+        return _along(self.whole_ms, self.inside_ms, latency_ms)
+
+
+def _along(known: tuple[float, ...], values: tuple[float, ...], at: float) -> float:
+    """The value at `at` on the lines through falling points; the outer lines go on for ever."""
+    if len(known) == 1:
+        return values[0] + at - known[0]
+    end = next((k for k in range(1, len(known)) if known[k] <= at), len(known) - 1)
+    slope = (values[end - 1] - values[end]) / (known[end - 1] - known[end])
+    return values[end] + (at - known[end]) * slope
+
+
+class Plan(Document):
+    """The decision: one option for every site; small enough to read, edit, commit and replay."""
+
+    schema_version: int = SCHEMA_VERSION
+    target: str
+    budget: Budget
+    choices: dict[str, Option]
+    fixed_ms: float
+    predicted_ms: float

@@ -1,0 +1,126 @@
+"""What every stage of a compilation needs: the request, the model, its sites, and where results go."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from compress import analyze, artifact, profiles
+from compress.analyze import Sites
+from compress.errors import CompressError
+from compress.ir import Site
+from compress.recipe import Recipe, to_toml
+from compress.report import Stage
+from compress.task import Batch, Task, load_task
+
+Tick = Callable[[int, int], None]
+
+
+class Progress(Protocol):
+    """Where a compilation says what it is doing; the command line draws it."""
+
+    def stage(self, name: str) -> AbstractContextManager[Tick]:
+        """A stage begins; the callback takes work done and work in all."""
+
+    def say(self, line: str) -> None:
+        """One line worth reading even without a terminal."""
+
+
+@dataclass
+class Stages:
+    """The stages run so far and their seconds, for the report."""
+
+    progress: Progress
+    seconds: list[Stage] = field(default_factory=list)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Tick]:
+        """Run one stage under its name."""
+        began = time.perf_counter()
+        with self.progress.stage(name) as tick:
+            yield tick
+        self.seconds.append(Stage(name=name, seconds=round(time.perf_counter() - began, 3)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation. `model_key` names the model and shapes, `key` also data and options."""
+
+    recipe: Recipe
+    task: Task
+    profile: profiles.Profile
+    folder: Path
+    stages: Stages
+    model_key: str
+    key: str
+    found: Sites
+    sites: tuple[Site, ...]
+    calibration: tuple[Batch, ...]
+
+    @property
+    def here(self) -> bool:
+        """Whether the target is this machine, so that time is measured and not looked up."""
+        return self.profile.measured_here
+
+    @property
+    def asked(self) -> float | None:
+        """The speedup that was asked for, None for a budget of another kind."""
+        return self.recipe.budget.speedup
+
+
+def prepare(recipe: Recipe, progress: Progress) -> Job:
+    """Load the model and its data, and find the sites.
+
+    Raises:
+        CompressError: the target, output folder, model or data cannot be used, or nothing in the
+            model can be compressed.
+    """
+    profile = profiles.load(recipe.target)
+    folder = artifact.claim(Path(recipe.out))
+    stages = Stages(progress)
+    wanted = recipe.calibration
+    with stages("load"):
+        task = load_task(
+            recipe.model,
+            recipe.data,
+            test=recipe.test,
+            task=recipe.task,
+            text=recipe.text,
+            label=recipe.label,
+            tokens=recipe.shapes.tokens if recipe.task == "text-generation" else None,
+        )
+        batches = tuple(task.batches("calibration", wanted.batch, wanted.samples))
+    model_key = artifact.digest(*_fingerprint(task), recipe.shapes)
+    example = task.example(recipe.shapes.batch, recipe.shapes.tokens)
+    with stages("find sites"):
+        found = artifact.saved(
+            folder / "sites.json", Sites, model_key, lambda: analyze.find_sites(task.model, example)
+        )
+    sites = tuple(site for site in found.sites if site.kind in recipe.options.kinds)
+    if not sites:
+        reasons = [f"{skip.place}: {skip.reason}" for skip in found.skipped[:5]]
+        nothing = "The traced program holds no attention and no feed-forward pair."
+        raise CompressError(
+            f"no place to compress was found among kinds {', '.join(recipe.options.kinds)}.\n"
+            f"  {found.fallback or '; '.join(reasons) or nothing}\n"
+            "  `compress inspect MODEL` lists what was looked at."
+        )
+    content = [_content(batch) for batch in batches]
+    key = artifact.digest(model_key, wanted, recipe.options, *content)
+    artifact.write_text(folder / "recipe.toml", to_toml(recipe))
+    return Job(recipe, task, profile, folder, stages, model_key, key, found, sites, batches)
+
+
+def _fingerprint(task: Task) -> list[bytes | str]:
+    """The names and contents of the model's tensors."""
+    parts: list[bytes | str] = [type(task.model).__name__]
+    for name, tensor in task.model.state_dict().items():
+        parts += [name, str(tuple(tensor.shape)), tensor.detach().contiguous().numpy().tobytes()]
+    return parts
+
+
+def _content(batch: Batch) -> str:
+    """A hash of one batch as the model receives it."""
+    return artifact.digest(*[t.contiguous().numpy().tobytes() for t in batch.inputs.values()])

@@ -1,0 +1,245 @@
+"""The closed loop: choose a plan, build it, time it, correct the budget, until the promise is kept.
+
+Predicted and measured time differ by what tables cannot know. The loop therefore times every plan it
+chooses and moves the budget by what it finds, until the measured speedup lies inside the window
+`[asked, 1.05 asked]`, or the cheapest plan there is was measured and found too slow.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress import search
+from compress.errors import CompressError
+from compress.ir import Document, Whole
+from compress.search import Choices, Menu, UnreachableError
+
+WINDOW = 1.05
+AIM = 1.022  # where in the window to aim: a timer's noise on either side stays inside
+Progress = Callable[[int, int], None]
+
+
+class Timing(Document):
+    """A speedup that was measured, with its 95 % interval, and the latencies behind it."""
+
+    speedup: float
+    interval95: tuple[float, float]
+    dense_ms: float
+    measured_ms: float
+
+
+class Round(Document):
+    """One turn of the loop. `limit_ms` bounds the predicted time of the plan, `choices` are units."""
+
+    limit_ms: float
+    predicted_ms: float
+    units: dict[str, int | None]
+    loss: float
+    timing: Timing | None = None
+
+    @property
+    def speedup(self) -> float:
+        """The measured speedup, 0 for a plan that was not timed."""
+        return 0.0 if self.timing is None else self.timing.speedup
+
+
+class Rounds(Document):
+    """All turns so far, so that a killed run goes on with the next one."""
+
+    rounds: tuple[Round, ...] = ()
+
+    def chosen(self, asked: float) -> Round:
+        """The turn to keep: the least compressed that met the request, else the fastest."""
+        met = [turn for turn in self.rounds if turn.speedup >= asked]
+        if met:
+            return min(met, key=lambda turn: (turn.speedup > asked * WINDOW, turn.loss))
+        return max(self.rounds, key=lambda turn: turn.speedup)
+
+
+@dataclass(frozen=True)
+class Menus:
+    """The options of every site, thrice described: units kept, prior error, and loss.
+
+    `units[i][j]` is what option j of site i keeps (None: all), `prior[i]` holds costs with the layer
+    error, `scaled[i]` the same costs with the loss of the stitched model. `whole` makes of the sum of
+    costs the time of the model.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    units: tuple[tuple[int | None, ...], ...]
+    totals: tuple[int, ...]
+    prior: tuple[Menu, ...]
+    scaled: tuple[Menu, ...]
+    whole: Whole
+
+    def latency_ms(self, choices: Choices) -> float:
+        """Predicted time of the whole model."""
+        return self.whole.latency_ms(search.total(self.prior, choices)[0])
+
+    def indices(self, units: dict[str, int | None]) -> Choices:
+        """The choices that keep these units."""
+        return tuple(options.index(units[name]) for name, options in zip(self.names, self.units, strict=True))
+
+    def named(self, choices: Choices) -> dict[str, int | None]:
+        """Units kept by site name."""
+        return {
+            name: units[option] for name, units, option in zip(self.names, self.units, choices, strict=True)
+        }
+
+    def cheapest(self) -> Choices:
+        """The fastest plan there is."""
+        return tuple(int(np.lexsort((menu.error, menu.cost))[0]) for menu in self.prior)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard `choose` tries; a `uniform` plan is the baseline without any search."""
+
+    generations: int
+    offspring: int
+    seed: int
+    uniform: bool = False
+
+
+def choose(
+    menus: Menus,
+    limit_ms: float,
+    judge: Callable[[Choices], float],
+    effort: Effort,
+    *,
+    known: Sequence[Choices] = (),
+    progress: Progress | None = None,
+) -> tuple[Choices, float]:
+    """The plan within `limit_ms` of predicted time that the judge likes best, and its loss.
+
+    Knapsack solutions for the prior error and for the measured sensitivities, and `known` plans that
+    fit, are judged; the best of them starts the evolution.
+
+    Raises:
+        UnreachableError: nothing fits.
+    """
+    room = menus.whole.room_ms(limit_ms)
+    if effort.uniform:
+        shares = [
+            np.array([1.0 if u is None else u / total for u in units])
+            for units, total in zip(menus.units, menus.totals, strict=True)
+        ]
+        choices = search.uniform(menus.prior, shares, room)
+        return choices, judge(choices)
+    starts = {search.knapsack(menus.prior, room), search.knapsack(menus.scaled, room)}
+    starts |= {plan for plan in known if search.total(menus.prior, plan)[0] <= room}
+    start = min(sorted(starts), key=judge)
+    return search.evolve(
+        menus.scaled,
+        start,
+        room,
+        judge,
+        generations=effort.generations,
+        offspring=effort.offspring,
+        seed=effort.seed,
+        progress=progress,
+    )
+
+
+def close(
+    menus: Menus,
+    asked: float,
+    dense_ms: float,
+    judge: Callable[[Choices], float],
+    effort: Effort,
+    time_plan: Callable[[dict[str, int | None]], Timing],
+    *,
+    rounds: int,
+    stored: Rounds,
+    keep: Callable[[Rounds], None],
+    progress: Callable[[str], Progress],
+) -> Rounds:
+    """Turn the loop until the measured speedup is in the window, at most `rounds` times.
+
+    Args:
+        menus: the options and their predicted costs.
+        asked: the speedup that was asked for; a latency budget is its ratio to the dense one.
+        dense_ms: measured latency of the dense model, which the predictions refer to.
+        judge: the stitched model's loss of a choice.
+        effort: how hard to search; later turns search a third as long, from the last plan.
+        time_plan: builds a plan (units by site name) and times it against the dense model.
+        rounds: turns at most.
+        stored: turns of an interrupted run.
+        keep: called after every turn with all turns so far.
+        progress: gives the callback for a stage of the given name.
+
+    Raises:
+        CompressError: the fastest plan was measured and is too slow; it says what is reachable.
+    """
+    history = stored
+    known = [menus.indices(turn.units) for turn in history.rounds]
+    while len(history.rounds) < rounds and not _inside(history, asked):
+        limit_ms = _limit_ms(history, asked, dense_ms)
+        first = not history.rounds
+        work = (
+            effort
+            if first
+            else Effort(effort.generations // 3, effort.offspring, effort.seed, effort.uniform)
+        )
+        ticks = progress(f"search {len(history.rounds) + 1}")
+        try:
+            choices, loss = choose(menus, limit_ms, judge, work, known=known, progress=ticks)
+        except UnreachableError:
+            choices = menus.cheapest()
+            loss = judge(choices)
+        timing = time_plan(menus.named(choices))
+        turn = Round(
+            limit_ms=limit_ms,
+            predicted_ms=menus.latency_ms(choices),
+            units=menus.named(choices),
+            loss=loss,
+            timing=timing,
+        )
+        history = Rounds(rounds=(*history.rounds, turn))
+        keep(history)
+        if choices == menus.cheapest() and timing.speedup < asked:
+            raise out_of_reach(menus, asked, dense_ms, timing)
+        if choices in known:
+            break
+        known.append(choices)
+    return history
+
+
+def _inside(history: Rounds, asked: float) -> bool:
+    return bool(history.rounds) and asked <= history.rounds[-1].speedup <= asked * WINDOW
+
+
+def _limit_ms(history: Rounds, asked: float, dense_ms: float) -> float:
+    """The bound on predicted time: what was asked, moved by how far measurements were off so far.
+
+    All of them count alike, since a single one is as noisy as the machine, and following the last one
+    would swing to and fro. Times are taken relative to a dense model timed in the same minute, so that a
+    machine which has become slower since the tables were made does not look like a slower plan.
+    """
+    off = [math.log(dense_ms / turn.speedup / turn.predicted_ms) for turn in history.rounds]
+    return dense_ms / (asked * AIM) / math.exp(sum(off) / max(1, len(off)))
+
+
+def out_of_reach(menus: Menus, asked: float, dense_ms: float, timing: Timing | None) -> CompressError:
+    """Why a speedup cannot be had, what can, and by which moves."""
+    least_ms = menus.latency_ms(menus.cheapest())
+    reach = dense_ms / least_ms if timing is None else timing.speedup
+    how = "estimated" if timing is None else "measured"
+    moves = []
+    for kind in sorted(set(menus.kinds)):
+        saved = sum(
+            float(menu.cost.max() - menu.cost.min())
+            for own, menu in zip(menus.kinds, menus.prior, strict=True)
+            if own == kind
+        )
+        moves.append(f"{kind} {saved:.2f} ms")
+    return CompressError(
+        f"{asked:.2f}x is out of reach: the fastest plan there is reaches {reach:.2f}x ({how}).\n"
+        f"  The dense model takes {dense_ms:.2f} ms, of which {menus.whole.fixed_ms:.2f} ms lie outside "
+        f"every site; removing everything else would save {', '.join(moves) or 'nothing'}.\n"
+        f"  Ask for --speedup {max(1.05, int(reach * 19) / 20):.2f}x or less, or price larger inputs "
+        "with --tokens or --batch."
+    )

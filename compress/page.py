@@ -1,0 +1,368 @@
+"""A report as people read it: an offline HTML page, Markdown for a pull request, a model card.
+
+Everything that came from outside (names, paths, warnings) is escaped where it is printed. A figure
+that was only predicted never stands without the word "estimate".
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from compress import charts
+from compress.artifact import write_text
+from compress.errors import CompressError
+from compress.report import (
+    Fact,
+    Figures,
+    Report,
+    device,
+    found,
+    next_step,
+    quality,
+    verdict_line,
+)
+from compress.svg import PALETTE, Chart
+from compress.wording import amount, digits, exact, lost, score_text
+
+WORDS = {"met": "Met", "missed": "Missed", "not_measured": "Not measured"}
+NONE = "not measured"
+
+
+class Row(NamedTuple):
+    """One quantity of both artifacts, and what became of it."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+
+
+class Headline(NamedTuple):
+    """One of the large figures at the top of the page."""
+
+    label: str
+    value: str
+    note: str
+
+
+class SiteRow(NamedTuple):
+    """One site of the plan, in words."""
+
+    name: str
+    kind: str
+    kept: str
+    error: str
+    before: str
+    after: str
+
+
+def write(report: Report, directory: Path) -> Path:
+    """Write report.json, report.html, report.md and `plots/*.svg`; returns the page's path.
+
+    Raises:
+        CompressError: the directory cannot be written, or its disk is full.
+    """
+    drawn = charts.draw(report)
+    texts = {
+        "report.json": report.model_dump_json(indent=1) + "\n",
+        "report.html": html(report, drawn),
+        "report.md": markdown(report),
+        **{f"plots/{name}.svg": chart.file for name, chart in drawn.items()},
+    }
+    try:
+        for name, text in texts.items():
+            write_text(directory / name, text)
+    except OSError as error:
+        raise CompressError(
+            f"the report cannot be written to {directory} ({error.strerror}); "
+            "free some space or give another directory with --out"
+        ) from error
+    return directory / "report.html"
+
+
+def html(report: Report, drawn: dict[str, Chart] | None = None) -> str:
+    """The whole report as one page that needs no network and no script."""
+    images = charts.draw(report) if drawn is None else drawn
+    inline = {name: Markup(chart.page) for name, chart in images.items()}
+    titles = {name: chart.title for name, chart in images.items()}
+    template = _environment("html").get_template("report.html.j2")
+    return template.render(**_view(report), charts=inline, titles=titles, palette=PALETTE)
+
+
+def markdown(report: Report) -> str:
+    """The report for a pull request: verdict, figures, sites, what to know."""
+    return _environment("md").get_template("report.md.j2").render(**_view(report))
+
+
+def card(
+    report: Report,
+    *,
+    name: str,
+    base_model: str | None = None,
+    license_name: str | None = None,
+    datasets: Sequence[str] = (),
+) -> str:
+    """The model card (README.md) of the output directory.
+
+    Args:
+        report: the finished report.
+        name: the title of the card.
+        base_model: the hub id of the dense model; None when it is not on the hub.
+        license_name: the dense model's license, which the compressed one inherits.
+        datasets: hub ids of the data that calibrated and scored it.
+    """
+    return (
+        _environment("md")
+        .get_template("card.md.j2")
+        .render(
+            **_view(report),
+            name=name,
+            base_model=base_model,
+            license=license_name,
+            datasets=list(datasets),
+        )
+    )
+
+
+def _view(report: Report) -> dict[str, object]:
+    """What the templates print, in words."""
+    return {
+        "report": report,
+        "line": verdict_line(report).replace("->", "→"),
+        "status": WORDS[report.verdict.status],
+        "device": device(report.target),
+        "quality": quality(report).replace("->", "→"),
+        "headlines": _headlines(report),
+        "rows": rows(report),
+        "sites": _site_rows(report),
+        "guessed": any(site.source == "estimated" for site in report.sites),
+        "notes": notes(report),
+        "limits": limits(report),
+        "parity": _parity(report),
+        "facts": {
+            "Protocol": _facts(report.protocol),
+            "Environment": _facts(report.environment),
+            "Inputs": _facts(dict(report.inputs)),
+        },
+        "total_seconds": digits(sum(stage.seconds for stage in report.stages)),
+        "digits": digits,
+    }
+
+
+def _headlines(report: Report) -> list[Headline]:
+    """What was asked, what came out, what it cost in quality, what it saved in size."""
+    verdict, metric = report.verdict, report.score.metric
+    asked, measured = verdict.asked, verdict.measured
+    limit = report.max_drop
+    allowed = "" if limit is None else f"losing at most {lost(metric, limit)}"
+    value = found(asked, measured, report.compressed)
+    if value is not None:
+        note = "of the file that ships"
+        if measured is not None:
+            low, high = measured.interval95
+            speed = "" if asked.name == "speedup" else f"{measured.speedup:.2f}x, "
+            note = f"{speed}95 % interval [{low:.2f}, {high:.2f}]"
+        result = Headline("Measured", exact(asked, value), note)
+    else:
+        guess = getattr(verdict.predicted, asked.name, None)
+        words = "none" if guess is None else amount(asked.name, guess)
+        result = Headline("Predicted (estimate)", words, f"{verdict.predicted.source}, {NONE}")
+    sides = (report.baseline.score, report.compressed.score)
+    scores = NONE if None in sides else " → ".join(score_text(metric, side) for side in sides)
+    size = next(row for row in rows(report) if row.label == "weights")
+    return [
+        Headline("Asked", amount(asked.name, asked.value), allowed),
+        result,
+        Headline(metric.capitalize(), scores, _lost(report)),
+        Headline("Weights", size.after, f"from {size.before}, {size.change}"),
+    ]
+
+
+def rows(report: Report) -> list[Row]:
+    """The comparison: every quantity that is known of the compressed model."""
+    dense, now = report.baseline, report.compressed
+    metric = report.score.metric
+    count = _percent(dense.parameters, now.parameters)
+    return [
+        *_latency_rows(report),
+        Row(metric, score_text(metric, dense.score), score_text(metric, now.score), _lost(report)),
+        Row("parameters", f"{dense.parameters:,}", f"{now.parameters:,}", count),
+        Row("weights", *_change(dense.weight_bytes / 1e6, now.weight_bytes / 1e6, "MB")),
+        *([] if now.file_bytes is None else [_file_row(dense.file_bytes, now.file_bytes)]),
+        *([] if now.energy_mj is None else [_source_row("energy", dense, now, "energy_mj", "mJ")]),
+        *([] if now.power_w is None else [_source_row("power", dense, now, "power_w", "W")]),
+    ]
+
+
+def _latency_rows(report: Report) -> list[Row]:
+    """Percentiles that were measured; otherwise one row of what was predicted."""
+    dense, now = report.baseline.latency_ms, report.compressed.latency_ms
+    predicted, measured = report.verdict.predicted, report.verdict.measured
+    if dense is None or now is None or measured is None:
+        dense_ms, now_ms = (
+            NONE if value is None else f"{digits(value)} ms (estimate)"
+            for value in (predicted.baseline_latency_ms, predicted.latency_ms)
+        )
+        speed = predicted.speedup
+        return [Row("latency", dense_ms, now_ms, "" if speed is None else f"{speed:.2f}x (estimate)")]
+    low, high = measured.interval95
+    table = [
+        Row(
+            "latency, median",
+            f"{digits(dense.p50)} ms",
+            f"{digits(now.p50)} ms",
+            f"{measured.speedup:.2f}x [{low:.2f}, {high:.2f}]",
+        )
+    ]
+    for label, before, after in (
+        ("p90", dense.p90, now.p90),
+        ("p99", dense.p99, now.p99),
+        ("mean", dense.mean, now.mean),
+    ):
+        if before is not None and after is not None:
+            texts = (f"{digits(before)} ms", f"{digits(after)} ms", f"{before / after:.2f}x")
+            table.append(Row(f"latency, {label}", *texts))
+    spread = (f"{digits(dense.std)} ms", f"{digits(now.std)} ms", "")
+    return [
+        *table,
+        Row("latency, deviation", *spread),
+        Row("runs", f"{dense.runs:,}", f"{now.runs:,}", ""),
+    ]
+
+
+def _lost(report: Report) -> str:
+    """The change of the score in words."""
+    drop = report.verdict.score_drop
+    if drop is None:
+        return NONE
+    if drop == 0:
+        return "unchanged"
+    return f"{'gained' if drop < 0 else 'lost'} {lost(report.score.metric, abs(drop))}"
+
+
+def _percent(before: float, after: float) -> str:
+    return f"{after / before - 1:+.0%}" if before else ""
+
+
+def _change(before: float, after: float, unit: str) -> tuple[str, str, str]:
+    return f"{digits(before)} {unit}", f"{digits(after)} {unit}", _percent(before, after)
+
+
+def _file_row(before: int | None, after: int) -> Row:
+    if before is None:
+        return Row("file", NONE, f"{digits(after / 1e6)} MB", "")
+    return Row("file", *_change(before / 1e6, after / 1e6, "MB"))
+
+
+def _source_row(label: str, dense: Figures, now: Figures, field: str, unit: str) -> Row:
+    """Energy or power, each with where it comes from; two sources are not compared."""
+    texts = []
+    for side in (dense, now):
+        value, word = getattr(side, field), "" if side.energy_source == "measured" else " (estimate)"
+        texts.append(NONE if value is None else f"{digits(value)} {unit}{word}")
+    before, after = getattr(dense, field), getattr(now, field)
+    if before is None or dense.energy_source != now.energy_source:
+        return Row(label, texts[0], texts[1], "")
+    word = "" if now.energy_source == "measured" else " (estimate)"
+    return Row(label, texts[0], texts[1], f"{_percent(before, after)}{word}")
+
+
+def _site_rows(report: Report) -> list[SiteRow]:
+    """The plan as a table; a time that was not measured says so."""
+    table = []
+    for site in report.sites:
+        word = "" if site.source == "measured" else " (estimate)"
+        times = [f"{digits(ms)}{word}" for ms in (site.dense_latency_ms, site.latency_ms)]
+        extras = [site.option.pattern, site.option.precision]
+        extras += [f"rank {site.option.rank}"] if site.option.rank else []
+        moves = [extra for extra in extras if extra not in ("dense", report.target.precision)]
+        what = ", ".join([charts.kept(site.option), *moves])
+        table.append(SiteRow(site.name, site.kind, what, digits(site.error), *times))
+    return table
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader must know before believing the verdict."""
+    verdict, found_notes = report.verdict, []
+    asked, measured = verdict.asked, verdict.measured
+    if verdict.reason:
+        found_notes.append(f"{verdict.reason[:1].upper()}{verdict.reason[1:]}.")
+    step = next_step(report)
+    if step is not None:
+        found_notes.append(f"{step}.")
+    if verdict.status == "met" and asked.speedup and measured:
+        low = measured.interval95[0]
+        if low < asked.speedup:
+            found_notes.append(
+                f"The median is above {asked.speedup:.2f}x, the interval reaches down to {low:.2f}x."
+            )
+    if report.parity is not None and report.parity.max_abs_difference > report.parity.tolerance:
+        found_notes.append("The exported file and PyTorch differ by more than the tolerance.")
+    return [*found_notes, *report.warnings]
+
+
+def limits(report: Report) -> list[str]:
+    """Why it is not faster still: what no plan can remove, and what was tried."""
+    lines = []
+    if report.reachable_speedup is not None:
+        lines.append(f"The fastest plan there is reaches {report.reachable_speedup:.2f}x (estimate).")
+    if report.fixed_ms is not None:
+        total = report.verdict.predicted.latency_ms
+        share = f", {report.fixed_ms / total:.0%} of the compressed model's time" if total else ""
+        lines.append(f"{digits(report.fixed_ms)} ms (estimate) lie outside every site{share}.")
+    return [*lines, *report.attribution]
+
+
+def _parity(report: Report) -> str:
+    """PyTorch against the file, in one sentence."""
+    parity = report.parity
+    if parity is None:
+        return f"PyTorch against the exported file: {NONE}."
+    return (
+        f"Over {parity.inputs:,} inputs the exported file differs from PyTorch by at most "
+        f"{parity.max_abs_difference:.1e} (tolerance {parity.tolerance:.1e}); "
+        f"{parity.agreement:.2%} of the answers agree."
+    )
+
+
+def _facts(values: dict[str, Fact]) -> list[tuple[str, str]]:
+    words = {True: "yes", False: "no", None: "unknown"}
+    return [
+        (key.replace("_", " "), words[value] if value is None or isinstance(value, bool) else str(value))
+        for key, value in values.items()
+    ]
+
+
+@cache
+def _environment(kind: str) -> Environment:
+    """Templates that escape for HTML or for Markdown whatever they print."""
+    environment = Environment(
+        loader=PackageLoader("compress", ""),
+        autoescape=kind == "html",
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=None if kind == "html" else _markdown_text,
+    )
+    environment.filters["yaml"] = lambda value: Markup(json.dumps(value, ensure_ascii=False))
+    return environment
+
+
+def _markdown_text(value: object) -> object:
+    r"""One line of Markdown that shows `value` as it is: no markup, no HTML, no table cell ended.
+
+    >>> print(_markdown_text("<b>|*x*"))
+    \<b\>\|\*x\*
+    """
+    if isinstance(value, Markup):
+        return value
+    text = re.sub(r"([\\`*|<>#~])", r"\\\1", " ".join(str(value).split()))
+    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+    return re.sub(r"\](?=[(\[:])", r"\\]", text)

@@ -1,0 +1,189 @@
+"""The whole compilation as one readable function: what is asked, measured, chosen, built and proved.
+
+    job -> costs -> candidates -> (plan -> file -> timing)* -> refit -> file -> proof
+
+Every arrow leaves an artifact in `<out>/compression/`, stored with the hash of what it was made from:
+a second run takes up whatever is still valid, and a killed run loses at most the stage it was in.
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from compress import artifact, choosing, page, proof, store, surgery
+from compress.bench import FINAL_BLOCKS, Comparison
+from compress.choosing import TimePlan
+from compress.energy import energy_above_idle_mj
+from compress.errors import CompressError
+from compress.export import onnx
+from compress.job import Job, Progress, prepare
+from compress.loop import Menus, Round, Rounds, Timing
+from compress.pricing import Costs, price
+from compress.recipe import Recipe
+from compress.refit import refit
+from compress.report import Report
+from compress.stitch import Stitched
+from compress.surgery import Removal
+
+ATTEMPTS = 3
+
+
+def run(recipe: Recipe, progress: Progress) -> Report:
+    """Compile the recipe's model to its budget on its target; everything lands in `recipe.out`.
+
+    Raises:
+        CompressError: the request cannot be carried out; the message says what can.
+    """
+    job = prepare(recipe, progress)
+    costs = price(job)
+    errors = choosing.candidates(job, costs)
+    menus = choosing.menus_of(job, costs, errors)
+    judge = choosing.judge_of(job, menus)
+    menus = choosing.weigh(job, menus, judge)
+    asked = asked_speedup(job, costs)
+    rounds = Rounds()
+    for _ in range(ATTEMPTS):
+        rounds, turn = choose(job, costs, menus, judge, asked, rounds)
+        model, notes = build(job, turn, judge)
+        file = Path(recipe.out) / "model.onnx"
+        comparison = _proof_timing(job, file)
+        if comparison is None or proof.timing(comparison).speedup >= asked:
+            break
+        rounds = _with_timing(rounds, turn, proof.timing(comparison))
+    result = proof.assemble(
+        job,
+        costs,
+        menus,
+        rounds,
+        turn,
+        {"dense": (job.task.model, job.folder / "dense.onnx"), "compressed": (model, file)},
+        comparison,
+        notes,
+    )
+    artifact.store(job.folder / "plan.json", job.key, choosing.plan_of(job, menus, turn))
+    page.write(result, job.folder)
+    card = page.card(result, name=Path(recipe.model or "compress-demo").name)
+    artifact.write_text(Path(recipe.out) / "README.md", card)
+    return result
+
+
+def asked_speedup(job: Job, costs: Costs) -> float:
+    """The budget as a speedup over the dense model; a size budget asks for none (0).
+
+    Raises:
+        CompressError: the dense model already keeps the budget, or the budget cannot be priced.
+    """
+    budget = job.recipe.budget
+    if budget.name == "size_mb":
+        return 0.0
+    if budget.name == "speedup":
+        return budget.value
+    if budget.name == "power_w":
+        raise CompressError(
+            f"--power-w {budget.value:g}: a smaller model keeps the device just as busy, for a shorter "
+            "time, so removing structure does not lower its power.\n"
+            "  Ask for energy per inference instead: --energy-mj"
+        )
+    dense = costs.dense_ms
+    if budget.name == "energy_mj":
+        found = energy_above_idle_mj(costs.dense_ms, job.profile, job.recipe.bench.threads)
+        if found is None:
+            raise CompressError(
+                f"--energy-mj {budget.value:g}: the profile {job.profile.name!r} states no power "
+                "envelope, so energy cannot be priced.\n"
+                "  Ask for --latency-ms or --speedup, or name a target that has one"
+            )
+        dense = found
+    if dense <= budget.value:
+        raise CompressError(
+            f"--{budget.name.replace('_', '-')} {budget.value:g} is already kept: the dense model takes "
+            f"{dense:.3g} on {job.profile.name}; there is nothing to compress"
+        )
+    return dense / budget.value
+
+
+def choose(
+    job: Job, costs: Costs, menus: Menus, judge: Stitched, asked: float, rounds: Rounds
+) -> tuple[Rounds, Round]:
+    """The turn to keep: of the closed loop where time is measured, else of one search."""
+    if asked == 0.0:
+        turn = choosing.choose_by_size(job, costs, menus, judge)
+        return Rounds(rounds=(turn,)), turn
+    if not job.here:
+        turn = choosing.choose_once(job, menus, judge, costs.dense_ms / asked, asked)
+        return Rounds(rounds=(turn,)), turn
+    rounds = choosing.close_loop(job, costs, menus, judge, asked, time_plan(job), rounds)
+    return rounds, rounds.chosen(asked)
+
+
+def time_plan(job: Job) -> TimePlan:
+    """A function that builds a plan as a file and times it against the dense one."""
+
+    def act(units: dict[str, int | None]) -> Timing:
+        file = job.folder / "trial.onnx"
+        removals = choosing.removals_of(job, units)
+        export(job, surgery.shrink(job.task.model, job.sites, removals), file)
+        found = proof.timing(proof.compare(job, file, blocks=job.recipe.bench.blocks))
+        file.unlink()
+        job.stages.progress.say(f"measured {found.speedup:.2f}x")
+        return found
+
+    return act
+
+
+def export(job: Job, model: nn.Module, file: Path) -> None:
+    """Write one model of the job as ONNX."""
+    with job.stages(f"export {file.stem}"):
+        example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
+        onnx.export(model, example, file, output_name=job.task.output_name, logits=job.task.logits)
+
+
+def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, list[str]]:
+    """The finished model, saved as a directory and as ONNX; and what is worth a note."""
+    removals = choosing.removals_of(job, turn.units)
+    notes = []
+    if job.recipe.calibration.refit and job.recipe.options.score == "obs":
+        removals, note = _refitted(job, removals, turn, judge)
+        notes.append(note)
+    model = surgery.shrink(job.task.model, job.sites, removals)
+    out = Path(job.recipe.out)
+    units = {name: kept for name, kept in turn.units.items() if kept is not None}
+    store.save(model, job.sites, units, out)
+    job.task.save_files(out)
+    export(job, model, out / "model.onnx")
+    return model, notes
+
+
+def _refitted(
+    job: Job, removals: dict[str, Removal], turn: Round, judge: Stitched
+) -> tuple[dict[str, Removal], str]:
+    """The removals after the sequential refit, unless unseen inputs say that it did harm."""
+    with job.stages("refit") as tick:
+        better = refit(
+            job.task.model,
+            job.sites,
+            removals,
+            job.calibration,
+            damping=job.recipe.calibration.damping,
+            progress=tick,
+        )
+        found = judge.of(surgery.mask(job.task.model, job.sites, better))
+    if found < turn.loss:
+        return (
+            better,
+            f"Sequential refit: divergence from dense {turn.loss:.4g} -> {found:.4g}",
+        )
+    return removals, f"Sequential refit not used: divergence {turn.loss:.4g} would become {found:.4g}"
+
+
+def _proof_timing(job: Job, file: Path) -> Comparison | None:
+    """The shipped file against the dense one; None when this machine is not the target."""
+    if not job.here:
+        return None
+    return proof.compare(job, file, blocks=FINAL_BLOCKS * job.recipe.bench.blocks)
+
+
+def _with_timing(rounds: Rounds, turn: Round, timing: Timing) -> Rounds:
+    """The rounds with a longer measurement in the place of a turn's first one, as the newest turn."""
+    rest = tuple(one for one in rounds.rounds if one != turn)
+    return Rounds(rounds=(*rest, turn.model_copy(update={"timing": timing})))

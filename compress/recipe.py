@@ -1,0 +1,212 @@
+"""What the user asked for: words and TOML parsed into a checked `Recipe`, mistakes explained."""
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from compress.errors import CompressError
+from compress.ir import Budget, Document
+
+TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
+UNITS = {"speedup": "x", "latency_ms": "ms", "energy_mj": "mJ", "power_w": "W", "size_mb": "MB"}
+
+
+class Shapes(Document):
+    """The input shape that is priced and timed; `tokens` is the sequence length of text models."""
+
+    batch: int = Field(default=1, ge=1)
+    tokens: int = Field(default=32, ge=1)
+
+
+class Options(Document):
+    """Which moves the search may use.
+
+    `score` chooses how units are ranked and whether the writer is refitted ("obs" is ZipLM; the
+    others are baselines without a refit). `units` fixes the fractions kept instead of the measured
+    staircase. `uniform` gives every site the same fraction, the baseline of the search.
+    """
+
+    kinds: tuple[Literal["heads", "ffn"], ...] = ("heads", "ffn")
+    score: Literal["obs", "magnitude", "wanda", "taylor"] = "obs"
+    units: tuple[float, ...] | None = None
+    uniform: bool = False
+    drop: bool = True
+
+
+class Calibration(Document):
+    """How much data the statistics see, and how they are damped (methods 0.2.3)."""
+
+    samples: int = Field(default=2048, ge=1)
+    batch: int = Field(default=32, ge=1)
+    damping: float = Field(default=1e-2, gt=0)
+    memory_mb: int = Field(default=2048, ge=64)
+    refit: bool = True
+
+
+class Search(Document):
+    """How long the stitched model is asked; `samples` calibration inputs judge every trial."""
+
+    samples: int = Field(default=256, ge=1)
+    generations: int = Field(default=24, ge=0)
+    offspring: int = Field(default=6, ge=1)
+    seed: int = 0
+
+
+class Bench(Document):
+    """The timing protocol: at least 30 interleaved blocks, threads up to the physical cores."""
+
+    threads: int = Field(default=1, ge=1)
+    blocks: int = Field(default=40, ge=30)
+    block_ms: float = Field(default=60.0, gt=0)
+    rounds: int = Field(default=6, ge=1)
+
+
+class Recipe(Document):
+    """A whole request. Everything but the target and a budget has a default that works untouched."""
+
+    model: str | None = None
+    data: str | None = None
+    test: str | None = None
+    task: TaskName | None = None
+    text: str | None = None
+    label: str | None = None
+    target: str
+    budget: Budget
+    max_drop: float | None = Field(default=None, ge=0)
+    out: str = "out"
+    shapes: Shapes = Shapes()
+    options: Options = Options()
+    calibration: Calibration = Calibration()
+    search: Search = Search()
+    bench: Bench = Bench()
+
+
+def parse_budget(name: str, words: str) -> Budget:
+    """One budget from words such as `2x`, `1.5`, `5ms` (the unit may be left out).
+
+    >>> parse_budget("speedup", "2x").speedup
+    2.0
+    """
+    flag = "--" + name.replace("_", "-")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", words)
+    if match is None or match[2].lower() not in ("", UNITS[name].lower()):
+        example = {"speedup": "2x", "latency_ms": "5", "energy_mj": "20", "power_w": "15"}
+        raise CompressError(
+            f"{flag} {words!r} is not a budget; write for example {flag} {example.get(name, '30')}"
+        )
+    value = float(match[1])
+    if name == "speedup" and value <= 1:
+        raise CompressError(f"{flag} {words} asks for no gain; a speedup is above 1, e.g. 1.5x")
+    if value <= 0:
+        raise CompressError(f"{flag} {words} must be above zero")
+    return Budget(**{name: value})
+
+
+def _known(model: type[Document], path: tuple[str | int, ...]) -> list[str]:
+    """The keys that the table at `path` may hold."""
+    for step in path:
+        kind = model.model_fields[str(step)].annotation if step in model.model_fields else None
+        if not (isinstance(kind, type) and issubclass(kind, Document)):
+            break
+        model = kind
+    return sorted(model.model_fields)
+
+
+def _line(text: str, path: tuple[str | int, ...]) -> int:
+    """The line of a TOML file that sets the key at `path`, 1 when it cannot be told."""
+    table: tuple[str, ...] = ()
+    want = tuple(str(step) for step in path)
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.fullmatch(r"\s*\[\s*([\w.]+)\s*\]\s*(#.*)?", line)
+        if header:
+            table = tuple(header[1].split("."))
+            if table == want:
+                return number
+            continue
+        key = re.match(r"\s*([\w.]+)\s*=", line)
+        if key:
+            full = table + tuple(key[1].split("."))
+            if full == want or (full == want[: len(full)] and "{" in line):
+                return number
+    return 1
+
+
+def explain(error: ValidationError, model: type[Document], where: str, text: str = "") -> str:
+    """The first mistake of a document in one sentence: place, key, nearest known key or reason."""
+    problem = error.errors()[0]
+    path = problem["loc"]
+    place = f"{where} line {_line(text, path)}" if text else where
+    key = str(path[-1]) if path else "document"
+    table = ".".join(str(step) for step in path[:-1])
+    inside = f" in [{table}]" if table else ""
+    if problem["type"] == "extra_forbidden":
+        known = _known(model, path[:-1])
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        return f"{place}: unknown key {key!r}{inside}{hint} Known: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{place}: {key!r}{inside} is missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {key!r}{inside} {message} (found {problem['input']!r})"
+
+
+def read(path: Path | None, overrides: dict[str, Any]) -> Recipe:
+    """The recipe in a TOML file, with the command line's words laid over it.
+
+    Raises:
+        CompressError: the file is missing or malformed (with the line and the nearest key).
+    """
+    text = ""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = tomllib.loads(text)
+        except OSError as error:
+            raise CompressError(
+                f"--recipe {path} cannot be read ({error.strerror}); give a TOML file"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise CompressError(f"{path} is not TOML: {error}") from error
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            values[key] = {**values[key], **value}
+        else:
+            values[key] = value
+    for key, ask in (("target", "--target cpu"), ("budget", "--speedup 2x")):
+        if key not in values:
+            raise CompressError(f"no {key} was given; add for example {ask}")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise CompressError(explain(error, Recipe, str(path or "request"), text)) from error
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML, which `read` turns back into the same recipe."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for key, value in recipe.model_dump(mode="json", exclude_none=True).items():
+        if isinstance(value, dict):
+            tables.append(f"\n[{key}]")
+            tables += [f"{name} = {_toml(item)}" for name, item in value.items()]
+        else:
+            lines.append(f"{key} = {_toml(value)}")
+    return "\n".join(lines + tables) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value)

@@ -1,0 +1,177 @@
+"""What can be said without compiling: the sites of a model, what is reachable, how fast files are."""
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from compress import analyze, bench, choosing, demo, search
+from compress.errors import CompressError
+from compress.export import runners
+from compress.ir import Site
+from compress.job import Job, Progress, prepare
+from compress.loop import Menus
+from compress.pretrained import example_inputs
+from compress.pricing import Costs, price, table_of, wanted_levels
+from compress.recipe import Recipe, Shapes
+from compress.task import load_model
+
+SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+
+
+def inspect(model: str | None, shapes: Shapes) -> dict[str, object]:
+    """The sites of a model, from its directory alone: no data, no tokenizer."""
+    module = load_model(model or str(Path(demo.__file__).parent))
+    found = analyze.find_sites(module, example_inputs(module, shapes.batch, shapes.tokens))
+    parameters = sum(p.numel() for p in module.parameters())
+    work = {site.name: _multiplications(site) for site in found.sites}
+    everything = max(1, sum(work.values()))
+    return {
+        "model": model or "embedded default",
+        "sites": [
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "units": site.units,
+                "parameters": site.parameters,
+                "weights_share": round(site.parameters / parameters, 4),
+                "multiplications_share": round(work[site.name] / everything, 4),
+                "can_be_dropped": site.drop is not None,
+            }
+            for site in found.sites
+        ],
+        "parameters": parameters,
+        "parameters_in_sites": sum(site.parameters for site in found.sites),
+        "skipped": [{"place": skip.place, "reason": skip.reason} for skip in found.skipped],
+        "fallback": found.fallback,
+    }
+
+
+def _multiplications(site: Site) -> int:
+    """Multiply-accumulates of a site at the example's shape, attention products included."""
+    products = sum(m.rows * m.out * m.inner for m in site.matmuls)
+    heads = site.units * site.queries if site.kind == "heads" else 0
+    return products + 2 * heads * site.batch * site.tokens**2 * site.head_dim
+
+
+def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
+    """What is reachable on the target, by which move, and at what layer error; builds nothing.
+
+    Everything in it is an estimate: errors are those of single sites, times come from the table.
+    """
+    job = prepare(recipe, progress)
+    costs = price(job)
+    menus = choosing.menus_of(job, costs, choosing.candidates(job, costs))
+    reach = {"everything": _reach(costs, menus)}
+    for kind in sorted(set(menus.kinds)):
+        reach[f"{kind} alone"] = _reach(costs, menus, only=kind)
+    return {
+        "model": recipe.model or "embedded default",
+        "target": recipe.target,
+        "source": costs.source,
+        "dense_ms": round(costs.dense_ms, 4),
+        "outside_sites_ms": round(costs.fixed_ms, 4),
+        "reachable_speedup_estimate": {name: round(value, 3) for name, value in reach.items()},
+        "plans": [row for speedup in SPEEDUPS if (row := _row(job, costs, menus, speedup))],
+    }
+
+
+def _reach(costs: Costs, menus: Menus, only: str | None = None) -> float:
+    """The speedup when everything (of one kind) is taken to its cheapest option."""
+    spent = sum(
+        float(menu.cost.min() if only in (None, kind) else menu.cost.max())
+        for kind, menu in zip(menus.kinds, menus.prior, strict=True)
+    )
+    return costs.dense_ms / menus.whole.latency_ms(spent)
+
+
+def _row(job: Job, costs: Costs, menus: Menus, speedup: float) -> dict[str, object] | None:
+    try:
+        choices = search.knapsack(menus.prior, menus.whole.room_ms(costs.dense_ms / speedup))
+    except search.UnreachableError:
+        return None
+    row: dict[str, object] = {
+        "speedup_estimate": round(costs.dense_ms / menus.latency_ms(choices), 3),
+        "latency_ms_estimate": round(menus.latency_ms(choices), 4),
+        "mean_layer_error": round(search.total(menus.prior, choices)[1] / len(choices), 4),
+    }
+    units = menus.named(choices)
+    for kind in sorted(set(menus.kinds)):
+        own = [site for site in job.sites if site.kind == kind]
+        kept = sum(site.units if units[site.name] is None else units[site.name] or 0 for site in own)
+        row[f"{kind}_kept"] = round(kept / sum(site.units for site in own), 3)
+    return row
+
+
+def time_files(
+    paths: Sequence[str], shapes: Shapes, threads: int, blocks: int, progress: Progress
+) -> dict[str, object]:
+    """Interleaved latency of ONNX files or output directories; ratios are to the first."""
+    files = [_file(Path(path)) for path in paths]
+    names = [path.rstrip("/") for path in paths]
+    if len(set(names)) < len(names):
+        raise CompressError("a file was named twice; interleaved timing needs different files")
+    with ExitStack() as stack:
+        calls = {}
+        for name, file in zip(names, files, strict=True):
+            runner = stack.enter_context(runners.OrtRunner(file, threads=threads))
+            calls[name] = runner.timed(_inputs(runner, shapes))
+        tick = stack.enter_context(progress.stage("time"))
+        found = bench.compare(calls, blocks=blocks, threads=threads, progress=tick)
+    rows = []
+    for name in names:
+        ratio = found.ratio(name)
+        rows.append(
+            {
+                "artifact": name,
+                **found.latency(name).model_dump(),
+                "speedup": round(ratio.value, 4),
+                "interval95": [round(ratio.low, 4), round(ratio.high, 4)],
+            }
+        )
+    return {
+        "artifacts": rows,
+        "shapes": shapes.model_dump(),
+        "protocol": found.protocol.model_dump(),
+        "drift": round(found.drift, 4),
+        "environment": bench.environment(),
+    }
+
+
+def _file(path: Path) -> Path:
+    """The ONNX file that a path means."""
+    file = path / "model.onnx" if path.is_dir() else path
+    if not file.is_file():
+        raise CompressError(f"{file} does not exist; give an .onnx file or an output directory")
+    return file
+
+
+def _inputs(runner: runners.OrtRunner, shapes: Shapes) -> dict[str, np.ndarray]:
+    """Inputs that suit a file: ones where integers are wanted, noise for real numbers."""
+    random = np.random.default_rng(0)
+    made = {}
+    for name, (kind, shape) in runner.inputs().items():
+        free = iter((shapes.batch, shapes.tokens))
+        sizes = [size if isinstance(size, int) else next(free, shapes.tokens) for size in shape]
+        made[name] = (
+            random.standard_normal(sizes).astype(kind)
+            if np.issubdtype(kind, np.floating)
+            else np.ones(sizes, kind)
+        )
+    return made
+
+
+def measure_target(progress: Progress) -> dict[str, object]:
+    """Time the sites of the embedded default on this machine and keep the table for later runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Recipe.model_validate({"target": "cpu", "budget": {"speedup": 2.0}, "out": f"{folder}/out"})
+        job = prepare(recipe, progress)
+        table = table_of(job, {site.name: wanted_levels(job, site) for site in job.sites})
+    return {
+        "fingerprint": table.fingerprint,
+        "runtime": table.runtime,
+        "threads": table.threads,
+        "rows": table.rows,
+    }

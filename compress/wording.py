@@ -1,0 +1,51 @@
+"""Numbers as people read them: digits that mean something, always with their unit."""
+
+import math
+
+from compress.ir import Budget
+from compress.recipe import UNITS
+
+PERCENT = ("accuracy", "f1", "precision", "recall", "agreement")
+
+
+def digits(value: float) -> str:
+    """A number with three significant digits, never in scientific notation above 0.001.
+
+    >>> [digits(value) for value in (0.01234, 2.0, 18.31, 1234.5)]
+    ['0.0123', '2.00', '18.3', '1234']
+    """
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
+        return f"{value:.1e}"
+    whole = math.floor(math.log10(abs(value)))
+    return f"{value:.{max(2 - whole, 0)}f}"
+
+
+def amount(name: str, value: float) -> str:
+    """A budget's value with its unit.
+
+    >>> amount("speedup", 2), amount("latency_ms", 5), amount("size_mb", 30)
+    ('2.00x', '5.00 ms', '30.0 MB')
+    """
+    return f"{value:.2f}x" if name == "speedup" else f"{digits(value)} {UNITS[name]}"
+
+
+def exact(asked: Budget, value: float) -> str:
+    """A measured value, with more digits where rounding would hide that it missed."""
+    text = amount(asked.name, value)
+    if text != amount(asked.name, asked.value) or value == asked.value:
+        return text
+    return f"{value:.4f}{'' if asked.name == 'speedup' else ' '}{UNITS[asked.name]}"
+
+
+def score_text(metric: str, value: float | None) -> str:
+    """A score as people say it: shares in percent, everything else as it is."""
+    if value is None:
+        return "not measured"
+    return f"{100 * value:.1f}" if metric in PERCENT else digits(value)
+
+
+def lost(metric: str, change: float) -> str:
+    """A change of a score, e.g. `1.3 points` of accuracy or `0.41` of perplexity."""
+    return f"{100 * change:.1f} points" if metric in PERCENT else digits(change)

@@ -1,0 +1,50 @@
+"""A task on a tiny random classifier with padded text, for tests that need data and sites together."""
+
+import functools
+
+import torch
+import transformers
+from families import HEADS, HIDDEN, LAYERS, NEURONS, VOCABULARY
+
+from compress.analyze import find_sites
+from compress.task import Batch, Task
+
+
+class Padded(Task):
+    """Seeded token ids of different lengths; labels follow the first token."""
+
+    def __init__(self, samples=48, length=9):
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=NEURONS,
+            max_position_embeddings=40,
+            num_labels=3,
+            initializer_range=0.3,
+        )
+        self.model = transformers.BertForSequenceClassification(config).eval()
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(3, VOCABULARY, (samples, length), generator=generator)
+        lengths = torch.randint(4, length + 1, (samples,), generator=generator)
+        self.real = torch.arange(length) < lengths[:, None]
+        self.samples = {"calibration": samples, "validation": samples, "test": samples}
+
+    def example(self, batch, tokens):
+        ids = self.ids[:1].repeat(batch, 8)[:, :tokens]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def batches(self, split, size, limit=None):
+        ids, real = self.ids[:limit], self.real[:limit]
+        for rows, mask in zip(ids.split(size), real.split(size), strict=True):
+            inputs = {"input_ids": rows * mask, "attention_mask": mask.long()}
+            yield Batch(inputs, rows[:, 0] % 3, mask)
+
+
+@functools.cache
+def padded():
+    """The task and its sites."""
+    task = Padded()
+    return task, find_sites(task.model, task.example(1, 9)).sites

@@ -1,0 +1,89 @@
+"""Chains against the file that is exported; what they compute is held in test_blocks.py."""
+
+import functools
+from collections import Counter
+
+import families
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from compress.analyze import find_sites
+from compress.errors import CompressError
+from compress.export import chains
+from compress.export.onnx import export
+
+
+@functools.cache
+def sites_of(name):
+    model, example = families.build(name)
+    return model, example, find_sites(model, example).sites
+
+
+def operators(file):
+    return Counter(node.op_type for node in file.graph.node)
+
+
+def test_a_chain_has_the_costly_operators_that_the_exported_model_has_for_the_site(tmp_path):
+    model, example, sites = sites_of("fused")
+    export(model, example, tmp_path / "model.onnx", output_name="logits")
+    whole = operators(onnx.load(tmp_path / "model.onnx"))
+    found = Counter()
+    for site in sites:
+        found += operators(onnx.load_from_string(chains.chain(site, site.units, 1)))
+    # The head of the model is one product; its first norm has no chain, the residual sums all have.
+    whole["Gemm"] -= 1
+    for operator in ("Gemm", "MatMul", "Softmax", "Gelu", "LayerNormalization"):
+        assert found[operator] == whole[operator], operator
+    assert set(found) <= set(whole) | {"Mul", "Split"}  # this model divides where others multiply
+
+
+def test_scores_are_scaled_once_and_carry_no_guard():
+    _, _, sites = sites_of("fused")
+    heads = next(site for site in sites if site.kind == "heads")
+    found = operators(onnx.load_from_string(chains.chain(heads, heads.units, 1)))
+    assert (found["Mul"], found["Softmax"], found["MatMul"]) == (1, 1, 2)
+    assert found["IsNaN"] == found["Where"] == 0
+
+
+def test_a_chain_is_the_same_every_time_and_differs_between_units():
+    _, _, sites = sites_of("llama")
+    for site in sites[:2]:
+        files = [chains.chain(site, units, 2) for units in (2, 2, 1)]
+        assert files[0] == files[1] != files[2]
+
+
+def test_sizes_are_free_and_the_format_is_the_one_that_is_stated():
+    _, _, sites = sites_of("llama")
+    heads, ffn = sites[:2]
+    for site, shapes in ((heads, [["rows", 24], ["batch", 1, "tokens", "tokens"]]), (ffn, [["rows", 24]])):
+        file = onnx.load_from_string(chains.chain(site, 1, 1))
+        assert (file.opset_import[0].version, file.ir_version) == (chains.OPSET, chains.IR_VERSION)
+        found = [
+            [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+            for value in file.graph.input
+        ]
+        assert found == shapes
+        assert [w.name for w in file.graph.initializer if w.data_type == TensorProto.DOUBLE] == []
+
+
+def test_weights_are_stored_as_out_by_in_and_numbers_once():
+    _, _, sites = sites_of("fused")
+    heads = sites[0]
+    file = onnx.load_from_string(chains.chain(heads, 3, 2))
+    weights = {w.name: numpy_helper.to_array(w) for w in file.graph.initializer}
+    gemms = [node for node in file.graph.node if node.op_type == "Gemm"]
+    assert [weights[node.input[1]].shape for node in gemms] == [(54, 20), (20, 18)] * 2
+    assert all(node.attribute[0].name == "transB" for node in gemms)
+    numbers = [tuple(w.tolist()) for w in weights.values() if w.dtype == np.int64]
+    assert len(numbers) == len(set(numbers))
+
+
+def test_readers_of_another_hidden_width_are_refused():
+    _, _, sites = sites_of("fused")
+    site = sites[0]
+    first, *rest = site.matmuls
+    odd = site.model_copy(update={"matmuls": (first.model_copy(update={"inner": 21}), *rest)})
+    with pytest.raises(CompressError, match="different hidden widths"):
+        chains.chain(odd, 2, 1)

@@ -1,0 +1,177 @@
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from outputs import ROWS, write_model, write_output
+
+from compress import cli, report
+from compress.export import deliver, device, edge, runners
+from compress.measurement import Bundle, identity
+
+
+@pytest.fixture
+def out(tmp_path):
+    write_output(tmp_path / "out")
+    return tmp_path / "out"
+
+
+def bundled(out, to="edge"):
+    deliver.deliver(out, to)
+    return out / to
+
+
+def test_a_bundle_says_what_was_asked_and_what_every_file_hashes_to(out):
+    folder = bundled(out)
+    document = json.loads((folder / "bundle.json").read_text())
+    digest = document.pop("digest")
+    assert digest == device.canonical_digest(document)
+    found = Bundle.model_validate(document)
+    assert (found.asked.speedup, found.target.name, found.target.kind) == (2.0, "rpi5", "cpu")
+    assert found.shapes == {"batch": 1, "tokens": 16}
+    assert (found.protocol["blocks"], found.protocol["block_ms"], found.protocol["threads"]) == (60, 2.0, 1)
+    assert found.report == identity(report.read(out))
+    assert found.models.compressed.sha256 == runners.sha256(out / "model.onnx")
+    assert found.models.dense.sha256 == runners.sha256(out / "compression" / "dense.onnx")
+    assert set(found.files) == {"dense.onnx", "model.onnx", "examples.npz", "verify.py"}
+    assert {path.name for path in folder.iterdir()} == {*found.files, "bundle.json", deliver.MARK}
+    assert (folder / "verify.py").read_bytes() == Path(device.__file__).read_bytes()
+    assert device.read_bundle(folder)["digest"] == digest
+
+
+def test_examples_have_several_shapes_padding_and_the_answers_of_both_models(out):
+    folder = bundled(out)
+    found = device.read_examples(folder / "examples.npz")
+    shapes = [example.inputs["input_ids"].shape for example in found]
+    assert shapes == [(1, 16), (3, 8), (3, 16)]
+    masks = [example.inputs["attention_mask"] for example in found]
+    assert masks[0].all()
+    assert masks[1].all()
+    assert masks[2].sum(1).tolist() == [16, 11, 6]
+    for example in found:
+        assert example.inputs["input_ids"].max() < ROWS
+        for side, name in (("dense", "dense.onnx"), ("compressed", "model.onnx")):
+            with runners.OrtRunner(folder / name, threads=1) as runner:
+                again = runner.infer(example.inputs)["logits"]
+            assert np.array_equal(example.answers[side]["logits"], again)
+    assert not np.allclose(found[0].answers["dense"]["logits"], found[0].answers["compressed"]["logits"])
+
+
+def test_the_same_output_gives_the_same_bytes(out, tmp_path):
+    one = deliver.deliver(out, "edge", tmp_path / "a" / "edge.tar.gz", archive=True)[0].read_bytes()
+    for name in ("model.onnx", "compression/dense.onnx"):
+        os.utime(out / name, (1, 1))
+    two = deliver.deliver(out, "edge", tmp_path / "b" / "edge.tar.gz", archive=True)[0].read_bytes()
+    assert one == two
+
+
+def test_an_archive_unpacks_to_a_bundle_that_verifies(out, tmp_path):
+    (archive,) = deliver.deliver(out, "edge", archive=True)
+    assert archive == out / "edge.tar.gz"
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "there", filter="data")
+    assert device.read_bundle(tmp_path / "there" / "edge")["model"] == "demo"
+
+
+def test_ort_files_come_along_when_asked_for_and_give_the_same_answers(out):
+    folder = bundled(out, "edge+ort")
+    assert {"dense.ort", "model.ort"} <= set(device.read_bundle(folder)["files"])
+    example = device.read_examples(folder / "examples.npz")[2]
+    for side, name in (("dense", "dense.ort"), ("compressed", "model.ort")):
+        model = device.OrtModel(folder / name, 1, device.CPU)
+        assert device.agreement(model, side, [example], 1e-5)["passed"]
+
+
+def test_tables_are_found_through_casts_and_quantization(tmp_path):
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT32, ["n"])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["long"], to=TensorProto.INT64),
+        helper.make_node("DequantizeLinear", ["small", "scale"], ["table"]),
+        helper.make_node("Gather", ["table", "long"], ["a"]),
+        helper.make_node("Gather", ["wide", "long"], ["b"], axis=1),
+        helper.make_node("ReduceSum", ["a"], ["c"]),
+        helper.make_node("ReduceSum", ["b"], ["d"]),
+        helper.make_node("Add", ["c", "d"], ["y"]),
+    ]
+    weights = [
+        numpy_helper.from_array(np.ones((9, 2), np.int8), "small"),
+        numpy_helper.from_array(np.float32(0.5).reshape(()), "scale"),
+        numpy_helper.from_array(np.ones((30, 5), np.float32), "wide"),
+    ]
+    graph = helper.make_graph(nodes, "g", [ids], [out], weights)
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    assert edge.table_rows(path) == {"ids": 5}
+    assert edge.precision_of(path) == "int8"
+    write_model(path, 4, 1)
+    assert edge.table_rows(path) == {"input_ids": ROWS}
+    assert edge.precision_of(path) == "fp32"
+
+
+# The command line
+
+
+def test_the_command_names_what_it_wrote(out, capfd):
+    assert cli.perform(["export", str(out), "--to", "edge"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert str(out / "edge" / "bundle.json") in lines
+    assert cli.perform(["export", str(out), "--to", "onnx", "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document == {"format": "onnx", "files": [str(out / "onnx" / "model.onnx")]}
+
+
+def test_a_bundle_a_measurement_and_a_merge_end_in_a_verdict(out, capfd):
+    """The target is a Raspberry Pi; this machine is vouched for, which the report then says."""
+    folder = bundled(out)
+    done = subprocess.run([sys.executable, folder / "verify.py"], capture_output=True, check=False)
+    assert done.returncode == 0
+    words = ["report", str(out), "--merge", str(folder / "measured.json")]
+    assert cli.perform(words) == 2
+    assert "--device-is-target" in capfd.readouterr().err
+    assert report.exit_code(report.read(out)) == 3
+    assert cli.perform([*words, "--device-is-target"]) == 0
+    assert "MET" in capfd.readouterr().out
+    assert any("whoever merged it" in line for line in report.read(out).warnings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # a whole compilation, and an environment from the network
+def test_the_demo_is_measured_where_only_numpy_and_onnxruntime_are(tmp_path):
+    """Compile, bundle, carry to a clean environment, measure, merge: the device comes to a verdict."""
+    out, place = tmp_path / "out", tmp_path / "venv"
+    clean = {"cwd": tmp_path, "env": {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}}
+    compress = [sys.executable, "-m", "compress"]
+    common = {"capture_output": True, "text": True, "check": False}
+    compiled = subprocess.run([*compress, "--target", "cpu", "--speedup", "2x", "--out", out, "-q"], **common)
+    assert compiled.returncode in (0, 1), compiled.stderr
+    venv.create(place, with_pip=True)
+    python = place / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "numpy", "onnxruntime"]
+    assert subprocess.run(install, check=False).returncode == 0
+    assert subprocess.run([*compress, "export", out, "--to", "edge", "--archive"], **common).returncode == 0
+    with tarfile.open(out / "edge.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    absent = subprocess.run([python, "-c", "import compress"], **common, **clean)
+    assert "No module named 'compress'" in absent.stderr
+    done = subprocess.run([python, tmp_path / "edge" / "verify.py"], **common, **clean)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "edge" / "measured.json").read_text())
+    merge = [*compress, "report", out, "--merge", tmp_path / "edge" / "measured.json"]
+    merged = subprocess.run(merge, **common)
+    found = report.read(out)
+    assert merged.returncode == report.exit_code(found) == (0 if measured["ratio"]["value"] >= 2 else 1)
+    assert found.verdict.measured.speedup == pytest.approx(measured["ratio"]["value"])
+    model = bytearray((tmp_path / "edge" / "model.onnx").read_bytes())
+    model[len(model) // 2] ^= 1
+    (tmp_path / "edge" / "model.onnx").write_bytes(bytes(model))
+    flipped = subprocess.run([python, tmp_path / "edge" / "verify.py"], **common, **clean)
+    assert flipped.returncode == 2
+    assert "model.onnx is damaged" in flipped.stderr

@@ -1,0 +1,703 @@
+import copy
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+
+from compress.errors import CompressError
+from compress.ir import Count, Drop, Site, Slice
+from compress.modeling import Bias, Dropped
+from compress.surgery import (
+    Removal,
+    check,
+    mask,
+    parameters_after,
+    restore,
+    shrink,
+    shrink_in_place,
+    stitch,
+    writer_tensors,
+)
+
+# Two orders of summing a few dozen float32 products of size one.
+ATOL = 1e-5
+
+
+def rows(name, width, bias=True):
+    """A producer: units own rows of its weight, and entries of its bias."""
+    yield Slice(tensor=f"{name}.weight", dim=0, width=width)
+    if bias:
+        yield Slice(tensor=f"{name}.bias", dim=0, width=width)
+
+
+def bert_sites():
+    sites = []
+    for layer in range(2):
+        place = f"bert.encoder.layer.{layer}"
+        attention, writer = f"{place}.attention.self", f"{place}.attention.output.dense"
+        sites.append(
+            Site(
+                name=f"{layer}.heads",
+                kind="heads",
+                units=4,
+                slices=(
+                    *rows(f"{attention}.query", 8),
+                    *rows(f"{attention}.key", 8),
+                    *rows(f"{attention}.value", 8),
+                    Slice(tensor=f"{writer}.weight", dim=1, width=8),
+                ),
+                counts=(
+                    Count(module=attention, attribute="num_attention_heads", per_unit=1),
+                    Count(module=attention, attribute="all_head_size", per_unit=8),
+                ),
+                writer=f"{writer}.weight",
+                bias=f"{writer}.bias",
+                drop=Drop(module=attention, writer=False, output=0, outputs=2),
+            )
+        )
+        sites.append(
+            Site(
+                name=f"{layer}.ffn",
+                kind="ffn",
+                units=64,
+                slices=(
+                    *rows(f"{place}.intermediate.dense", 1),
+                    Slice(tensor=f"{place}.output.dense.weight", dim=1, width=1),
+                ),
+                writer=f"{place}.output.dense.weight",
+                bias=f"{place}.output.dense.bias",
+                drop=Drop(module=f"{place}.intermediate", writer=False),
+            )
+        )
+    return tuple(sites)
+
+
+def llama_sites():
+    sites = []
+    for layer in range(2):
+        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        sites.append(
+            Site(
+                name=f"{layer}.heads",
+                kind="heads",
+                units=2,
+                slices=(
+                    *rows(f"{attention}.q_proj", 16, bias=False),
+                    *rows(f"{attention}.k_proj", 8, bias=False),
+                    *rows(f"{attention}.v_proj", 8, bias=False),
+                    Slice(tensor=f"{attention}.o_proj.weight", dim=1, width=16),
+                ),
+                writer=f"{attention}.o_proj.weight",
+                drop=Drop(module=attention, writer=True, output=0, outputs=2),
+            )
+        )
+        sites.append(
+            Site(
+                name=f"{layer}.ffn",
+                kind="ffn",
+                units=64,
+                slices=(
+                    *rows(f"{mlp}.gate_proj", 1, bias=False),
+                    *rows(f"{mlp}.up_proj", 1, bias=False),
+                    Slice(tensor=f"{mlp}.down_proj.weight", dim=1, width=1),
+                ),
+                writer=f"{mlp}.down_proj.weight",
+                drop=Drop(module=mlp, writer=True),
+            )
+        )
+    return tuple(sites)
+
+
+def randomized(model):
+    """Weights and biases of size one in effect, so that every part of the model matters."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return model.eval()
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    return randomized(BertForSequenceClassification(config))
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
+    return randomized(LlamaForCausalLM(config))
+
+
+MODELS = {"bert": (bert, bert_sites), "llama": (llama, llama_sites)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def subject(request):
+    build, sites = MODELS[request.param]
+    return build(), sites()
+
+
+@pytest.fixture(scope="module")
+def bert_model():
+    return bert()
+
+
+@pytest.fixture(scope="module")
+def llama_model():
+    return llama()
+
+
+def tokens():
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, 50, (2, 7), generator=generator)
+    attention = torch.ones(2, 7, dtype=torch.int64)
+    attention[1, 5:] = 0
+    return {"input_ids": ids, "attention_mask": attention}
+
+
+@torch.inference_mode()
+def logits(model, inputs=None):
+    return model(**(inputs or tokens())).logits
+
+
+def removal(model, site, kept, seed=0, weight=True, bias=True):
+    generator = torch.Generator().manual_seed(seed)
+    out = model.get_parameter(site.writer).shape[1 - site.column.dim]
+    return Removal(
+        kept=torch.tensor(kept, dtype=torch.int64),
+        weight=torch.randn(out, len(kept) * site.column.width, generator=generator) if weight else None,
+        bias=torch.randn(out, generator=generator) if bias else None,
+    )
+
+
+def some_removals(model, sites, seed=0, **keywords):
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for index, site in enumerate(sites):
+        count = max(1, site.units // 2 - index % 2)
+        kept = sorted(torch.randperm(site.units, generator=generator)[:count].tolist())
+        result[site.name] = removal(model, site, kept, seed + index, **keywords)
+    return result
+
+
+def fingerprint(model):
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        total.update(name.encode())
+        total.update(value.numpy().tobytes())
+    for name, module in model.named_modules():
+        plain = sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float | str))
+        total.update(f"{name} {type(module)} {plain}".encode())
+    return total.hexdigest()
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_masked_model_computes_what_the_shrunk_model_computes(subject, weight, bias):
+    model, sites = subject
+    removals = some_removals(model, sites, weight=weight, bias=bias)
+    masked = logits(mask(model, sites, removals))
+    assert (masked - logits(shrink(model, sites, removals))).abs().max() <= ATOL
+    assert (masked - logits(model)).abs().max() > 1e-2
+
+
+def test_a_removal_of_nothing_changes_no_bit(subject):
+    model, sites = subject
+    everything = {site.name: Removal(kept=torch.arange(site.units)) for site in sites}
+    assert torch.equal(logits(shrink(model, sites, everything)), logits(model))
+    assert torch.equal(logits(shrink(model, sites, {})), logits(model))
+
+
+def test_neither_mask_nor_shrink_touches_the_model(subject):
+    model, sites = subject
+    before = fingerprint(model)
+    removals = some_removals(model, sites)
+    removals[sites[0].name] = removal(model, sites[0], [])
+    mask(model, sites, removals)
+    shrink(model, sites, removals)
+    assert fingerprint(model) == before
+
+
+def test_a_mask_writes_exactly_the_writer(bert_model):
+    site = bert_sites()[0]
+    change = removal(bert_model, site, [1, 3])
+    masked = mask(bert_model, [site], {site.name: change}).state_dict()
+    for name, value in bert_model.state_dict().items():
+        if name not in (site.writer, site.bias):
+            assert torch.equal(masked[name], value), name
+    for unit, columns in ((1, slice(0, 8)), (3, slice(8, 16))):
+        stored = masked[site.writer][:, unit * 8 : unit * 8 + 8]
+        assert torch.equal(stored, change.weight[:, columns])
+    for unit in (0, 2):
+        assert masked[site.writer][:, unit * 8 : unit * 8 + 8].abs().max() == 0
+    assert torch.equal(masked[site.bias], change.bias)
+
+
+def test_a_shrunk_model_holds_the_rows_and_columns_that_stay(bert_model):
+    site = bert_sites()[0]
+    change = removal(bert_model, site, [1, 3])
+    before, after = bert_model.state_dict(), shrink(bert_model, [site], {site.name: change}).state_dict()
+    stay = [8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31]
+    for part in ("query", "key", "value"):
+        for kind in ("weight", "bias"):
+            name = f"bert.encoder.layer.0.attention.self.{part}.{kind}"
+            assert torch.equal(after[name], before[name][stay])
+    assert torch.equal(after[site.writer], change.weight)
+    assert torch.equal(after[site.bias], change.bias)
+    assert list(after) == list(before)
+
+
+def test_layers_and_counts_say_their_new_width(bert_model):
+    sites = bert_sites()
+    removals = {
+        "0.heads": removal(bert_model, sites[0], [2]),
+        "1.ffn": removal(bert_model, sites[3], [5, 6, 7]),
+    }
+    shrunk = shrink(bert_model, sites, removals).bert.encoder.layer
+    first, second = shrunk[0].attention, shrunk[1]
+    assert (first.self.num_attention_heads, first.self.all_head_size) == (1, 8)
+    assert (first.self.query.in_features, first.self.query.out_features) == (32, 8)
+    assert (first.output.dense.in_features, first.output.dense.out_features) == (8, 32)
+    assert (second.intermediate.dense.out_features, second.output.dense.in_features) == (3, 3)
+    assert second.attention.self.num_attention_heads == 4
+
+
+def test_sites_may_come_as_a_mapping(bert_model):
+    sites = bert_sites()
+    removals = some_removals(bert_model, sites)
+    named = {site.name: site for site in sites}
+    assert torch.equal(logits(mask(bert_model, named, removals)), logits(mask(bert_model, sites, removals)))
+
+
+def test_a_writer_without_a_bias_gains_one_and_loses_it_when_restored(llama_model):
+    site = llama_sites()[1]
+    model = copy.deepcopy(llama_model)
+    before, tensors = fingerprint(model), writer_tensors(model, site)
+    assert tensors[1] is None
+    stitch(model, site, removal(model, site, [0, 9]))
+    assert model.model.layers[0].mlp.down_proj.bias.shape == (32,)
+    again = removal(model, site, [3], seed=4)
+    stitch(model, site, again)
+    assert torch.equal(model.model.layers[0].mlp.down_proj.bias.detach(), again.bias)
+    restore(model, site, tensors)
+    assert model.model.layers[0].mlp.down_proj.bias is None
+    assert fingerprint(model) == before
+
+
+def test_a_restored_writer_is_the_dense_one_bit_for_bit(subject):
+    model, sites = subject
+    copied = copy.deepcopy(model)
+    before = fingerprint(copied)
+    tensors = {site.name: writer_tensors(copied, site) for site in sites}
+    for site in sites:
+        stitch(copied, site, removal(copied, site, [1]))
+    assert fingerprint(copied) != before
+    for site in sites:
+        restore(copied, site, tensors[site.name])
+    assert fingerprint(copied) == before
+
+
+def test_only_a_linear_layer_gains_a_bias():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 4))
+
+    model = nn.Sequential(nn.Linear(3, 4), Scale())
+    site = Site(
+        name="s",
+        kind="ffn",
+        units=4,
+        slices=(*rows("0", 1), Slice(tensor="1.weight", dim=1, width=1)),
+        writer="1.weight",
+    )
+    change = Removal(kept=torch.tensor([1]), bias=torch.ones(3))
+    with pytest.raises(CompressError, match=r"Scale without a bias.*make it an nn.Linear"):
+        mask(model, [site], {"s": change})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_a_dropped_site_leaves_what_its_mask_leaves(subject, place, bias):
+    model, sites = subject
+    removals = {sites[place].name: removal(model, sites[place], [], weight=False, bias=bias)}
+    masked = logits(mask(model, sites, removals))
+    shrunk = shrink(model, sites, removals)
+    assert (masked - logits(shrunk)).abs().max() <= ATOL
+    assert (masked - logits(model)).abs().max() > 1e-2
+    removed = sites[place].drop.module
+    assert isinstance(shrunk.get_submodule(removed), Dropped)
+
+
+def test_a_post_norm_model_keeps_the_norm_of_residual_plus_bias(bert_model):
+    site = bert_sites()[1]
+    change = removal(bert_model, site, [])
+    shrunk = shrink(bert_model, [site], {site.name: change})
+    layer = shrunk.bert.encoder.layer[0]
+    hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    expected = layer.output.LayerNorm(hidden + change.bias)
+    assert torch.allclose(layer.feed_forward_chunk(hidden), expected, atol=1e-6)
+
+
+def test_a_model_without_any_unit_still_runs(subject):
+    model, sites = subject
+    removals = {site.name: removal(model, site, [], seed=i) for i, site in enumerate(sites)}
+    masked, shrunk = mask(model, sites, removals), shrink(model, sites, removals)
+    assert (logits(masked) - logits(shrunk)).abs().max() <= ATOL
+
+
+def test_a_site_without_a_stand_in_is_never_emptied(bert_model):
+    site = bert_sites()[0].model_copy(update={"drop": None})
+    with pytest.raises(CompressError, match=r"0\.heads: all 4 units are to go.*keep 1 unit"):
+        shrink(bert_model, [site], {site.name: removal(bert_model, site, [])})
+    with pytest.raises(CompressError, match="keep 1 unit"):
+        parameters_after(bert_model, [site], {site.name: 0})
+
+
+def test_a_decoder_generates_the_same_after_its_first_attention_is_dropped(llama_model):
+    sites = llama_sites()
+    removals = {sites[0].name: removal(llama_model, sites[0], [])}
+    ids = tokens()["input_ids"][:1]
+    keywords = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    told = [
+        build(llama_model, sites, removals).generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **keywords
+        )
+        for build in (mask, shrink)
+    ]
+    assert told[0].shape == (1, 15)
+    assert torch.equal(told[0], told[1])
+
+
+def test_a_stand_in_answers_in_the_form_of_the_module_it_replaces():
+    hidden = torch.randn(2, 3, 4)
+    bias = nn.Parameter(torch.arange(5.0))
+    drop = Drop(module="m", writer=True, output=1, outputs=3)
+    answer = Dropped(drop, Bias(5, bias), None)("unused", hidden_states=hidden, mask=torch.ones(1))
+    assert answer[0] is None
+    assert answer[2] is None
+    assert torch.equal(answer[1], torch.arange(5.0).expand(2, 3, 5))
+    alone = Dropped(Drop(module="m", writer=True), Bias(5, None), None)(query=hidden)
+    assert torch.equal(alone, torch.zeros(2, 3, 5))
+    counted = Dropped(Drop(module="m", writer=False), None, None)(hidden)
+    assert counted.shape[:-1] == (2, 3)
+    with pytest.raises(ValueError, match="without any tensor"):
+        Dropped(drop, Bias(5, bias), None)("unused")
+
+
+def test_what_a_stand_in_gives_may_be_added_to_in_place():
+    bias = nn.Parameter(torch.zeros(4))
+    with torch.no_grad():
+        answer = Bias(4, bias)(torch.ones(2, 3, 7))
+        answer += 1
+    assert torch.equal(bias.detach(), torch.zeros(4))
+    assert torch.equal(answer, torch.ones(2, 3, 4))
+
+
+def test_the_bias_of_a_dropped_site_can_be_trained(bert_model):
+    site = bert_sites()[1]
+    shrunk = shrink(bert_model, [site], {site.name: removal(bert_model, site, [])})
+    shrunk(**tokens()).logits.sum().backward()
+    assert shrunk.get_parameter(site.bias).grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stand_in_has_the_mode_of_the_module_that_it_replaces(bert_model, training):
+    site = bert_sites()[1]
+    model = bert_model.train(training)
+    shrunk = shrink(model, [site], {site.name: removal(model, site, [])})
+    assert {module.training for module in shrunk.modules()} == {training}
+    bert_model.eval()
+
+
+class Fused(nn.Module):
+    """Query, key and value in one matrix, with two rows before them that belong to no head."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 3
+        self.qkv = nn.Linear(6, 2 + 3 * 6, bias=True)
+        self.out = nn.Linear(6, 6, bias=False)
+
+    def forward(self, hidden):
+        extra, fused = self.qkv(hidden).split([2, 6 * self.heads], -1)
+        batch, count, _ = hidden.shape
+        q, k, v = fused.view(batch, count, 3, self.heads, 2).permute(2, 0, 3, 1, 4)
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2)) + extra.sum(-1, keepdim=True)
+
+
+FUSED = Site(
+    name="fused",
+    kind="heads",
+    units=3,
+    slices=(
+        *(Slice(tensor="qkv.weight", dim=0, width=2, start=2 + 6 * i) for i in range(3)),
+        *(Slice(tensor="qkv.bias", dim=0, width=2, start=2 + 6 * i) for i in range(3)),
+        Slice(tensor="out.weight", dim=1, width=2),
+    ),
+    counts=(Count(module="", attribute="heads", per_unit=1),),
+    writer="out.weight",
+)
+
+
+@pytest.mark.parametrize("kept", [[0], [1], [2], [0, 2], [1, 2]])
+def test_a_fused_projection_is_cut_in_every_segment_at_once(kept):
+    torch.manual_seed(0)
+    model = Fused().eval()
+    change = {"fused": removal(model, FUSED, kept)}
+    hidden = torch.randn(2, 5, 6)
+    masked, shrunk = mask(model, [FUSED], change), shrink(model, [FUSED], change)
+    assert shrunk.qkv.weight.shape == (2 + 6 * len(kept), 6)
+    assert shrunk.heads == len(kept)
+    assert torch.allclose(masked(hidden), shrunk(hidden), atol=ATOL)
+    assert not torch.allclose(model(hidden), shrunk(hidden), atol=1e-2)
+
+
+class Tied(nn.Module):
+    """Two layers that share both matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(4, 6), nn.Linear(6, 4), nn.Parameter(torch.ones(1))
+        self.up2, self.down2 = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.up2.weight, self.up2.bias, self.down2.weight = (
+            self.up.weight,
+            self.up.bias,
+            self.down.weight,
+        )
+
+    def forward(self, hidden):
+        hidden = hidden + self.down(torch.relu(self.up(hidden)))
+        return hidden + self.down2(torch.relu(self.up2(hidden)))
+
+
+TIED = Site(
+    name="tied",
+    kind="ffn",
+    units=6,
+    slices=(
+        *rows("up", 1),
+        *rows("up2", 1),
+        Slice(tensor="down.weight", dim=1, width=1),
+        Slice(tensor="down2.weight", dim=1, width=1),
+    ),
+    writer="down.weight",
+    bias="down.bias",
+)
+
+
+def test_tied_parameters_are_cut_once_and_stay_tied():
+    torch.manual_seed(0)
+    model = Tied()
+    change = {"tied": removal(model, TIED, [0, 2, 5])}
+    shrunk = shrink(model, [TIED], change)
+    assert shrunk.up.weight is shrunk.up2.weight
+    assert shrunk.down.weight is shrunk.down2.weight
+    assert shrunk.up.weight is not model.up.weight
+    assert shrunk.up2.weight.shape == (3, 4)
+    assert (shrunk.up2.out_features, shrunk.down2.in_features) == (3, 3)
+    hidden = torch.randn(5, 4)
+    assert torch.allclose(mask(model, [TIED], change)(hidden), shrunk(hidden), atol=ATOL)
+    counted = sum(p.numel() for p in shrunk.parameters())
+    assert parameters_after(model, [TIED], {"tied": 3}) == counted == 3 * 4 + 3 + 3 * 4 + 4 + 4 + 1
+
+
+def test_the_tied_head_of_a_decoder_stays_tied(llama_model):
+    sites = llama_sites()
+    shrunk = shrink(llama_model, sites, some_removals(llama_model, sites))
+    assert shrunk.lm_head.weight is shrunk.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_keep_their_dtype(subject, dtype):
+    model, sites = subject
+    half = copy.deepcopy(model).to(dtype)
+    removals = some_removals(model, sites)
+    removals[sites[1].name] = removal(model, sites[1], [])
+    for changed in (mask(half, sites, removals), shrink(half, sites, removals)):
+        assert {value.dtype for value in changed.parameters()} == {dtype}
+    site = sites[2]
+    stored = shrink(half, sites, removals).get_parameter(site.writer)
+    assert torch.equal(stored.detach(), removals[site.name].weight.to(dtype))
+
+
+def test_frozen_parameters_stay_frozen_and_gradients_are_dropped(llama_model):
+    site = llama_sites()[1]
+    model = copy.deepcopy(llama_model).requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    model.model.layers[0].mlp.up_proj.weight.grad = torch.ones(64, 32)
+    shrunk = shrink(model, [site], {site.name: removal(model, site, [4, 8])})
+    mlp = shrunk.model.layers[0].mlp
+    assert not mlp.down_proj.bias.requires_grad
+    assert mlp.up_proj.weight.requires_grad
+    assert mlp.up_proj.weight.grad is None
+
+
+@pytest.mark.parametrize("units", [(1, 17, 3, 40), (4, 64, 4, 64), (0, 5, 2, 0), (0, 0, 0, 0)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_parameters_are_predicted_exactly(subject, units, biased):
+    model, sites = subject
+    kept = {site.name: min(count, site.units) for site, count in zip(sites, units, strict=True)}
+    removals = {
+        site.name: removal(model, site, list(range(kept[site.name])), bias=biased)
+        for site in sites
+        if kept[site.name] < site.units
+    }
+    counted = sum(value.numel() for value in shrink(model, sites, removals).parameters())
+    assert parameters_after(model, sites, kept, biased=biased) == counted
+
+
+def test_parameters_of_a_head_are_those_counted_by_hand(bert_model):
+    total = sum(value.numel() for value in bert_model.parameters())
+    head = 3 * (8 * 32 + 8) + 32 * 8
+    assert parameters_after(bert_model, bert_sites(), {"0.heads": 3}) == total - head
+    assert parameters_after(bert_model, bert_sites(), {"0.heads": 0}) == total - 4 * head
+    assert parameters_after(bert_model, bert_sites(), {}) == total
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (Removal(kept=torch.tensor([2, 1])), "sorted, distinct and int64, not .2, 1."),
+        (Removal(kept=torch.tensor([1, 1])), "sorted, distinct"),
+        (Removal(kept=torch.tensor([1.0])), "float32"),
+        (Removal(kept=torch.tensor([[1]])), "sorted"),
+        (Removal(kept=torch.tensor([3, 4])), r"units \[3, 4\] of 4 cannot be kept"),
+        (Removal(kept=torch.tensor([-1, 2])), r"units \[-1, 2\] of 4 cannot be kept"),
+        (
+            Removal(kept=torch.tensor([1]), weight=torch.zeros(32, 9)),
+            r"weight of .*dense.weight is \[32, 9\]; 1 units kept need \[32, 8\]",
+        ),
+        (Removal(kept=torch.tensor([1]), bias=torch.zeros(31)), r"bias .* is \[31\].*\[32\]"),
+    ],
+)
+@pytest.mark.parametrize("build", [mask, shrink])
+def test_a_removal_that_does_not_fit_is_refused(bert_model, build, change, message):
+    with pytest.raises(CompressError, match=rf"0\.heads: .*{message}"):
+        build(bert_model, bert_sites(), {"0.heads": change})
+
+
+def test_an_unknown_site_is_refused_by_name(bert_model):
+    change = {"9.heads": Removal(kept=torch.tensor([1]))}
+    for ask in (mask, shrink):
+        with pytest.raises(CompressError, match=r"9\.heads is not a site; there are 4 others"):
+            ask(bert_model, bert_sites(), change)
+    with pytest.raises(CompressError, match="not a site"):
+        parameters_after(bert_model, bert_sites(), {"9.heads": 1})
+
+
+@pytest.mark.parametrize("units", [-1, 5])
+def test_a_number_of_units_that_is_not_there_is_refused(bert_model, units):
+    with pytest.raises(CompressError, match=f"cannot keep {units} units; it has 4"):
+        parameters_after(bert_model, bert_sites(), {"0.heads": units})
+
+
+def edited(site, **changes):
+    return site.model_copy(update=changes)
+
+
+DENSE = "bert.encoder.layer.0.attention.output.dense"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slices": (Slice(tensor="bert.nowhere.weight", dim=0, width=1),)}, "no module 'bert.nowhere'"),
+        ({"slices": (Slice(tensor=f"{DENSE}.other", dim=0, width=1),)}, "no tensor '.*other'"),
+        ({"slices": (Slice(tensor=f"{DENSE}.weight", dim=2, width=1),)}, "dimension 2"),
+        ({"slices": (Slice(tensor=f"{DENSE}.weight", dim=1, width=9),)}, r"\[0, 36\) of dimension 1"),
+        ({"slices": (Slice(tensor=f"{DENSE}.bias", dim=0, width=8),)}, "no slice of its writer"),
+        (
+            {"writer": f"{DENSE}.bias", "slices": (Slice(tensor=f"{DENSE}.bias", dim=0, width=8),)},
+            "matrix",
+        ),
+        ({"bias": f"{DENSE}.other"}, "no tensor"),
+        ({"counts": (Count(module=DENSE, attribute="in_features", per_unit=9),)}, "is 32, not 4 x 9"),
+        ({"counts": (Count(module=DENSE, attribute="forward", per_unit=8),)}, "forward is a method"),
+        ({"counts": (Count(module="bert", attribute="config.no.thing", per_unit=8),)}, "is a NoneType"),
+        ({"counts": (Count(module="bert.x", attribute="in_features", per_unit=8),)}, "no module"),
+        ({"drop": Drop(module="bert.encoder.x", writer=True)}, "no module"),
+        ({"drop": Drop(module="", writer=True)}, "whole model"),
+    ],
+)
+def test_a_site_of_another_model_is_refused(bert_model, changes, message):
+    with pytest.raises(CompressError, match=rf"0\.heads.*{message}"):
+        check(bert_model, [edited(bert_sites()[0], **changes)])
+
+
+def test_sites_that_share_a_unit_are_refused(bert_model):
+    first = bert_sites()[1]
+    with pytest.raises(CompressError, match=r"0\.ffn and twin both own part of .*disjoint"):
+        check(bert_model, [first, edited(first, name="twin")])
+    assert [site.name for site in check(bert_model, bert_sites())] == [
+        "0.heads",
+        "0.ffn",
+        "1.heads",
+        "1.ffn",
+    ]
+
+
+def test_sites_side_by_side_in_one_tensor_are_disjoint():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    halves = [
+        Site(
+            name=f"half {start}",
+            kind="ffn",
+            units=2,
+            slices=(
+                Slice(tensor="0.weight", dim=0, width=1, start=start),
+                Slice(tensor="1.weight", dim=1, width=1, start=start),
+            ),
+            writer="1.weight",
+        )
+        for start in (0, 2)
+    ]
+    assert check(model, halves) == halves
+
+
+def test_a_shrunk_model_is_not_shrunk_again_by_the_same_sites(bert_model):
+    sites = bert_sites()
+    shrunk = shrink(bert_model, sites, some_removals(bert_model, sites))
+    with pytest.raises(CompressError, match="before it was shrunk"):
+        shrink(shrunk, sites, some_removals(bert_model, sites))
+
+
+def test_shrinking_in_place_spares_the_copy(bert_model):
+    sites, model = bert_sites(), copy.deepcopy(bert_model)
+    removals = some_removals(model, sites)
+    shrink_in_place(model, sites, removals)
+    assert torch.equal(logits(model), logits(shrink(bert_model, sites, removals)))
+
+
+def test_an_emptied_model_traces_with_any_batch_and_length(subject):
+    model, sites = subject
+    removals = {site.name: removal(model, site, []) for site in sites[:2]}
+    shrunk = shrink(model, sites, removals)
+    batch, length = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
+    inputs = tokens() | ({"use_cache": False} if "Llama" in type(model).__name__ else {})
+    shapes = {name: {0: batch, 1: length} if name != "use_cache" else None for name in inputs}
+    program = torch.export.export(shrunk, (), inputs, dynamic_shapes=shapes, strict=False)
+    other = {"input_ids": torch.randint(1, 50, (3, 11)), "attention_mask": torch.ones(3, 11).long()}
+    traced = program.module()(**(inputs | other)).logits
+    assert (traced - logits(shrunk, inputs | other)).abs().max() <= ATOL
