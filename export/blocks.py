@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import bench
-from compress.cost import Rows, Table, grid, obtain
+from compress.cost import FORM, Rows, Table, grid, obtain
 from compress.errors import CompressError
+from compress.export import forms
 from compress.export.chains import chain as chain  # part of this module's face
 from compress.ir import Site
 
@@ -85,24 +86,28 @@ def measure(
 
     Args:
         sites: one of every shape is timed.
-        levels: units to time by shape; the dense width is always timed.
+        levels: units to time by row (`cost.row_key`); the dense width is always timed.
         threads: of onnxruntime.
-        progress: called with cycles done and cycles in all, of all shapes.
-        seconds: about how long one shape may take.
+        progress: called with cycles done and cycles in all, of all rows.
+        seconds: about how long one row may take.
         clock: seconds; the thread's processor time or the wall clock when None.
     """
     bench.check_threads(threads)
     clock = clock or clock_for(threads)
-    shapes = {site.shape: site for site in sites if levels.get(site.shape)}
+    shapes = {site.shape: site for site in sites}
+    wanted = {key: units for key, units in levels.items() if units and key.partition(FORM)[0] in shapes}
     rows: Rows = {}
-    for done, (shape, site) in enumerate(shapes.items()):
+    for done, (key, units) in enumerate(wanted.items()):
+        shape, _, form = key.partition(FORM)
 
         def tick(part: int, whole: int, before: int = done) -> None:
             if progress is not None:
-                progress(before * 1000 + 1000 * part // whole, 1000 * len(shapes))
+                progress(before * 1000 + 1000 * part // whole, 1000 * len(wanted))
 
         try:
-            rows[shape] = measure_site(site, levels[shape], threads, tick, seconds=seconds, clock=clock)
+            rows[key] = measure_site(
+                shapes[shape], units, threads, tick, form=form or "dense", seconds=seconds, clock=clock
+            )
         except CompressError:
             continue
     return rows
@@ -114,22 +119,29 @@ def measure_site(
     threads: int,
     progress: Tick,
     *,
+    form: str = "dense",
     seconds: float,
     clock: bench.Clock,
 ) -> dict[int, float]:
-    """The row of one site: every level and the dense width, in groups that fit into memory."""
-    wanted = sorted({*levels, site.units} - {0}, reverse=True)
+    """The row of one site: every level and the dense width, in groups that fit into memory.
+
+    Whatever the form, all times are relative to the plain site at its dense width.
+    """
+    wanted = sorted({*levels, *([site.units] if form == "dense" else [])} - {0}, reverse=True)
     dense_mb = weights_mb(site, site.units)
     if dense_mb > LARGEST_MB:
         raise CompressError(f"{site.name}: {dense_mb:.0f} MB of weights are too many to time alone")
     copies = _copies(site)
-    groups = _groups(site, [u for u in wanted if u != site.units], copies)
-    ratios: dict[int, float] = {site.units: 1.0}
+    others = [units for units in wanted if form != "dense" or units != site.units]
+    groups = _groups(site, others, copies)
+    ratios: dict[int, float] = {site.units: 1.0} if form == "dense" else {}
     dense_ms: list[float] = []
     around: list[float] = []
     for number, group in enumerate(groups):
-        order = [site.units, 0, *group]
-        runners = [session(chain(site, units, copies), site, threads) for units in order]
+        files = [chain(site, units, copies) for units in (site.units, 0, *group)]
+        if form != "dense":
+            files[2:] = [forms.chain(file, form) for file in files[2:]]
+        runners = [session(file, site, threads) for file in files]
 
         def tick(part: int, whole: int, before: int = number) -> None:
             progress(before * whole + part, len(groups) * whole)

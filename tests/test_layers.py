@@ -23,6 +23,7 @@ ROWS = (
     "analyze images texts devices doctor session merge export.chains export.flatten export.runners",
     "task export.onnx export.blocks export.finished export.tensorrt",
     "calibrate export.verify export.ort",
+    "forms",
     "database job refit export.edge",
     "stitch anchor",
     "pricing",
