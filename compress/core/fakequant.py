@@ -62,13 +62,14 @@ GRIDS: Mapping[Precision, Grid] = {
 class Quantized:
     """A weight in low precision: `codes` [out, in] int8 times `step` [out, blocks] float32.
 
-    `span` is the range of the input (low, high), for int8-static alone.
+    `input_step` and `input_zero` say which bytes its input becomes, for int8-static alone.
     """
 
     precision: Precision
     codes: Tensor
     step: Tensor
-    span: tuple[float, float] | None = None
+    input_step: float | None = None
+    input_zero: int = 0
 
     @property
     def block(self) -> int:
@@ -213,9 +214,10 @@ def _in_blocks(values: Tensor, grid: Grid) -> Tensor:
 
 def _largest_pair(*parts: Tensor) -> Tensor:
     """The largest sum of columns 2k and 2k + 1 over the parts, [out]."""
-    sums = [
-        torch.nn.functional.pad(part, (0, part.shape[1] % 2)).unflatten(1, (-1, 2)).sum(2) for part in parts
-    ]
+    sums = []
+    for part in parts:
+        even = torch.nn.functional.pad(part, (0, part.shape[1] % 2))
+        sums.append(even.reshape(len(part), -1, 2).sum(2))
     return torch.stack(sums).amax((0, 2))
 
 
@@ -225,11 +227,23 @@ def nearest(weight: Tensor, precision: Precision, span: tuple[float, float] | No
     Raises:
         CompressError: int8-static without the range of the input.
     """
-    if (precision == "int8-static") != (span is not None):
-        raise CompressError(f"{precision} with an input range of {span}: int8-static needs one, others none")
     grid = GRIDS[precision]
     step = weight_step(weight, grid)
-    return Quantized(precision, weight_codes(weight.detach(), step, grid).to(torch.int8), step, span)
+    return packed(precision, weight_codes(weight.detach(), step, grid), step, span)
+
+
+def packed(precision: Precision, codes: Tensor, step: Tensor, span: tuple[float, float] | None) -> Quantized:
+    """Codes and steps with the bytes of the input, whose range `span` int8-static alone has.
+
+    Raises:
+        CompressError: a range is missing, or not wanted.
+    """
+    if (precision == "int8-static") != (span is not None):
+        raise CompressError(f"{precision} with an input range of {span}: int8-static needs one, others none")
+    if span is None:
+        return Quantized(precision, codes.to(torch.int8), step)
+    input_step, zero = affine(torch.tensor(span[0]), torch.tensor(span[1]))
+    return Quantized(precision, codes.to(torch.int8), step, float(input_step), int(zero))
 
 
 def dynamic_range(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ For rows `w` with codes `q` and steps `t` the loss is `(w - t q) H (w - t q)^T`,
 moment of the input; the mean goes into the bias, as in `obs`. Columns are rounded from left to right and
 each rounding error is passed on to the columns that are still free, `w_j' -= (w_j - t q_j) / U_jj U_j,:`
 with `H^-1 = U^T U`. Afterwards every code in turn moves to where it is best while all others stand still,
-which never makes a row worse; and a row that plain rounding serves better takes that one. Weights that
-are exactly zero stay zero: they are the pattern of a site.
+which never makes a row worse. The same is done with the nearest codes, and every row takes the better of
+the two. Weights that are exactly zero stay zero: they are the pattern of a site.
 
 Reference: Frantar et al., "GPTQ", arXiv 2210.17323; the second stage is coordinate descent, as in Zhang
 et al., "QuantEase", arXiv 2309.01885.
@@ -60,14 +60,12 @@ def quantize(
             f"a weight with {weight.shape[1]} inputs and second moments of {len(second)} do not belong "
             "together; this is a mistake in the site"
         )
-    if (precision == "int8-static") != (span is not None):
-        raise CompressError(f"{precision} with an input range of {span}: int8-static needs one, others none")
     full, second = weight.double(), second.double()
     centered = second if mean is None else second - torch.outer(mean.double(), mean.double())
     damped = obs.damp(centered, damping, second.diagonal())
     step = fakequant.weight_step(full, GRIDS[precision], damped.matrix.diagonal())
     codes = round_codes(full, step, damped, GRIDS[precision])
-    found = Quantized(precision, codes.to(torch.int8), step, span)
+    found = fakequant.packed(precision, codes, step, span)
     lost = full - found.weight().double()
     total = float(((full @ centered) * full).sum())
     error = float(((lost @ centered) * lost).sum())
@@ -90,14 +88,11 @@ def round_codes(
     """
     state = _Rounding(weight, fakequant.spread(step.double(), weight.shape[1], grid.block), grid)
     near = fakequant.weight_codes(weight, step.double(), grid)
-    codes = state.pass_on(torch.linalg.cholesky(obs.invert(damped), upper=True), block)
-    worse = _errors(weight - codes * state.step, damped.matrix) > _errors(
-        weight - near * state.step, damped.matrix
-    )
-    codes[worse] = near[worse]
+    passed = state.pass_on(torch.linalg.cholesky(obs.invert(damped), upper=True), block)
     for _ in range(passes):
-        codes = state.settle(codes, damped.matrix, block)
-    return codes
+        passed, near = (state.settle(codes, damped.matrix, block) for codes in (passed, near))
+    errors = [_errors(weight - codes * state.step, damped.matrix) for codes in (passed, near)]
+    return torch.where((errors[0] <= errors[1])[:, None], passed, near)
 
 
 def _errors(lost: Tensor, matrix: Tensor) -> Tensor:

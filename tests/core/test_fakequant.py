@@ -188,7 +188,8 @@ def test_a_quantized_weight_counts_its_bytes():
     four = fakequant.nearest(weight, "int4")  # three blocks of 32 columns, 16 bytes and a step each
     assert four.weight_bytes() == 6 * 3 * (16 + 4)
     found = fakequant.nearest(weight, "int8-static", (-1.0, 2.0))
-    assert (found.codes.dtype, found.span) == (torch.int8, (-1.0, 2.0))
+    assert (found.codes.dtype, found.input_zero) == (torch.int8, 85)
+    assert found.input_step == pytest.approx(3 / 255)
     assert float((found.weight() - weight).abs().max()) < float(found.step.max())
 
 
