@@ -106,7 +106,7 @@ def export(
                 ) from error
             exporter, note = "torchscript", str(error)
     fixed = _finish(graph, inputs, free, output_name)
-    files = _save(graph, path)
+    files = save(graph, path)
     return Exported(
         exporter=exporter,
         opset=graph.opset_imports[""],
@@ -304,7 +304,7 @@ def _number(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
     return int(words) if words.isdecimal() else size
 
 
-def _save(model: ir.Model, path: Path) -> tuple[str, ...]:
+def save(model: ir.Model, path: Path) -> tuple[str, ...]:
     """Write the file, check it, and only then give it its name."""
     weight_bytes = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
