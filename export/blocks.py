@@ -134,7 +134,7 @@ def measure_site(
         def tick(part: int, whole: int, before: int = number) -> None:
             progress(before * whole + part, len(groups) * whole)
 
-        times = _cycles(runners, seconds / len(groups), clock, tick)  # [cycles, graphs]
+        times = cycles(runners, seconds / len(groups), clock, tick)  # [cycles, graphs]
         against = np.median(times / times[:, :1], axis=0)
         dense_ms.append(float(np.median(times[:, 0])))
         around.append(float(against[1]))
@@ -160,7 +160,7 @@ def _groups(site: Site, levels: Sequence[int], copies: int) -> list[list[int]]:
     return groups
 
 
-def _cycles(
+def cycles(
     runners: Sequence[bench.Runner], seconds: float, clock: bench.Clock, progress: Tick
 ) -> NDArray[np.float64]:
     """Milliseconds of every runner in every cycle, [cycles, runners]; the order alternates."""

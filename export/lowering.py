@@ -198,11 +198,10 @@ def _inside(build: Builder, x: ir.Value, right: Array, others: Sequence[Named], 
     """R x [rows, rank]: a part of what all first factors on this x give."""
     stack = np.concatenate([_right(other) for other in others]).astype(like.dtype)
     name = "+".join(other.name for other in others)
-    whole = build.one("Gemm", x, build.tensor(f"{name}.right", stack), transB=1)
+    whole = build.node("Gemm", x, build.tensor(f"{name}.right", stack), transB=1)
     if len(others) == 1:
         return whole
-    ranks = build.integers(*(len(_right(other)) for other in others))
-    parts = build.node("Split", whole, ranks, outputs=len(others), axis=1)
+    parts = build.cut(whole, [len(_right(other)) for other in others])
     return next(
         part for part, other in zip(parts, others, strict=True) if np.array_equal(right, _right(other))
     )
@@ -228,9 +227,9 @@ def _written(build: Builder, node: ir.Node, named: Named, others: Sequence[Named
     if lowering.has_sparse:
         if lowering.sparse is not None or not node.attributes.get_int("transB", 0):
             stored = build.tensor(f"{name}.sparse", weight)
-        total = [build.one("Gemm", x, stored, *total, transB=1)]
+        total = [build.node("Gemm", x, stored, *total, transB=1)]
     if more is not None:
-        total = [build.one("Gemm", more[0], build.tensor(f"{name}.left", more[1]), *total, transB=1)]
+        total = [build.node("Gemm", more[0], build.tensor(f"{name}.left", more[1]), *total, transB=1)]
     return total[0]
 
 

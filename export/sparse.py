@@ -16,7 +16,7 @@ The first three work on rows as they are and read weights that onnxruntime packs
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,7 +95,7 @@ def find(weight: Array, rows: int, columns: int) -> Blocks:
     out, inner = weight.shape
     full = np.zeros((math.ceil(out / rows) * rows, math.ceil(inner / columns) * columns), dtype=bool)
     full[:out, :inner] = weight != 0
-    alive = full.reshape(-1, rows, full.shape[1] // columns, columns).any((1, 3))
+    alive = np.asarray(full.reshape(-1, rows, full.shape[1] // columns, columns).any((1, 3)))
     kept = (tuple(int(column) for column in np.flatnonzero(row)) or (0,) for row in alive)
     return Blocks(rows, columns, tuple(kept))
 
@@ -122,10 +122,21 @@ class Builder:
         self.at: ir.Node | None = None
         self.made: dict[tuple[object, ...], list[ir.Value]] = {}
 
-    def node(
-        self, operator: str, *inputs: ir.Value, outputs: int = 1, **numbers: int | Sequence[int]
+    def node(self, operator: str, *inputs: ir.Value, **numbers: int | Sequence[int]) -> ir.Value:
+        """Add an operator with one output, or give that of the same one added before."""
+        return self._node(operator, inputs, 1, numbers)[0]
+
+    def cut(self, x: ir.Value, widths: Sequence[int]) -> list[ir.Value]:
+        """The columns of x in parts of these widths."""
+        return self._node("Split", (x, self.integers(*widths)), len(widths), {"axis": 1})
+
+    def _node(
+        self,
+        operator: str,
+        inputs: tuple[ir.Value, ...],
+        outputs: int,
+        numbers: Mapping[str, int | Sequence[int]],
     ) -> list[ir.Value]:
-        """Add an operator, or give the outputs of the same one added before."""
         key = (operator, inputs, outputs, *sorted((name, str(number)) for name, number in numbers.items()))
         if key not in self.made:
             attributes = [
@@ -138,15 +149,12 @@ class Builder:
             self.made[key] = list(made.outputs)
         return self.made[key]
 
-    def one(self, operator: str, *inputs: ir.Value, **numbers: int | Sequence[int]) -> ir.Value:
-        """The only output of an operator."""
-        return self.node(operator, *inputs, **numbers)[0]
-
     def tensor(self, name: str, values: Array) -> ir.Value:
         """An initializer; one name always stands for the same values."""
         if name not in self.graph.initializers:
             held = ir.tensor(np.ascontiguousarray(values), name=name)
-            value = ir.Value(name=name, shape=held.shape, type=ir.TensorType(held.dtype), const_value=held)
+            shape = ir.Shape(held.shape.numpy())
+            value = ir.Value(name=name, shape=shape, type=ir.TensorType(held.dtype), const_value=held)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
@@ -204,13 +212,13 @@ def _concat(build: Builder, x: ir.Value, product: Product) -> ir.Value:
 
 def _gather(build: Builder, x: ir.Value, product: Product) -> ir.Value:
     columns = product.blocks.columns
-    apart = build.one("Reshape", x, build.integers(-1, product.weight.shape[1] // columns, columns))
+    apart = build.node("Reshape", x, build.integers(-1, product.weight.shape[1] // columns, columns))
 
     def pick(kept: tuple[int, ...]) -> list[ir.Value]:
         if len(kept) * columns == product.weight.shape[1]:
             return [x]
-        taken = build.one("Gather", apart, build.integers(*kept), axis=1)
-        return [build.one("Reshape", taken, build.integers(-1, len(kept) * columns))]
+        taken = build.node("Gather", apart, build.integers(*kept), axis=1)
+        return [build.node("Reshape", taken, build.integers(-1, len(kept) * columns))]
 
     return _grouped(build, product, pick)
 
@@ -225,7 +233,7 @@ def _sum(build: Builder, x: ir.Value, product: Product) -> ir.Value:
         total = product.biases(build, part)
         for number, (piece, block) in enumerate(terms):
             weight = build.tensor(f"{product.name}.{part.start}.{number}", block)
-            total = [build.one("Gemm", piece, weight, *total, transB=1)]
+            total = [build.node("Gemm", piece, weight, *total, transB=1)]
         outs += total
     return _joined(build, outs)
 
@@ -233,24 +241,24 @@ def _sum(build: Builder, x: ir.Value, product: Product) -> ir.Value:
 def _batched(build: Builder, x: ir.Value, product: Product) -> ir.Value:
     taken, weight = _all_at_once(build, x, product)
     out, rows = len(product.weight), product.blocks.rows
-    inside = build.one("Reshape", taken, build.integers(out // rows, weight.shape[1], -1))
+    inside = build.node("Reshape", taken, build.integers(out // rows, weight.shape[1], -1))
     stored = build.tensor(f"{product.name}.blocks", weight.reshape(-1, rows, weight.shape[1]))
-    turned = build.one("Reshape", build.one("MatMul", stored, inside), build.integers(out, -1))
+    turned = build.node("Reshape", build.node("MatMul", stored, inside), build.integers(out, -1))
     if product.bias is not None:
         bias = build.tensor(f"{product.bias.name}.column", values(product.bias)[:, None])
-        turned = build.one("Add", turned, bias)
-    return _and_more(build, build.one("Transpose", turned, perm=[1, 0]), product)
+        turned = build.node("Add", turned, bias)
+    return _and_more(build, build.node("Transpose", turned, perm=[1, 0]), product)
 
 
 def _conv(build: Builder, x: ir.Value, product: Product) -> ir.Value:
     taken, weight = _all_at_once(build, x, product)
     out = len(product.weight)
     groups = out // product.blocks.rows
-    inside = build.one("Reshape", taken, build.integers(1, groups * weight.shape[1], -1))
+    inside = build.node("Reshape", taken, build.integers(1, groups * weight.shape[1], -1))
     stored = build.tensor(f"{product.name}.blocks", weight[:, :, None])
     bias = product.biases(build, slice(0, out))
-    turned = build.one("Conv", inside, stored, *bias, group=groups, kernel_shape=[1])
-    back = build.one("Transpose", build.one("Reshape", turned, build.integers(out, -1)), perm=[1, 0])
+    turned = build.node("Conv", inside, stored, *bias, group=groups, kernel_shape=[1])
+    back = build.node("Transpose", build.node("Reshape", turned, build.integers(out, -1)), perm=[1, 0])
     return _and_more(build, back, product)
 
 
@@ -323,12 +331,12 @@ def _pieces(build: Builder, x: ir.Value, product: Product) -> list[ir.Value]:
     if columns >= inner:
         return [x]
     widths = [min(columns, inner - start) for start in range(0, inner, columns)]
-    return build.node("Split", x, build.integers(*widths), outputs=len(widths), axis=1)
+    return build.cut(x, widths)
 
 
 def _joined(build: Builder, parts: Sequence[ir.Value]) -> ir.Value:
     """Side by side."""
-    return parts[0] if len(parts) == 1 else build.one("Concat", *parts, axis=1)
+    return parts[0] if len(parts) == 1 else build.node("Concat", *parts, axis=1)
 
 
 def _grouped(build: Builder, product: Product, pick: Callable[[tuple[int, ...]], list[ir.Value]]) -> ir.Value:
@@ -342,7 +350,7 @@ def _grouped(build: Builder, product: Product, pick: Callable[[tuple[int, ...]],
             block = np.concatenate([block, product.more[1][part]], axis=1)
         weight = build.tensor(f"{product.name}.{part.start}", block)
         joined = _joined(build, inside)
-        outs.append(build.one("Gemm", joined, weight, *product.biases(build, part), transB=1))
+        outs.append(build.node("Gemm", joined, weight, *product.biases(build, part), transB=1))
     return _joined(build, outs)
 
 
@@ -350,10 +358,10 @@ def _all_at_once(build: Builder, x: ir.Value, product: Product) -> tuple[ir.Valu
     """What all groups read, [groups * kept, columns * rows], and the weight on it, [out, in kept]."""
     inner = product.weight.shape[1]
     blocks = product.blocks.padded(inner)
-    turned = build.one("Transpose", x, perm=[1, 0])
-    whole = build.one("Reshape", turned, build.integers(inner // blocks.columns, -1))
+    turned = build.node("Transpose", x, perm=[1, 0])
+    whole = build.node("Reshape", turned, build.integers(inner // blocks.columns, -1))
     places = np.array(blocks.kept, dtype=np.int64)  # [groups, kept]
-    taken = build.one("Gather", whole, build.tensor(f"{product.name}.kept", places.reshape(-1)), axis=0)
+    taken = build.node("Gather", whole, build.tensor(f"{product.name}.kept", places.reshape(-1)), axis=0)
     columns = (places[:, :, None] * blocks.columns + np.arange(blocks.columns)).reshape(len(places), -1)
     rows = np.arange(len(product.weight))
     return taken, product.weight[rows[:, None], columns.repeat(blocks.rows, 0)]
@@ -364,4 +372,4 @@ def _and_more(build: Builder, total: ir.Value, product: Product) -> ir.Value:
     if product.more is None:
         return total
     left = build.tensor(f"{product.name}.left", product.more[1])
-    return build.one("Gemm", product.more[0], left, total, transB=1)
+    return build.node("Gemm", product.more[0], left, total, transB=1)

@@ -24,7 +24,7 @@ ROWS = (
     "analyze images texts devices doctor session merge export.lowering export.runners",
     "task export.onnx export.chains export.finished export.tensorrt",
     "calibrate export.blocks export.verify export.ort",
-    "database job refit export.edge",
+    "database job refit export.edge export.forms",
     "stitch anchor",
     "pricing",
     "choosing proof",

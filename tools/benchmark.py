@@ -4,6 +4,7 @@
     python tools/benchmark.py methods --model DIR       ZipLM with search against uniform baselines
     python tools/benchmark.py database --model DIR      time and memory of the candidates
     python tools/benchmark.py prediction --model DIR    predicted against measured time of random plans
+    python tools/benchmark.py blocks                    block-sparse products against their dense Gemm
 
 DIR is what `tools/finetune_sst2.py` wrote: a Hugging Face directory beside `train.csv` and `dev.csv`.
 """
@@ -29,6 +30,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from compress import analyze, artifact, bench, calibrate, choosing, cost, database, pipeline, surgery
 from compress.core import obs
+from compress.export import forms
+from compress.export.blocks import clock_for
 from compress.ir import Site
 from compress.job import Job, prepare
 from compress.loop import Timing
@@ -45,6 +48,11 @@ METHODS = {
     "Wanda + uniform": {"score": "wanda", "uniform": True},
     "Taylor + uniform": {"score": "taylor", "uniform": True},
 }
+PATTERNS = ",".join(
+    f"block:{shape}@{density}"
+    for density in (0.25, 0.5)
+    for shape in ("32x32", "32x64", "32x192", "64x32", "64x64", "128x64")
+)
 
 
 class Plain:
@@ -305,7 +313,46 @@ def prediction(arguments: argparse.Namespace, out: Path) -> list[Row]:
     return rows
 
 
-BENCHMARKS = {"demo": demo, "methods": methods, "database": build_database, "prediction": prediction}
+def time_blocks(arguments: argparse.Namespace, out: Path) -> list[Row]:
+    """Every form of a product in blocks against the dense one, interleaved, on one thread's own clock."""
+    rows: list[Row] = []
+    for size in arguments.products.split(","):
+        wide, inner = (int(number) for number in size.split("x"))
+        for tokens in arguments.rows:
+            for pattern in arguments.patterns.split(","):
+                rows += _forms(forms.shape_of(tokens, wide, inner, pattern), pattern)
+                print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def _forms(shape: forms.Shape, pattern: str) -> list[Row]:
+    """All forms of one shape, the fastest last."""
+    runners = {form: forms.runner(forms.product(shape, form, 1), shape, 1) for form in shape.forms}
+    found = bench.compare(runners, blocks=30, block_ms=1.0, clock=clock_for(1))
+    ratios = {form: found.ratio(form) for form in shape.forms[1:]}
+    return [
+        {
+            "product": f"{shape.out}x{shape.inner}",
+            "rows": shape.rows,
+            "pattern": pattern,
+            "density": round(shape.kept * shape.width / shape.inner, 4),
+            "form": form,
+            "dense_ms": round(found.latency(forms.DENSE).p50, 3),
+            "speedup": round(ratio.value, 2),
+            "low": round(ratio.low, 2),
+            "high": round(ratio.high, 2),
+        }
+        for form, ratio in sorted(ratios.items(), key=lambda entry: entry[1].value)
+    ]
+
+
+BENCHMARKS = {
+    "demo": demo,
+    "methods": methods,
+    "database": build_database,
+    "prediction": prediction,
+    "blocks": time_blocks,
+}
 
 
 def main() -> None:
@@ -317,6 +364,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--methods", help=f"comma list of {', '.join(METHODS)}")
+    parser.add_argument("--products", default="3072x768,768x3072", help="comma list of OUTxIN, for blocks")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128], help="rows of x, for blocks")
+    parser.add_argument("--patterns", default=PATTERNS, help="comma list of block patterns, for blocks")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(bench.physical_cores())
