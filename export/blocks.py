@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from compress import bench
 from compress.cost import FORM, Rows, Table, grid, obtain
 from compress.errors import CompressError
-from compress.export import forms
+from compress.core.fakequant import PRECISIONS
+from compress.export import quantized
 from compress.export.chains import chain as chain  # part of this module's face
-from compress.ir import Site
+from compress.ir import Option, Site
 
 COPIES = 4
 COPIES_MB = 96  # weights of one graph
@@ -138,15 +139,14 @@ def measure_site(
     dense_ms: list[float] = []
     around: list[float] = []
     for number, group in enumerate(groups):
-        files = [chain(site, units, copies) for units in (site.units, 0, *group)]
-        if form != "dense":
-            files[2:] = [forms.chain(file, form) for file in files[2:]]
+        files = [chain(site, units, copies) for units in (site.units, 0)]
+        files += [_formed(site, units, copies, form) for units in group]
         runners = [session(file, site, threads) for file in files]
 
         def tick(part: int, whole: int, before: int = number) -> None:
             progress(before * whole + part, len(groups) * whole)
 
-        times = _cycles(runners, seconds / len(groups), clock, tick)  # [cycles, graphs]
+        times = cycles(runners, seconds / len(groups), clock, tick)  # [cycles, graphs]
         against = np.median(times / times[:, :1], axis=0)
         dense_ms.append(float(np.median(times[:, 0])))
         around.append(float(against[1]))
@@ -155,6 +155,16 @@ def measure_site(
     site_ms = (1 - float(np.median(around))) * float(np.median(dense_ms)) / copies
     # Noise can make a tiny site look free or better than free; it never is.
     return {units: max(ratios[units], 1e-4) * site_ms for units in wanted}
+
+
+def _formed(site: Site, units: int, copies: int, form: str) -> bytes:
+    """A chain whose products run in a form."""
+    if form == "dense":
+        return chain(site, units, copies)
+    option = Option.of(form, units)
+    if option.precision == "fp32":
+        return chain(site, units, copies, pattern=option.pattern, rank=option.rank)
+    return quantized.lower_chain(chain(site, units, copies), PRECISIONS[option.precision])
 
 
 def _groups(site: Site, levels: Sequence[int], copies: int) -> list[list[int]]:
@@ -172,7 +182,7 @@ def _groups(site: Site, levels: Sequence[int], copies: int) -> list[list[int]]:
     return groups
 
 
-def _cycles(
+def cycles(
     runners: Sequence[bench.Runner], seconds: float, clock: bench.Clock, progress: Tick
 ) -> NDArray[np.float64]:
     """Milliseconds of every runner in every cycle, [cycles, runners]; the order alternates."""
