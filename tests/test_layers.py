@@ -18,6 +18,8 @@ ROWS = (
     "artifact recipe",
     "wording tables svg",
     "core.obs core.scores core.units search report data trace modeling",
+    "core.support",
+    "core.block core.lowrank core.nm core.permute core.sltrain",
     "charts loop pretrained probe bench energy roofline surgery measurement export.device",
     "page quality named trial store cost console export.engine",
     "analyze images texts devices doctor session merge export.chains export.flatten export.runners",
