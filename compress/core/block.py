@@ -77,7 +77,7 @@ def sweep(
         CompressError: blocks do not tile the weight, or a density keeps no block.
     """
     layer = prepare(weight, second, mean, damping)
-    groups, blocks = grid(*weight.shape, shape)
+    groups, blocks = grid(weight.shape, shape)
     counts = sorted({quota(blocks, density) for density in densities})
     values = [torch.zeros_like(layer.original) for _ in counts]
     chosen: list[list[Tensor]] = [[] for _ in counts]
@@ -90,8 +90,8 @@ def sweep(
         for level, (kept, fitted, _) in enumerate(levels):
             values[level][rows, obs.columns(kept, shape[1])] = fitted
             chosen[level].append(kept)
-    for fitted, kept in zip(values, chosen, strict=True):
-        yield Blocks(fitted, torch.stack(kept), layer.shift(fitted), layer.error(fitted))
+    for fitted, places in zip(values, chosen, strict=True):
+        yield Blocks(fitted, torch.stack(places), layer.shift(fitted), layer.error(fitted))
 
 
 def solve(
@@ -134,7 +134,7 @@ def _judged(layer: Layer, values: Tensor, kept: Tensor) -> Blocks:
 
 def _columns(layer: Layer, shape: Shape, kept: Tensor) -> Tensor:
     """[groups, in] bool: the columns of the kept blocks."""
-    groups, blocks = grid(*layer.original.shape, shape)
+    groups, blocks = grid(layer.original.shape, shape)
     if len(kept) != groups or not 0 <= int(kept.min()) <= int(kept.max()) < blocks:
         raise CompressError(
             f"kept blocks {list(kept.shape)} up to {int(kept.max())} are asked for, but blocks of "
@@ -171,7 +171,7 @@ def fisher(weight: Tensor, gradients: Iterable[Tensor], shape: Shape) -> Tensor:
     >>> fisher(torch.tensor([[2.0, 1.0]]), gradients, (1, 1)).tolist()
     [[2.0, 1.0]]
     """
-    total = torch.zeros(grid(*weight.shape, shape), dtype=torch.float64)
+    total = torch.zeros(grid(weight.shape, shape), dtype=torch.float64)
     samples = 0
     for gradient in gradients:
         total += _tiles(weight.double() * gradient.double(), shape).sum((1, 3)).square()
@@ -199,7 +199,7 @@ def choose(score: Tensor, density: float) -> Tensor:
 
 def _tiles(values: Tensor, shape: Shape) -> Tensor:
     """[groups, R, blocks, C]."""
-    groups, blocks = grid(*values.shape, shape)
+    groups, blocks = grid(values.shape, shape)
     return values.reshape(groups, shape[0], blocks, shape[1])
 
 

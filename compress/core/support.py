@@ -10,6 +10,7 @@ inputs. A pattern of single weights has groups of one row, blocks have as many r
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,7 +117,7 @@ class Block:
 
     def mask(self, score: Tensor) -> Tensor:
         """[out / rows, in] bool: the best blocks of each group by summed score."""
-        groups, blocks = grid(score.shape[0], score.shape[1], (self.rows, self.columns))
+        groups, blocks = grid(score.shape, (self.rows, self.columns))
         total = score.reshape(groups, self.rows, blocks, self.columns).sum((1, 3))
         chosen = best(total, quota(blocks, self.density))
         keep = torch.zeros(groups, blocks, dtype=torch.bool).scatter_(1, chosen, True)
@@ -139,16 +140,16 @@ class Free:
 Pattern = NM | Block | Free
 
 
-def grid(out: int, inner: int, shape: tuple[int, int]) -> tuple[int, int]:
-    """How many groups of rows and blocks of columns a weight [out, inner] divides into.
+def grid(weight: Sequence[int], shape: tuple[int, int]) -> tuple[int, int]:
+    """How many groups of rows and blocks of columns a weight of shape [out, in] divides into.
 
     Raises:
         CompressError: the block does not divide the weight.
 
-    >>> grid(64, 384, (32, 128))
+    >>> grid((64, 384), (32, 128))
     (2, 3)
     """
-    rows, columns = shape
+    (out, inner), (rows, columns) = weight, shape
     if rows < 1 or columns < 1 or out % rows or inner % columns:
         raise CompressError(
             f"blocks of {rows}x{columns} do not tile a weight of [{out}, {inner}]: it leaves "

@@ -76,7 +76,7 @@ def test_what_is_no_pattern_or_does_not_fit_is_refused():
     with pytest.raises(CompressError, match="5:4 is no pattern"):
         support.NM(5, 4).mask(torch.zeros(2, 8))
     with pytest.raises(CompressError, match=r"\[7, 12\]: it leaves 3 rows and 2 columns"):
-        support.grid(7, 12, (4, 5))
+        support.grid((7, 12), (4, 5))
     for density in (0.01, 1.2, 0.0, -1.0):
         with pytest.raises(CompressError, match="keeps"):
             support.quota(10, density)
