@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compress import __version__, bench, cost, energy, report, search
+from compress import __version__, bench, cost, energy, quantize, report, search
 from compress.bench import Comparison
 from compress.export import runners, verify
 from compress.ir import Option
@@ -30,6 +30,7 @@ from compress.report import (
     Target,
     Verdict,
 )
+from compress.surgery import Removal
 
 FLOAT = "fp32"  # the precision of exported weights without a form
 
@@ -66,7 +67,7 @@ def timing(comparison: Comparison) -> Timing:
 
 
 def parity(job: Job, model: nn.Module, file: Path) -> Parity:
-    """The torch model against the file that ships, at several shapes, with padding.
+    """The torch model, low precision emulated, against the file that ships, at several padded shapes.
 
     Raises:
         CompressError: they disagree by more than the tolerance.
@@ -187,11 +188,13 @@ def assemble(
     rounds: Rounds,
     turn: Round,
     files: Mapping[str, tuple[nn.Module, Path]],
+    removals: Mapping[str, Removal],
     comparison: Comparison | None,
     notes: list[str],
 ) -> Report:
     """Check, score and gather: the report of one finished compilation."""
-    agreement = parity(job, *files["compressed"])
+    shrunk, shipped = files["compressed"]
+    agreement = parity(job, quantize.emulated(shrunk, job.sites, removals), shipped)
     dense = figures(job, *files["dense"], comparison, "dense")
     quick = figures(job, *files["compressed"], comparison, "compressed", _saved_bytes(job, turn))
     drop = _drop(job, dense, quick)

@@ -159,7 +159,9 @@ def _report(found: Sequence[tuple[ir.Node, str]], products: Mapping[str, Lowerin
             if any(np.array_equal(lowering.right, other) for other in known):
                 weight_bytes -= lowering.right.size * item_bytes
             known.append(lowering.right)
-        layout = "none" if not lowering.has_sparse else "dense" if lowering.blocks is None else lowering.layout
+        layout = (
+            "none" if not lowering.has_sparse else "dense" if lowering.blocks is None else lowering.layout
+        )
         report.setdefault(
             name,
             Lowered(

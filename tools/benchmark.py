@@ -363,7 +363,9 @@ def main() -> None:
     parser.add_argument("--methods", help=f"comma list of {', '.join([*METHODS, *MOVES])}")
     parser.add_argument("--products", default="3072x768,768x3072", help="comma list of OUTxIN, for blocks")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128], help="rows of x, for blocks")
-    parser.add_argument("--patterns", default=blocks.PATTERNS, help="comma list of block patterns, for blocks")
+    parser.add_argument(
+        "--patterns", default=blocks.PATTERNS, help="comma list of block patterns, for blocks"
+    )
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(bench.physical_cores())

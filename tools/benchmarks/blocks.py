@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
 
 def _layouts(shape: layouts.Shape, pattern: str) -> list[Row]:
     """All layouts of one shape, the fastest last."""
-    runners = {layout: layouts.runner(layouts.product(shape, layout, 1), shape, 1) for layout in shape.layouts}
+    runners = {
+        layout: layouts.runner(layouts.product(shape, layout, 1), shape, 1) for layout in shape.layouts
+    }
     found = bench.compare(runners, blocks=30, block_ms=1.0, clock=clock_for(1))
     ratios = {layout: found.ratio(layout) for layout in shape.layouts[1:]}
     return [
