@@ -15,7 +15,7 @@ from compress.calibrate import Statistics
 from compress.core import obs, scores
 from compress.errors import CompressError
 from compress.ir import Site
-from compress.surgery import Removal, writer_columns
+from compress.surgery import Removal, writer_columns, writer_tensors
 
 PARTS = ("kept", "weight", "bias")
 Errors = dict[str, dict[int, float]]
@@ -124,7 +124,8 @@ def _build_site(
 ) -> dict[int, Candidate]:
     """All candidates of one site, by units kept."""
     weight = writer_columns(model, site).detach().double()
-    own = torch.zeros(len(weight)) if site.bias is None else model.get_parameter(site.bias).detach()
+    _, bias = writer_tensors(model, site)  # its own, or one that it gained when it was pruned before
+    own = torch.zeros(len(weight)) if bias is None else bias
     if score not in SELECTIONS:
         found: dict[int, Candidate] = {}
         solved = obs.solve(
