@@ -121,8 +121,8 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
             f"  {found.fallback or '; '.join(reasons) or nothing}\n"
             "  `compress inspect MODEL` lists what was looked at."
         )
-    content = [_content(batch) for batch in batches]
-    key = artifact.digest(model_key, wanted, recipe.options, *content)
+    seen = [content(batch) for batch in batches]
+    key = artifact.digest(model_key, wanted, recipe.options, *seen)
     artifact.write_text(folder / "recipe.toml", to_toml(recipe))
     return Job(recipe, task, profile, folder, stages, model_key, key, found, sites, batches)
 
@@ -135,6 +135,6 @@ def fingerprint(model: nn.Module) -> list[bytes | str]:
     return parts
 
 
-def _content(batch: Batch) -> str:
+def content(batch: Batch) -> str:
     """A hash of one batch as the model receives it."""
     return artifact.digest(*[t.contiguous().numpy().tobytes() for t in batch.inputs.values()])

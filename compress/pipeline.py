@@ -68,6 +68,8 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
         if comparison is None or proof.timing(comparison).speedup >= asked:
             break
         rounds = _with_timing(rounds, turn, proof.timing(comparison))
+    if start is not None:
+        notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
     if job.recipe.recovery.mode != "none":
         notes += recovery.recover(job, model)
         save(job, turn, model)

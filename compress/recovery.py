@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress import artifact, distill, stitch, tune
 from compress.console import span
 from compress.distill import Teacher
-from compress.job import Job, fingerprint
+from compress.job import Job, content, fingerprint
 from compress.task import Batch
 from compress.task import Run as Answering
 from compress.tune import Lesson, Run
@@ -35,16 +35,18 @@ def recover(job: Job, model: nn.Module, zeros: Mapping[str, Tensor] | None = Non
     wanted = job.recipe.recovery
     if wanted.mode == "none":
         return []
-    made_from = artifact.digest(job.key, wanted, *fingerprint(model))
-    answers = artifact.folder(job.folder / ANSWERS, artifact.digest(job.key, wanted.batch, wanted.samples))
 
     def batches() -> Iterator[Batch]:
         return job.task.batches("calibration", wanted.batch, wanted.samples)
 
+    seen = [_content(batch) for batch in batches()]
+    data = artifact.digest(job.key, *seen)
+    made_from = artifact.digest(data, wanted, *fingerprint(model))
+    answers = artifact.folder(job.folder / ANSWERS, data)
     teacher = Teacher(
         job.task, job.task.model, distill.places(job.task.model, job.sites), answers, wanted.cache_mb
     )
-    lesson = Lesson(job.task, teacher, batches, sum(1 for _ in batches()), wanted)
+    lesson = Lesson(job.task, teacher, batches, len(seen), wanted)
     judge = Judge(job)
     run = Run(model, lesson, zeros=zeros, checkpoint=job.folder / CHECKPOINT, made_from=made_from)
     if not run.finished:
@@ -53,6 +55,12 @@ def recover(job: Job, model: nn.Module, zeros: Mapping[str, Tensor] | None = Non
         scores = tune.tune(run, judge, tick)
     shutil.rmtree(answers)
     return [_said(scores, judge, wanted.mode, len(scores) - 1)]
+
+
+def _content(batch: Batch) -> str:
+    """A hash of inputs and labels."""
+    labels = b"" if batch.labels is None else batch.labels.contiguous().numpy().tobytes()
+    return artifact.digest(content(batch), labels)
 
 
 def _announced(model: nn.Module, lesson: Lesson) -> str:

@@ -159,16 +159,16 @@ def written(folder, text):
     return path
 
 
-def test_a_family_is_answered_by_its_table_and_its_worst_member(pipeline, monkeypatch, capsys):
+def test_a_family_is_answered_by_its_table_and_its_worst_member(pipeline, monkeypatch, capfd):
     members = family.of(a_report(), [family.member("2x", a_report()), family.member("3x", a_report(1.9))])
     fake = types.ModuleType("compress.gradual")
     fake.run = lambda asked, progress: members
     monkeypatch.setitem(sys.modules, "compress.gradual", fake)
     monkeypatch.setattr(compress, "gradual", fake, raising=False)
     assert cli.perform(["--target", "cpu", "--speedup", "2x,3x"]) == 1
-    assert capsys.readouterr().out == family.text(members) + "\n"
+    assert capfd.readouterr().out == family.text(members) + "\n"
     assert cli.perform(["--target", "cpu", "--speedup", "2x,3x", "--json"]) == 1
-    assert family.Family.model_validate_json(capsys.readouterr().out) == members
+    assert family.Family.model_validate_json(capfd.readouterr().out) == members
 
 
 def test_words_are_laid_over_the_recipe_and_replace_its_budget(pipeline, tmp_path):

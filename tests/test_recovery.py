@@ -10,6 +10,7 @@ from compress.ir import Budget
 from compress.job import Job, Stages
 from compress.recipe import Recipe, Recovery
 from compress.surgery import Removal
+from compress.task import Batch
 
 
 class Said(Lines):
@@ -93,10 +94,19 @@ def test_a_second_run_reads_the_first_and_the_answers_are_cleared_away(tmp_path)
     assert all(torch.equal(value, found[name]) for name, value in second.state_dict().items())
 
 
-def test_other_settings_or_another_student_begin_anew(tmp_path):
+class Renamed(Padded):
+    """The same inputs under other labels."""
+
+    def batches(self, split, size, limit=None):
+        for batch in super().batches(split, size, limit):
+            yield Batch(batch.inputs, (batch.labels + 1) % 3, batch.real)
+
+
+def test_other_settings_other_labels_or_another_student_begin_anew(tmp_path):
     recovery.recover(job(tmp_path / "out"), student())
     for one, model in (
         (job(tmp_path / "out", rate=1e-3), student()),
+        (job(tmp_path / "out", Renamed(), rate=1e-3), student()),
         (job(tmp_path / "out"), copy.deepcopy(padded()[0].model)),
     ):
         recovery.recover(one, model)
