@@ -111,6 +111,7 @@ REQUEST = _options(
     click.option("--task", metavar="TASK", help="What the model does, if its config does not say."),
     click.option("--text", metavar="COLUMN", help="The text column, if it is not found."),
     click.option("--label", metavar="COLUMN", help="The label column, if it is not found."),
+    click.option("--moves", metavar="LIST", help="What may be done: structure,int8,block,lowrank,2:4."),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A request as TOML."),
     click.option(
         "--recover",
@@ -311,6 +312,8 @@ def request(words: Words, asked: str | None = None) -> "Recipe":
     values |= {table: _given(words, *names) for table, names in tables.items()}
     if words["recover"] is not None:
         values["recovery"] = {"mode": words["recover"]}
+    if words["moves"] is not None:
+        values["options"] = {"moves": [move.strip() for move in words["moves"].split(",")]}
     return recipe.read(words["recipe"], values)
 
 

@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import artifact, distill, stitch, tune
+from compress import artifact, distill, stitch, surgery, tune
 from compress.console import span
 from compress.distill import Teacher
+from compress.ir import Option
 from compress.job import Job, content, fingerprint
+from compress.surgery import Removal
 from compress.task import Batch
 from compress.task import Run as Answering
 from compress.tune import Lesson, Run
@@ -24,13 +26,16 @@ ANSWERS = "answers"
 CHECKPOINT = "recovery.safetensors"
 
 
-def recover(job: Job, model: nn.Module, zeros: Mapping[str, Tensor] | None = None) -> list[str]:
+def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list[str]:
     """Tune a shrunk model in place, as the recipe's `[recovery]` says; what is worth a note.
+
+    Zeros of a pattern stay zeros. Weights that stand in the file as integers or thin factors stay as they
+    are, since what they stand for was rounded or factored once; everything around them is tuned.
 
     Args:
         job: gives the dense model, the data and the settings.
-        model: what `surgery.shrink` gave.
-        zeros: masks of weights that must stay zero, by parameter name.
+        model: what `surgery.shrink` gave for `removals`.
+        removals: by site name.
     """
     wanted = job.recipe.recovery
     if wanted.mode == "none":
@@ -48,13 +53,31 @@ def recover(job: Job, model: nn.Module, zeros: Mapping[str, Tensor] | None = Non
     )
     lesson = Lesson(job.task, teacher, batches, len(seen), wanted)
     judge = Judge(job)
-    run = Run(model, lesson, zeros=zeros, checkpoint=job.folder / CHECKPOINT, made_from=made_from)
+    fixed = {name for one in removals.values() for name in (*one.factors, *one.codes)}
+    run = Run(
+        model,
+        lesson,
+        zeros=tune.zeros_of(model, _patterned(job, removals) - fixed),
+        fixed=fixed,
+        checkpoint=job.folder / CHECKPOINT,
+        made_from=made_from,
+    )
     if not run.finished:
         job.stages.progress.say(_announced(model, lesson))
     with job.stages(f"recover ({wanted.mode})") as tick:
         scores = tune.tune(run, judge, tick)
     shutil.rmtree(answers)
     return [_said(scores, judge, wanted.mode, len(scores) - 1)]
+
+
+def _patterned(job: Job, removals: Mapping[str, Removal]) -> set[str]:
+    """Names of the matrices whose zeros are a pattern."""
+    return {
+        name
+        for site in job.sites
+        if site.name in removals and Option.of(removals[site.name].form, None).pattern != "dense"
+        for name in (site.writer, *surgery.readers(site))
+    }
 
 
 def _content(batch: Batch) -> str:

@@ -14,7 +14,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +113,7 @@ class Run:
         lesson: Lesson,
         *,
         zeros: Mapping[str, Tensor] | None = None,
+        fixed: Collection[str] = (),
         checkpoint: Path | None = None,
         made_from: str = "",
     ) -> None:
@@ -122,6 +123,7 @@ class Run:
             model: the shrunk student, tuned in place; embedding tables stay, all else may move.
             lesson: teacher, data and settings.
             zeros: by parameter name, a mask of its shape that is True where it must stay zero.
+            fixed: names of further parameters that stay as they are.
             checkpoint: a file that is written now and then, and taken up if made from `made_from`.
             made_from: a hash of student, teacher, data and settings.
 
@@ -131,8 +133,9 @@ class Run:
         self.model, self.lesson, self.state = model.eval(), lesson, State(made_from=made_from)
         self._flags = {value: value.requires_grad for value in model.parameters()}
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        staying = tables | {id(model.get_parameter(name)) for name in fixed}
         for value in model.parameters():
-            value.requires_grad_(id(value) not in tables)
+            value.requires_grad_(id(value) not in staying)
         self.values = {name: value for name, value in model.named_parameters() if value.requires_grad}
         masks = (zeros or {}).items()
         self._zeros = [(self.values[name], mask) for name, mask in masks if _fits(self.values, name, mask)]

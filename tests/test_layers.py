@@ -17,13 +17,17 @@ ROWS = (
     "ir profiles",
     "artifact recipe",
     "wording tables svg",
-    "core.obs core.scores core.units search report data trace modeling",
-    "charts loop pretrained probe bench energy roofline surgery measurement export.device",
-    "page family quality named trial store cost console export.engine",
-    "expand analyze images texts devices doctor session merge export.chains export.flatten export.runners",
-    "task export.onnx export.blocks export.finished export.tensorrt",
-    "calibrate export.verify export.ort",
-    "database distill job refit export.edge",
+    "core.fakequant core.obs core.scores core.smooth core.units search report data trace modeling",
+    "core.gptq core.ranges core.support",
+    "core.block core.lowrank core.nm core.permute core.sltrain",
+    "charts loop pretrained probe bench energy roofline surgery measurement export.device "
+    "export.flatten export.sparse",
+    "page family quality named trial store cost console export.engine export.streams",
+    "expand analyze images texts devices doctor session merge export.lowering export.runners",
+    "task export.onnx export.chains export.finished export.tensorrt",
+    "calibrate export.quantized export.verify export.ort",
+    "forms export.blocks export.forms",
+    "database distill job quantize refit export.edge export.layouts",
     "stitch anchor tune",
     "pricing",
     "choosing proof recovery",
@@ -35,7 +39,7 @@ ROWS = (
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
     "errors ir profiles artifact recipe wording tables svg search report data charts loop bench energy "
-    "roofline page cost console devices doctor session measurement merge cli export.device"
+    "roofline page family cost console devices doctor session measurement merge cli export.device"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets
