@@ -22,23 +22,24 @@ ROWS = (
     "core.block core.lowrank core.nm core.permute core.sltrain",
     "charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
-    "page quality named trial store cost console export.engine export.streams",
-    "analyze images texts devices doctor session merge export.lowering export.runners",
+    "page family quality named trial store cost console export.engine export.streams",
+    "expand analyze images texts devices doctor session merge export.lowering export.runners",
     "task export.onnx export.chains export.finished export.tensorrt",
     "calibrate export.quantized export.verify export.ort",
     "forms export.blocks export.forms",
-    "database job quantize refit export.edge export.layouts",
-    "stitch anchor",
+    "database distill job quantize refit export.edge export.layouts",
+    "stitch anchor tune",
     "pricing",
-    "choosing proof",
+    "choosing proof recovery",
     "pipeline survey export.deliver",
+    "gradual",
     "cli",
     "__main__",
 )
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
     "errors ir profiles artifact recipe wording tables svg search report data charts loop bench energy "
-    "roofline page cost console devices doctor session measurement merge cli export.device"
+    "roofline page family cost console devices doctor session measurement merge cli export.device"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets
