@@ -6,16 +6,18 @@ Every arrow leaves an artifact in `<out>/compression/`, stored with the hash of 
 a second run takes up whatever is still valid, and a killed run loses at most the stage it was in.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
-from compress import artifact, choosing, page, proof, store, surgery
+from compress import artifact, choosing, page, proof, quantize, store, surgery
 from compress.bench import FINAL_BLOCKS, Comparison
 from compress.choosing import TimePlan
 from compress.energy import energy_above_idle_mj
 from compress.errors import CompressError
-from compress.export import onnx
+from compress.export import forms, onnx
+from compress.ir import Option
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus, Round, Rounds, Timing
 from compress.pricing import Costs, price
@@ -44,7 +46,7 @@ def run(recipe: Recipe, progress: Progress) -> Report:
     rounds = Rounds()
     for _ in range(ATTEMPTS):
         rounds, turn = choose(job, costs, menus, judge, asked, rounds)
-        model, notes = build(job, turn, judge)
+        model, removals, notes = build(job, turn, judge)
         file = Path(recipe.out) / "model.onnx"
         comparison = _proof_timing(job, file)
         if comparison is None or proof.timing(comparison).speedup >= asked:
@@ -57,6 +59,7 @@ def run(recipe: Recipe, progress: Progress) -> Report:
         rounds,
         turn,
         {"dense": (job.task.model, job.folder / "dense.onnx"), "compressed": (model, file)},
+        removals,
         comparison,
         notes,
     )
@@ -119,10 +122,10 @@ def choose(
 def time_plan(job: Job) -> TimePlan:
     """A function that builds a plan as a file and times it against the dense one."""
 
-    def act(units: dict[str, int | None]) -> Timing:
+    def act(choices: dict[str, Option]) -> Timing:
         file = job.folder / "trial.onnx"
-        removals = choosing.removals_of(job, units)
-        export(job, surgery.shrink(job.task.model, job.sites, removals), file)
+        removals = choosing.removals_of(job, choices)
+        export(job, surgery.shrink(job.task.model, job.sites, removals), file, removals)
         found = proof.timing(proof.compare(job, file, blocks=job.recipe.bench.blocks))
         file.unlink()
         job.stages.progress.say(f"measured {found.speedup:.2f}x")
@@ -131,27 +134,34 @@ def time_plan(job: Job) -> TimePlan:
     return act
 
 
-def export(job: Job, model: nn.Module, file: Path) -> None:
-    """Write one model of the job as ONNX."""
+def export(job: Job, model: nn.Module, file: Path, removals: Mapping[str, Removal]) -> None:
+    """Write one compressed model of the job as ONNX, its products in the forms of the plan."""
     with job.stages(f"export {file.stem}"):
         example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-        onnx.export(model, example, file, output_name=job.task.output_name, logits=job.task.logits)
+        onnx.export(
+            model,
+            example,
+            file,
+            output_name=job.task.output_name,
+            logits=job.task.logits,
+            lower=lambda graph: forms.lower(graph, job.sites, removals),
+        )
 
 
-def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, list[str]]:
-    """The finished model, saved as a directory and as ONNX; and what is worth a note."""
-    removals = choosing.removals_of(job, turn.units)
+def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, dict[str, Removal], list[str]]:
+    """The finished model, saved as a directory and as ONNX; what was removed, and what is worth a note."""
+    removals = choosing.removals_of(job, turn.choices)
     notes = []
     if job.recipe.calibration.refit and job.recipe.options.score == "obs":
         removals, note = _refitted(job, removals, turn, judge)
         notes.append(note)
     model = surgery.shrink(job.task.model, job.sites, removals)
     out = Path(job.recipe.out)
-    units = {name: kept for name, kept in turn.units.items() if kept is not None}
+    units = {name: option.units for name, option in turn.choices.items() if option.units is not None}
     store.save(model, job.sites, units, out)
     job.task.save_files(out)
-    export(job, model, out / "model.onnx")
-    return model, notes
+    export(job, model, out / "model.onnx", removals)
+    return model, removals, notes
 
 
 def _refitted(
@@ -167,7 +177,8 @@ def _refitted(
             damping=job.recipe.calibration.damping,
             progress=tick,
         )
-        found = judge.of(surgery.mask(job.task.model, job.sites, better))
+        small = surgery.shrink(job.task.model, job.sites, better)
+        found = judge.of(quantize.emulated(small, job.sites, better))
     if found < turn.loss:
         return (
             better,

@@ -75,6 +75,7 @@ def export(
     output_name: str,
     logits: Callable[[object], Tensor] | None = None,
     dynamic: Names | None = None,
+    lower: Callable[[ir.Model], object] | None = None,
 ) -> Exported:
     """Write `model` to `path`; inputs are named as the model's arguments are.
 
@@ -86,6 +87,7 @@ def export(
         logits: the tensor to keep of what the model returns; `output_name` of it by default.
         dynamic: free dimensions, by input: `{"input_ids": {0: "batch", 1: "tokens"}}`. By default
             the first of every input, and the second of matrices of integers.
+        lower: changes the finished graph before it is written (see `lowering.lower`).
 
     Raises:
         CompressError: neither exporter can; names the operator and the module where it can be told.
@@ -106,6 +108,8 @@ def export(
                 ) from error
             exporter, note = "torchscript", str(error)
     fixed = _finish(graph, inputs, free, output_name)
+    if lower is not None:
+        lower(graph)
     files = save(graph, path)
     return Exported(
         exporter=exporter,
@@ -305,7 +309,11 @@ def _number(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
 
 
 def save(model: ir.Model, path: Path) -> tuple[str, ...]:
-    """Write the file, check it, and only then give it its name."""
+    """Write the file, check it, and only then give it its name.
+
+    Raises:
+        CompressError: the graph is not valid ONNX.
+    """
     weight_bytes = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
     )

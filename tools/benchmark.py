@@ -2,21 +2,21 @@
 
     python tools/benchmark.py demo                      the embedded default at 1.5x, 2x and 3x, three times
     python tools/benchmark.py methods --model DIR       ZipLM with search against uniform baselines
+    python tools/benchmark.py moves --model DIR         every move alone, and all of them in one search
     python tools/benchmark.py database --model DIR      time and memory of the candidates
     python tools/benchmark.py prediction --model DIR    predicted against measured time of random plans
     python tools/benchmark.py precision                 our 8 and 4 bits against onnxruntime's own quantizer
+    python tools/benchmark.py blocks                    block-sparse products against their dense Gemm
 
 DIR is what `tools/finetune_sst2.py` wrote: a Hugging Face directory beside `train.csv` and `dev.csv`.
 """
 
 import argparse
-import copy
 import json
 import resource
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -25,10 +25,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from onnxruntime import quantization
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from benchmarks import blocks, precision
 from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
@@ -42,29 +40,33 @@ from compress import (
     cost,
     database,
     pipeline,
-    quantize,
     surgery,
 )
-from compress.core import fakequant, obs, ranges
-from compress.core.fakequant import Precision
-from compress.export import quantized
-from compress.export.onnx import export
-from compress.export.runners import OrtRunner
-from compress.ir import Site
+from compress.core import obs
+from compress.errors import CompressError
+from compress.ir import Option, Site
 from compress.job import Job, prepare
 from compress.loop import Timing
 from compress.pricing import price
 from compress.recipe import Recipe, read
 from compress.report import Report
-from compress.task import Batch, Task, load_task
+from compress.task import Batch, Task
 
 Row = dict[str, object]
-METHODS = {
+METHODS: dict[str, dict[str, object]] = {
     "ZipLM + search": {"score": "obs"},
     "ZipLM + uniform": {"score": "obs", "uniform": True},
     "magnitude + uniform": {"score": "magnitude", "uniform": True},
     "Wanda + uniform": {"score": "wanda", "uniform": True},
     "Taylor + uniform": {"score": "taylor", "uniform": True},
+}
+MOVES: dict[str, dict[str, object]] = {
+    "structure": {"moves": ["structure"]},
+    "block": {"moves": ["block"]},
+    "lowrank": {"moves": ["lowrank"]},
+    "int8": {"moves": ["int8"]},
+    "structure + int8": {"moves": ["structure", "int8"]},
+    "all in one search": {"moves": ["structure", "block", "lowrank", "int8"]},
 }
 
 
@@ -112,22 +114,32 @@ def demo(arguments: argparse.Namespace, out: Path) -> list[Row]:
 
 
 def methods(arguments: argparse.Namespace, out: Path) -> list[Row]:
-    """Score lost at equal measured speed, without any training."""
+    """Score lost at equal measured speed, without any training: how units are ranked."""
+    return _compared(arguments, out, METHODS)
+
+
+def moves(arguments: argparse.Namespace, out: Path) -> list[Row]:
+    """Score lost at equal measured speed, without any training: what may be done to a site."""
+    return _compared(arguments, out, MOVES)
+
+
+def _compared(arguments: argparse.Namespace, out: Path, known: dict[str, dict[str, object]]) -> list[Row]:
+    """A row for every method and speedup; one that cannot be reached says so."""
     rows: list[Row] = []
-    chosen = arguments.methods.split(",") if arguments.methods else list(METHODS)
-    for name in chosen:
+    for name in arguments.methods.split(",") if arguments.methods else list(known):
         for speedup in arguments.speedups:
-            options = METHODS[name]
             recipe = recipe_of(
                 arguments,
                 out / name.replace(" ", ""),
                 speedup,
-                options=options,
+                options=known[name],
                 shapes={"tokens": arguments.tokens},
             )
             began = time.perf_counter()
-            report = pipeline.run(recipe, Plain())
-            rows.append(_outcome(name, speedup, report))
+            try:
+                rows.append(_outcome(name, speedup, pipeline.run(recipe, Plain())))
+            except CompressError as error:
+                rows.append({"method": name, "asked": speedup, "status": str(error).splitlines()[0]})
             rows[-1]["seconds"] = round(time.perf_counter() - began, 1)
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -218,12 +230,15 @@ def _built(what: str, task: Task, sites: Sequence[Site], batches: Sequence[Batch
     began = time.perf_counter()
     calibrate.collect(task, sites, batches, out / "statistics")
     calibrated = time.perf_counter()
-    levels = {site.name: [units for units in cost.grid(site, 8) if units < site.units] for site in sites}
-    database.build(task.model, sites, out / "statistics", levels, out / "candidates")
+    options = {
+        site.name: [Option(units=units) for units in cost.grid(site, 8) if units < site.units]
+        for site in sites
+    }
+    database.build(task.model, sites, out / "statistics", options, out / "candidates")
     return {
         "what": what,
         "sites": len(sites),
-        "levels": sum(len(row) for row in levels.values()),
+        "levels": sum(len(row) for row in options.values()),
         "statistics_s": round(calibrated - began, 1),
         "candidates_s": round(time.perf_counter() - calibrated, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
@@ -308,7 +323,7 @@ def prediction(arguments: argparse.Namespace, out: Path) -> list[Row]:
     act = pipeline.time_plan(job)
     random = np.random.default_rng(0)
     for number in range(10):
-        choices = tuple(int(random.integers(0, len(units))) for units in menus.units)
+        choices = tuple(int(random.integers(0, len(row))) for row in menus.options)
         found: Timing = act(menus.named(choices))
         predicted = costs.dense_ms / menus.latency_ms(choices)
         rows.append(
@@ -326,131 +341,14 @@ def prediction(arguments: argparse.Namespace, out: Path) -> list[Row]:
     return rows
 
 
-def precision(arguments: argparse.Namespace, out: Path) -> list[Row]:
-    """Post-training quantization of all products, ours and onnxruntime's: score, bytes, interleaved time."""
-    model = None if arguments.model is None else str(arguments.model)
-    data = None if model is None else str(arguments.model / "train.csv")
-    task = load_task(model, data, test=None if model is None else str(arguments.model / "dev.csv"))
-    files = {"float32": out / "dense.onnx"}
-    example = task.example(1, arguments.tokens)
-    export(task.model, example, files["float32"], output_name=task.output_name, logits=task.logits)
-    batches = list(task.batches("calibration", 32, 512))
-    files |= _ours(task, batches, files["float32"], out) | _theirs(task, batches, files["float32"], out)
-    runners = {name: OrtRunner(path, 1) for name, path in files.items()}
-    inputs = {name: tensor.numpy() for name, tensor in example.items()}
-    timed = bench.compare({name: runner.timed(inputs) for name, runner in runners.items()}, block_ms=20)
-    rows: list[Row] = []
-    for name, runner in runners.items():
-        ratio = timed.ratio(name)
-
-        def run(feed: dict[str, np.ndarray], runner: OrtRunner = runner) -> np.ndarray:
-            return runner.infer(feed)[task.output_name]
-
-        rows.append(
-            {
-                "how": name,
-                "score": round(task.score(run), 4),
-                "divergence": round(_divergence(task, run), 6),
-                "file_mb": round(files[name].stat().st_size / 1e6, 2),
-                "speedup": round(ratio.value, 3),
-                "low": round(ratio.low, 3),
-                "high": round(ratio.high, 3),
-                "products": dict(_products(files[name])),
-            }
-        )
-    return rows
-
-
-def _products(path: Path) -> Counter[str]:
-    """How many products of each kind a file holds."""
-    kinds = ("Gemm", "MatMul", "MatMulInteger", "MatMulNBits", "QuantizeLinear", "DynamicQuantizeLinear")
-    return Counter(node.op_type for node in onnx.load(path).graph.node if node.op_type in kinds)
-
-
-def _divergence(task: Task, run: Callable[[dict[str, np.ndarray]], np.ndarray]) -> float:
-    """Mean divergence from the dense model over the test split."""
-    total = samples = 0.0
-    for batch in task.batches("test", 32):
-        with torch.inference_mode():
-            dense = task.logits(task.model(**batch.inputs))
-        found = torch.from_numpy(run({name: value.numpy() for name, value in batch.inputs.items()}))
-        total += len(dense) * float(task.divergence(found, dense, batch))
-        samples += len(dense)
-    return total / samples
-
-
-def _ours(task: Task, batches: Sequence[Batch], dense: Path, out: Path) -> dict[str, Path]:
-    """Every product rounded with the moments of its input, and by rounding to the nearest."""
-    graph = onnx.load(dense, load_external_data=False).graph
-    weights = [node.input[1] for node in graph.node if node.op_type == "Gemm"]
-    seen = quantize.observe(task, weights, batches)
-    files = {}
-    kinds: tuple[Precision, ...] = ("int8-dynamic", "int8-static", "int4")
-    for kind in kinds:
-        for how in ("GPTQ", "nearest"):
-            places = {}
-            for name in weights:
-                layer = task.model.get_submodule(name.removesuffix(".weight"))
-                span = ranges.span(seen[name].histogram, "mse") if kind == "int8-static" else None
-                if how == "GPTQ":
-                    places[name], _ = quantize.round_linear(
-                        layer, kind, seen[name].second, seen[name].mean, span=span
-                    )
-                else:
-                    places[name] = quantize.Place(fakequant.nearest(layer.weight.detach(), kind, span))
-            model = copy.deepcopy(task.model)
-            quantize.insert(model, places)
-            codes = quantize.settle(model)
-            files[f"ours {kind} {how}"] = path = out / f"{kind}-{how}.onnx"
-            example = task.example(1, 32)
-            export(model, example, path, output_name=task.output_name, logits=task.logits)
-            quantized.lower_file(path, codes)
-    return files
-
-
-class _Reader(quantization.CalibrationDataReader):
-    """Calibration batches as onnxruntime's quantizer asks for them."""
-
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.left = [{name: value.numpy() for name, value in batch.inputs.items()} for batch in batches]
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return self.left.pop(0) if self.left else None
-
-
-def _theirs(task: Task, batches: Sequence[Batch], dense: Path, out: Path) -> dict[str, Path]:
-    """The quantizer of onnxruntime on the products with weights, as it comes and as its manual advises."""
-    ready = out / "ready.onnx"
-    quant_pre_process(dense, ready, skip_symbolic_shape=True)
-    files = {}
-    linear = ["Gemm", "MatMul"]
-    for words, options in (
-        ("default", {}),
-        ("by channel", {"per_channel": True}),
-        ("by channel, 7 bits", {"per_channel": True, "reduce_range": True}),
-    ):
-        path = files[f"onnxruntime dynamic {words}"] = out / f"dynamic-{len(files)}.onnx"
-        quantization.quantize_dynamic(ready, path, op_types_to_quantize=linear, **options)
-        path = files[f"onnxruntime static {words}"] = out / f"static-{len(files)}.onnx"
-        products = [node.name for node in onnx.load(ready).graph.node if node.op_type == "Gemm"]
-        quantization.quantize_static(
-            ready,
-            path,
-            _Reader(batches),
-            op_types_to_quantize=["Gemm"],
-            nodes_to_quantize=products,
-            activation_type=quantization.QuantType.QUInt8,
-            **options,
-        )
-    return files
-
-
 BENCHMARKS = {
-    "precision": precision,
     "demo": demo,
     "methods": methods,
+    "moves": moves,
     "database": build_database,
     "prediction": prediction,
+    "precision": precision.run,
+    "blocks": blocks.run,
 }
 
 
@@ -462,7 +360,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
-    parser.add_argument("--methods", help=f"comma list of {', '.join(METHODS)}")
+    parser.add_argument("--methods", help=f"comma list of {', '.join([*METHODS, *MOVES])}")
+    parser.add_argument("--products", default="3072x768,768x3072", help="comma list of OUTxIN, for blocks")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128], help="rows of x, for blocks")
+    parser.add_argument(
+        "--patterns", default=blocks.PATTERNS, help="comma list of block patterns, for blocks"
+    )
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(bench.physical_cores())
