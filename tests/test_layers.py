@@ -20,7 +20,7 @@ ROWS = (
     "core.obs core.scores core.units search report data trace modeling",
     "core.support",
     "core.block core.lowrank core.nm core.permute core.sltrain",
-    "charts loop pretrained probe bench energy roofline surgery measurement export.device",
+    "sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device",
     "page quality named trial store cost console export.engine",
     "analyze images texts devices doctor session merge export.chains export.flatten export.runners",
     "task export.onnx export.blocks export.finished export.tensorrt",
