@@ -20,7 +20,7 @@ ROWS = (
     "core.fakequant core.obs core.scores core.smooth core.units search report data trace modeling",
     "core.gptq core.ranges core.support",
     "core.block core.lowrank core.nm core.permute core.sltrain",
-    "charts loop pretrained probe bench energy roofline surgery measurement export.device "
+    "sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
     "page family quality named trial store cost console export.engine export.streams",
     "expand analyze images texts devices doctor session merge export.lowering export.runners",
