@@ -38,8 +38,8 @@ class Statistics:
     taylor: Tensor | None = None
 
 
-class _Moments:
-    """Running sums about a shift that the first rows set."""
+class Moments:
+    """Running sums about a shift that the first rows set, on the device of the rows."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -50,22 +50,25 @@ class _Moments:
         self.samples = 0
 
     def add(self, rows: Tensor) -> None:
+        """Count these rows [rows, in] in."""
         if not self.count:
             self.shift = rows.mean(0)
-            self.sum = torch.zeros(rows.shape[1], dtype=torch.float64)
-            self.square = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+            self.sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+            self.square = self.sum.new_zeros(rows.shape[1], rows.shape[1])
         self.count += len(rows)
         off = rows - self.shift
         self.sum += off.sum(0, dtype=torch.float64)
         self.square += off.T @ off
 
     def add_taylor(self, per_sample: Tensor) -> None:
+        """Count the first-order terms [samples, in] of one batch in."""
         if not self.samples:
             self.taylor = torch.zeros(per_sample.shape[1], dtype=torch.float64)
         self.samples += len(per_sample)
         self.taylor += per_sample.double().square().sum(0)
 
     def tensors(self) -> dict[str, Tensor]:
+        """What `read` reads, by its names."""
         shift, off = self.shift.double(), self.sum / self.count
         mean = shift + off
         crossed = torch.outer(shift, off)
@@ -116,7 +119,7 @@ def collect(
 
         moments = _pass(task, [sites[i] for i in group], batches, taylor, tick)
         for index, found in zip(group, moments, strict=True):
-            _write(directory / f"{index:03d}.safetensors", found.tensors())
+            write(directory / f"{index:03d}.safetensors", found.tensors())
 
 
 def read(directory: Path, index: int) -> Statistics:
@@ -168,21 +171,15 @@ def _pass(
     batches: Sequence[Batch],
     taylor: bool,
     tick: Callable[[int], None],
-) -> list[_Moments]:
+) -> list[Moments]:
     """All batches through the model, with hooks on the writers of `sites`."""
-    moments = [_Moments() for _ in sites]
+    moments = [Moments() for _ in sites]
     current: list[Batch] = []
 
-    def watch(site: Site, own: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def watch(site: Site, own: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             values = arguments[0]
-            rows = real_rows(values.detach(), current[-1]).float()
-            if not bool(torch.isfinite(rows).all()):
-                raise CompressError(
-                    f"{site.name}: its inputs hold NaN or infinity on calibration data; check the "
-                    "model's weights and the data"
-                )
-            own.add(rows)
+            own.add(finite_rows(site, values, current[-1]))
             if taylor:
                 # torch leaves this one method without types.
                 values.register_hook(  # type: ignore[no-untyped-call]
@@ -214,7 +211,7 @@ def _pass(
     return moments
 
 
-def _first_order(own: _Moments, values: Tensor, gradient: Tensor, batch: Batch) -> None:
+def _first_order(own: Moments, values: Tensor, gradient: Tensor, batch: Batch) -> None:
     """Add one batch's `sum over tokens of x dL/dx` for every sample; the loss is a mean over samples."""
     product = (values.detach() * gradient).reshape(
         len(next(iter(batch.inputs.values()))), -1, values.shape[-1]
@@ -222,6 +219,21 @@ def _first_order(own: _Moments, values: Tensor, gradient: Tensor, batch: Batch) 
     if batch.real is not None:
         product = product * batch.real.reshape(len(product), -1, 1)
     own.add_taylor(product.sum(1) * len(product))
+
+
+def finite_rows(site: Site, values: Tensor, batch: Batch) -> Tensor:
+    """[rows, features] in float32: what the writer of a site reads at real tokens.
+
+    Raises:
+        CompressError: there is NaN or infinity among it.
+    """
+    rows = real_rows(values.detach(), batch).float()
+    if not bool(torch.isfinite(rows).all()):
+        raise CompressError(
+            f"{site.name}: its inputs hold NaN or infinity on calibration data; check the "
+            "model's weights and the data"
+        )
+    return rows
 
 
 def real_rows(values: Tensor, batch: Batch) -> Tensor:
@@ -232,7 +244,8 @@ def real_rows(values: Tensor, batch: Batch) -> Tensor:
     return flat[batch.real.reshape(-1)]
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Store the statistics of one site; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
     save_file(tensors, half)

@@ -97,6 +97,11 @@ SHAPES = _options(
     click.option("--batch", type=COUNT, metavar="N", help="Inputs in one run; 1 unless given."),
     click.option("--tokens", type=COUNT, metavar="N", help="Length of a text input; 32 unless given."),
 )
+PHASE = click.option(
+    "--phase",
+    type=click.Choice(["prefill", "decode"]),
+    help="Of a decoder: time to first token, or per token after --tokens of them; prefill unless given.",
+)
 THREADS = click.option("--threads", type=COUNT, metavar="N", help="Threads of the runtime; 1 unless given.")
 REQUEST = _options(
     MODEL,
@@ -115,6 +120,7 @@ REQUEST = _options(
     click.option("--max-drop", type=float, metavar="0.01", help="How much of the score may be lost."),
     click.option("--out", "-o", metavar="DIR", help="Where the result goes; `out` unless given."),
     SHAPES,
+    PHASE,
     THREADS,
     click.option("--seed", type=int, metavar="N", help="Of the search; 0 unless given."),
     COMMON,
@@ -186,6 +192,7 @@ def plan(session: "Session", words: Words) -> int:
 @app.command()
 @click.argument("artifacts", metavar="FILE-OR-DIR...", nargs=-1, required=True)
 @SHAPES
+@PHASE
 @THREADS
 @click.option("--blocks", type=click.IntRange(min=30), default=40, metavar="N", help="Blocks of each; 40.")
 @COMMON
@@ -278,7 +285,7 @@ def shapes(words: Words) -> "Shapes":
     """The input shape in the words, with defaults for what they leave out."""
     from compress.recipe import Shapes
 
-    return Shapes(**_given(words, "batch", "tokens"))
+    return Shapes(**_given({"phase": None, **words}, "batch", "tokens", "phase"))
 
 
 def request(words: Words, asked: str | None = None) -> "Recipe":
@@ -293,7 +300,7 @@ def request(words: Words, asked: str | None = None) -> "Recipe":
     values["budget"] = budget(words)
     if values["budget"] is None and words["recipe"] is None and asked is not None:
         values["budget"] = recipe.parse_budget("speedup", asked)
-    tables = {"shapes": ("batch", "tokens"), "bench": ("threads",), "search": ("seed",)}
+    tables = {"shapes": ("batch", "tokens", "phase"), "bench": ("threads",), "search": ("seed",)}
     values |= {table: _given(words, *names) for table, names in tables.items()}
     return recipe.read(words["recipe"], values)
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from torch import nn
 
-from compress import artifact, choosing, page, proof, store, surgery
+from compress import artifact, choosing, files, page, proof, store, surgery
 from compress.bench import FINAL_BLOCKS, Comparison
 from compress.choosing import TimePlan
 from compress.energy import energy_above_idle_mj
 from compress.errors import CompressError
-from compress.export import onnx
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus, Round, Rounds, Timing
 from compress.pricing import Costs, price
@@ -134,8 +133,7 @@ def time_plan(job: Job) -> TimePlan:
 def export(job: Job, model: nn.Module, file: Path) -> None:
     """Write one model of the job as ONNX."""
     with job.stages(f"export {file.stem}"):
-        example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-        onnx.export(model, example, file, output_name=job.task.output_name, logits=job.task.logits)
+        files.write(job, model, file)
 
 
 def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, list[str]]:

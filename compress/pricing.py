@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from compress import anchor, artifact, bench, cost, roofline
+from compress import anchor, artifact, bench, cost, files, roofline
 from compress.cost import Rows, Table
-from compress.export import blocks, onnx, runners
+from compress.export import blocks, runners
 from compress.ir import Document, Site, Source, Whole
 from compress.job import Job
 
@@ -53,14 +53,7 @@ def export_dense(job: Job) -> Path:
     if path.is_file() and _stamp(path, job.model_key) == _read(stamp):
         return path
     with job.stages("export dense"):
-        example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-        onnx.export(
-            job.task.model,
-            example,
-            path,
-            output_name=job.task.output_name,
-            logits=job.task.logits,
-        )
+        files.write(job, job.task.model, path)
     artifact.write_text(stamp, json.dumps(_stamp(path, job.model_key)))
     return path
 
