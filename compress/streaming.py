@@ -146,7 +146,7 @@ class Streamed:
             if module in inside or not module._parameters:
                 continue
             if type(module) is nn.Embedding:
-                module.forward = functools.partial(self._look_up, f"{name}.weight")  # type: ignore[assignment]
+                module.forward = functools.partial(self._look_up, f"{name}.weight")  # type: ignore[method-assign]
                 tables.append(module)
             else:
                 handles.append(module.register_forward_pre_hook(functools.partial(self._late, name)))
@@ -169,7 +169,7 @@ class Streamed:
 
     def _look_up(self, name: str, ids: Tensor) -> Tensor:
         """What an embedding answers, from the rows that are asked for alone."""
-        numbers, places = ids.unique(return_inverse=True)
+        numbers, places = torch.unique(ids, return_inverse=True)
         return self.weights.rows(name, numbers).to(self.device)[places]
 
     def _late(self, name: str, module: nn.Module, _: object) -> None:
@@ -268,7 +268,7 @@ def _without_weights() -> Iterator[None]:
         if value is not None and value.device != META:
             module._parameters[name] = nn.Parameter(value.detach().to(META), requires_grad=False)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

@@ -67,8 +67,8 @@ class _Cached(nn.Module):
         past = rest[len(more) :]
         seen = past[0].shape[2] if past else mask.shape[1] - ids.shape[1]
         for part in past:
-            torch._check(part.shape[2] == seen)
-        torch._check(mask.shape[1] == seen + ids.shape[1])
+            _same(part.shape[2], seen)
+        _same(mask.shape[1], seen + ids.shape[1])
         pairs = dict(zip(self.cached, zip(past[::2], past[1::2], strict=True), strict=True))
         layers = [_Layer(seen, *pairs.get(number, ())) for number in range(self.layers)]
         output = _run(self.model, {IDS: ids, MASK: mask, **more}, layers)
@@ -143,6 +143,11 @@ def export(model: nn.Module, path: Path, *, output_name: str = "logits") -> Expo
     outputs = [output_name, *(present(name) for name in example if name.startswith(PAST))]
     answer = _Cached(model, _layers(model), tuple(cached))
     return write(answer, example, path, outputs=outputs, dynamic=free, loose=loose)
+
+
+def _same(size: int, other: int) -> None:
+    """Tell the tracer that two free sizes are one."""
+    torch._check(size == other)  # type: ignore[no-untyped-call]  # one of torch's methods without types
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Tensor], layers: list[_Layer]) -> Any:

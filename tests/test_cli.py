@@ -568,12 +568,12 @@ def test_the_options_of_each_verb_are_frozen():
         "-o",
         "--seed",
     }
-    request |= shapes | {"--threads"}
+    request |= shapes | {"--phase", "--threads"}
     expected = {
         "run": request,
         "plan": request,
         "inspect": shapes,
-        "bench": shapes | {"--threads", "--blocks"},
+        "bench": shapes | {"--phase", "--threads", "--blocks"},
         "export": {"--to", "--out", "-o", "--archive"},
         "report": {"--merge", "--device-is-target"},
         "targets": set(),
