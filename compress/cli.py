@@ -116,6 +116,7 @@ REQUEST = _options(
     click.option("--task", metavar="TASK", help="What the model does, if its config does not say."),
     click.option("--text", metavar="COLUMN", help="The text column, if it is not found."),
     click.option("--label", metavar="COLUMN", help="The label column, if it is not found."),
+    click.option("--moves", metavar="LIST", help="What may be done: structure,int8,block,lowrank,2:4."),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A request as TOML."),
     click.option("--max-drop", type=float, metavar="0.01", help="How much of the score may be lost."),
     click.option("--out", "-o", metavar="DIR", help="Where the result goes; `out` unless given."),
@@ -302,6 +303,8 @@ def request(words: Words, asked: str | None = None) -> "Recipe":
         values["budget"] = recipe.parse_budget("speedup", asked)
     tables = {"shapes": ("batch", "tokens", "phase"), "bench": ("threads",), "search": ("seed",)}
     values |= {table: _given(words, *names) for table, names in tables.items()}
+    if words["moves"] is not None:
+        values["options"] = {"moves": [move.strip() for move in words["moves"].split(",")]}
     return recipe.read(words["recipe"], values)
 
 

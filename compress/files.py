@@ -12,22 +12,24 @@ from torch import nn
 
 from compress import bench
 from compress.export import decode, decoder, onnx
-from compress.export.onnx import Exported
+from compress.export.onnx import Exported, Lower
 from compress.export.runners import OrtRunner
 from compress.job import Job
 from compress.recipe import Phase
 
 
-def write(job: Job, model: nn.Module, path: Path) -> Exported:
-    """Export one model of the job, dense or shrunk, to `path`.
+def write(job: Job, model: nn.Module, path: Path, *, lower: Lower | None = None) -> Exported:
+    """Export one model of the job, dense or shrunk, to `path`; `lower` changes the finished graph.
 
     Raises:
         CompressError: the model cannot be exported.
     """
     if job.decodes:
-        return decoder.export(model, path, output_name=job.task.output_name)
+        return decoder.export(model, path, output_name=job.task.output_name, lower=lower)
     example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-    return onnx.export(model, example, path, output_name=job.task.output_name, logits=job.task.logits)
+    return onnx.export(
+        model, example, path, output_name=job.task.output_name, logits=job.task.logits, lower=lower
+    )
 
 
 def inputs(job: Job, runner: OrtRunner, phase: Phase | None = None) -> dict[str, NDArray[np.generic]]:

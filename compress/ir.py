@@ -146,12 +146,78 @@ class Site(Document):
 
 
 class Option(Document):
-    """What may be done to a site; the default leaves it dense. `units` None keeps all, 0 drops it."""
+    """What may be done to a site; the default leaves it dense. `units` None keeps all, 0 drops it.
+
+    `pattern` says where weights of the site's products are zero ("dense", "2:4", or
+    "block:32x128@0.25": blocks of 32 outputs x 128 inputs, a quarter of them kept), `rank` adds a product
+    of two thin factors, `precision` is what the products run in.
+    """
 
     units: int | None = Field(default=None, ge=0)
     pattern: str = "dense"
     rank: int = Field(default=0, ge=0)
     precision: str = "fp32"
+
+    @property
+    def form(self) -> str:
+        """How the products run, whatever the units; "dense" when nothing but units is taken.
+
+        >>> Option(units=4, pattern="block:32x32@0.5", rank=8).form
+        'block:32x32@0.5+rank:8'
+        """
+        parts = [
+            *([self.pattern] if self.pattern != "dense" else []),
+            *([f"rank:{self.rank}"] if self.rank else []),
+            *([self.precision] if self.precision != "fp32" else []),
+        ]
+        return "+".join(parts) or "dense"
+
+    @property
+    def key(self) -> str:
+        """Units and form in one word, for files.
+
+        >>> Option(units=4).key, Option(precision="int8-dynamic").key
+        ('4 dense', 'all int8-dynamic')
+        """
+        return f"{'all' if self.units is None else self.units} {self.form}"
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that the pattern keeps.
+
+        >>> Option(pattern="2:4").density, Option(pattern="block:32x32@0.25").density
+        (0.5, 0.25)
+        """
+        if self.pattern == "dense":
+            return 1.0
+        return 0.5 if self.pattern == "2:4" else float(self.pattern.rpartition("@")[2])
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Outputs and inputs of one block of the pattern.
+
+        >>> Option(pattern="block:32x128@0.25").block
+        (32, 128)
+        """
+        rows, _, columns = self.pattern.removeprefix("block:").partition("@")[0].partition("x")
+        return int(rows), int(columns)
+
+    @classmethod
+    def of(cls, form: str, units: int | None) -> "Option":
+        """The option of a form at some units: what `form` and `units` of it were.
+
+        >>> Option.of("block:32x32@0.5+rank:8", 4) == Option(units=4, pattern="block:32x32@0.5", rank=8)
+        True
+        """
+        found: dict[str, str | int] = {}
+        for part in form.split("+"):
+            if part.startswith("rank:"):
+                found["rank"] = int(part.removeprefix("rank:"))
+            elif part.startswith("block:") or part in ("2:4", "dense"):
+                found["pattern"] = part
+            else:
+                found["precision"] = part
+        return cls.model_validate({"units": units, **found})
 
 
 class Candidate(Document):

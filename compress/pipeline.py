@@ -6,6 +6,7 @@ Every arrow leaves an artifact in `<out>/compression/`, stored with the hash of 
 a second run takes up whatever is still valid, and a killed run loses at most the stage it was in.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -15,6 +16,8 @@ from compress.bench import FINAL_BLOCKS, Comparison
 from compress.choosing import TimePlan
 from compress.energy import energy_above_idle_mj
 from compress.errors import CompressError
+from compress.export import forms
+from compress.ir import Option
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus, Round, Rounds, Timing
 from compress.pricing import Costs, price
@@ -118,10 +121,10 @@ def choose(
 def time_plan(job: Job) -> TimePlan:
     """A function that builds a plan as a file and times it against the dense one."""
 
-    def act(units: dict[str, int | None]) -> Timing:
+    def act(choices: dict[str, Option]) -> Timing:
         file = job.folder / "trial.onnx"
-        removals = choosing.removals_of(job, units)
-        export(job, surgery.shrink(job.task.model, job.sites, removals), file)
+        removals = choosing.removals_of(job, choices)
+        export(job, surgery.shrink(job.task.model, job.sites, removals), file, removals)
         found = proof.timing(proof.compare(job, file, blocks=job.recipe.bench.blocks))
         file.unlink()
         job.stages.progress.say(f"measured {found.speedup:.2f}x")
@@ -130,25 +133,25 @@ def time_plan(job: Job) -> TimePlan:
     return act
 
 
-def export(job: Job, model: nn.Module, file: Path) -> None:
-    """Write one model of the job as ONNX."""
+def export(job: Job, model: nn.Module, file: Path, removals: Mapping[str, Removal]) -> None:
+    """Write one compressed model of the job as ONNX, its products in the forms of the plan."""
     with job.stages(f"export {file.stem}"):
-        files.write(job, model, file)
+        files.write(job, model, file, lower=lambda graph: forms.lower(graph, job.sites, removals))
 
 
 def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, list[str]]:
     """The finished model, saved as a directory and as ONNX; and what is worth a note."""
-    removals = choosing.removals_of(job, turn.units)
+    removals = choosing.removals_of(job, turn.choices)
     notes = []
     if job.recipe.calibration.refit and job.recipe.options.score == "obs":
         removals, note = _refitted(job, removals, turn, judge)
         notes.append(note)
     model = surgery.shrink(job.task.model, job.sites, removals)
     out = Path(job.recipe.out)
-    units = {name: kept for name, kept in turn.units.items() if kept is not None}
+    units = {name: option.units for name, option in turn.choices.items() if option.units is not None}
     store.save(model, job.sites, units, out)
     job.task.save_files(out)
-    export(job, model, out / "model.onnx")
+    export(job, model, out / "model.onnx", removals)
     return model, notes
 
 

@@ -1,5 +1,6 @@
 """What the shipped file really does: its latency, its answers, its score; gathered into the report."""
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compress import __version__, bench, energy, files, report, search
+from compress import __version__, bench, cost, energy, files, report, search
 from compress.bench import Comparison
 from compress.export import decode, runners, verify
+from compress.ir import Option
 from compress.job import Job
 from compress.loop import Menus, Round, Rounds, Timing
 from compress.pricing import Costs
@@ -32,6 +34,7 @@ from compress.report import (
     Verdict,
 )
 
+FLOAT = "fp32"  # the precision of exported weights without a form
 STEPS = 16  # tokens that are read one by one when a cache is verified
 
 
@@ -132,8 +135,10 @@ def score(job: Job, file: Path) -> float:
         return job.task.score(answer)
 
 
-def figures(job: Job, model: nn.Module, file: Path, comparison: Comparison | None, side: str) -> Figures:
-    """Everything measured about one artifact."""
+def figures(
+    job: Job, model: nn.Module, file: Path, comparison: Comparison | None, side: str, saved_bytes: int = 0
+) -> Figures:
+    """Everything measured about one artifact; `saved_bytes` is what forms take off its float weights."""
     parameters = sum(p.numel() for p in model.parameters())
     used = None
     if comparison is not None and job.recipe.budget.name == "energy_mj":
@@ -142,7 +147,7 @@ def figures(job: Job, model: nn.Module, file: Path, comparison: Comparison | Non
         latency_ms=None if comparison is None else comparison.latency(side),
         score=score(job, file),
         parameters=parameters,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()) - saved_bytes,
         file_bytes=file.stat().st_size,
         energy_mj=None if used is None else used.energy_mj,
         energy_source=None if used is None else used.source,
@@ -154,20 +159,35 @@ def _energy(job: Job, file: Path) -> energy.Energy | None:
         return energy.measure_energy(files.timed(job, runner))
 
 
+def _saved_bytes(job: Job, turn: Round) -> int:
+    """How much smaller the weights are in the forms of a plan than as plain floats."""
+    saved = 0
+    for site in job.sites:
+        option = turn.choices[site.name]
+        plain = Option(units=option.units)
+        saved += cost.weight_bytes(site, plain, FLOAT) - cost.weight_bytes(site, option, FLOAT)
+    return saved
+
+
 def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[SiteReport, ...]:
     """What was done to every site, and what it costs now."""
     found = []
-    for site, options, menu in zip(job.sites, menus.units, menus.prior, strict=True):
-        units = turn.units[site.name]
-        kept = site.units if units is None else units
+    for site, options, menu in zip(job.sites, menus.options, menus.prior, strict=True):
+        option = turn.choices[site.name]
         found.append(
             SiteReport(
                 name=site.name,
                 kind=site.kind,
-                option=Chosen(units=kept, units_total=site.units),
-                error=float(menu.error[options.index(units)]),
-                latency_ms=costs.rows[site.name][kept],
-                dense_latency_ms=costs.rows[site.name][site.units],
+                option=Chosen(
+                    units=site.units if option.units is None else option.units,
+                    units_total=site.units,
+                    pattern=option.pattern,
+                    rank=option.rank,
+                    precision=option.precision,
+                ),
+                error=float(menu.error[options.index(option)]),
+                latency_ms=costs.latency_ms(site, option),
+                dense_latency_ms=costs.latency_ms(site, Option()),
                 source=costs.source,
             )
         )
@@ -183,7 +203,7 @@ def front(costs: Costs, menus: Menus, turn: Round) -> tuple[FrontPoint, ...]:
         choices = search.knapsack(menus.scaled, menus.whole.room_ms(budget_ms))
         chosen = budget_ms == turn.predicted_ms
         if chosen:
-            choices = menus.indices(turn.units)
+            choices = menus.indices(turn.choices)
         spent_ms = menus.latency_ms(choices)
         points.append(
             FrontPoint(
@@ -210,7 +230,7 @@ def assemble(
     """Check, score and gather: the report of one finished compilation."""
     agreement = parity(job, *files_of["compressed"])
     dense = figures(job, *files_of["dense"], comparison, "dense")
-    quick = figures(job, *files_of["compressed"], comparison, "compressed")
+    quick = figures(job, *files_of["compressed"], comparison, "compressed", _saved_bytes(job, turn))
     drop = _drop(job, dense, quick)
     measured = None
     if comparison is not None:
@@ -269,9 +289,14 @@ def assemble(
         waterfall=steps,
         phases=None if comparison is None else phases(job, files_of["compressed"][1], comparison),
         fixed_ms=costs.fixed_ms,
-        attribution=tuple(_attribution(job, costs, menus)),
+        attribution=(*_attribution(job, costs), *_forms(costs, turn)),
         warnings=tuple(
-            notes + ([] if comparison is None else bench.doubts(comparison.drift, comparison.settled))
+            notes
+            + (
+                []
+                if comparison is None
+                else bench.doubts(comparison.drift, comparison.settled, comparison.elsewhere)
+            )
         ),
         environment=bench.environment() | {"compress": __version__},
         protocol={} if comparison is None else comparison.protocol.model_dump(),
@@ -316,7 +341,7 @@ def _round(turn: Round, costs: Costs) -> report.Round:
     )
 
 
-def _attribution(job: Job, costs: Costs, menus: Menus) -> list[str]:
+def _attribution(job: Job, costs: Costs) -> list[str]:
     """Why it is not faster: what no move can touch, and what was not there to choose."""
     share = costs.fixed_ms / costs.dense_ms
     said = "" if costs.source == "measured" else " (estimate)"
@@ -332,4 +357,24 @@ def _attribution(job: Job, costs: Costs, menus: Menus) -> list[str]:
         f"{pattern} sparsity was not considered: {job.profile.name} gains no time from it."
         for pattern in missing
     ]
+    return lines
+
+
+def _forms(costs: Costs, turn: Round) -> list[str]:
+    """What every form that was looked at gains on the target, and where it was chosen."""
+    said = "" if costs.source == "measured" else " (estimate)"
+    chosen = Counter(option.form for option in turn.choices.values())
+    gains: dict[str, list[float]] = {}
+    for row in costs.gains.values():
+        for form, gain in row.items():
+            gains.setdefault(form, []).append(gain)
+    lines = []
+    for form, found in sorted(gains.items()):
+        count = chosen[form]
+        why = f"chosen at {count} of {len(turn.choices)} sites" if count else "not chosen"
+        if not count:
+            pays = any(form in row for row in costs.rows.values())
+            why += ": other moves cost less for the same time" if pays else ": it saves no time here"
+        span = f"{min(found):.2f}x" if len(found) == 1 else f"{min(found):.2f}x to {max(found):.2f}x"
+        lines.append(f"{form}: {span} on a whole site{said}; {why}.")
     return lines

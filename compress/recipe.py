@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from compress.errors import CompressError
 from compress.ir import Budget, Document
 
+Move = Literal["structure", "int8", "block", "lowrank", "2:4"]
 TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
 Phase = Literal["prefill", "decode"]
 UNITS = {"speedup": "x", "latency_ms": "ms", "energy_mj": "mJ", "power_w": "W", "size_mb": "MB"}
@@ -31,11 +32,14 @@ class Shapes(Document):
 class Options(Document):
     """Which moves the search may use.
 
+    `moves` are the ways to make a site cheaper; the search mixes them, and one that does not pay on the
+    target is never chosen.
     `score` chooses how units are ranked and whether the writer is refitted ("obs" is ZipLM; the
     others are baselines without a refit). `units` fixes the fractions kept instead of the measured
     staircase. `uniform` gives every site the same fraction, the baseline of the search.
     """
 
+    moves: tuple[Move, ...] = Field(default=("structure",), min_length=1)
     kinds: tuple[Literal["heads", "ffn"], ...] = ("heads", "ffn")
     score: Literal["obs", "magnitude", "wanda", "taylor"] = "obs"
     units: tuple[float, ...] | None = None

@@ -191,6 +191,7 @@ def collect(
     batches: Sequence[Batch],
     directory: Path,
     *,
+    readers: bool = False,
     progress: Tick | None = None,
 ) -> None:
     """Write `directory/<index>.safetensors` for every site, as `calibrate.collect` does.
@@ -202,6 +203,7 @@ def collect(
         sites: whose writers are watched; each lies in one block.
         batches: calibration inputs.
         directory: holds one file a site, named by its index.
+        readers: also collect the second moments of what the readers see.
         progress: called with blocks run and blocks in all, counted in batches.
 
     Raises:
@@ -214,17 +216,21 @@ def collect(
     work = len(streamed.blocks) * len(batches)
     for number in range(len(streamed.blocks)):
         own = {index: Moments() for index, home in homes.items() if home == number}
+        watched = [(sites[index].writer, sites[index], found) for index, found in own.items()]
+        seen = {index: Moments() for index in own if readers}
+        watched += [(calibrate.reader(sites[index]), sites[index], found) for index, found in seen.items()]
         with streamed.loaded(number) as block:
             for place, batch in enumerate(batches):
-                with _watching(streamed.model, {sites[index]: found for index, found in own.items()}, batch):
+                with _watching(streamed.model, watched, batch):
                     calls[place] = _through(block, *calls[place])
                 if progress is not None:
                     progress(number * len(batches) + place + 1, work)
         for index, found in own.items():
             if not found.count:
                 raise CompressError("no real token reached a site; the calibration data is all padding")
-            tensors = {name: value.cpu() for name, value in found.tensors().items()}
-            calibrate.write(directory / f"{index:03d}.safetensors", tensors)
+            tensors = found.tensors() | ({"reader": seen[index].tensors()["second"]} if readers else {})
+            on_cpu = {name: value.cpu() for name, value in tensors.items()}
+            calibrate.write(directory / f"{index:03d}.safetensors", on_cpu)
 
 
 def _through(
@@ -239,17 +245,17 @@ def _through(
 
 
 @contextmanager
-def _watching(model: nn.Module, moments: dict[Site, Moments], batch: Batch) -> Iterator[None]:
-    """Count what the writers read while one batch runs."""
+def _watching(model: nn.Module, watched: Sequence[tuple[str, Site, Moments]], batch: Batch) -> Iterator[None]:
+    """Count what products read, by the names of their weights, while one batch runs."""
 
     def hook(site: Site, own: Moments, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         own.add(calibrate.finite_rows(site, arguments[0], batch))
 
     handles = [
-        model.get_submodule(site.writer.rpartition(".")[0]).register_forward_pre_hook(
+        model.get_submodule(weight.rpartition(".")[0]).register_forward_pre_hook(
             functools.partial(hook, site, own)
         )
-        for site, own in moments.items()
+        for weight, site, own in watched
     ]
     try:
         yield

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from compress.errors import CompressError
 from compress.export.cache import IDS, MASK, PAST, POSITIONS, present
-from compress.export.onnx import Exported, write
+from compress.export.onnx import Exported, Lower, write
 from compress.modeling import CACHES, Dropped
 
 BATCH, TOKENS, BEFORE = 2, 3, 5  # sizes of the example, unlike one another
@@ -110,12 +110,20 @@ def widths(model: nn.Module) -> dict[int, tuple[Width, Width]]:
     }
 
 
-def export(model: nn.Module, path: Path, *, output_name: str = "logits") -> Exported:
+def export(
+    model: nn.Module, path: Path, *, output_name: str = "logits", lower: Lower | None = None
+) -> Exported:
     """Write a causal model of transformers, dense or shrunk, to `path`.
 
     A size of the cache that a reader of config.json would guess otherwise (fewer heads in one layer) is
     left free in the inputs: such readers start with an empty past of the size that they guess, which
     onnxruntime accepts. The outputs state every size.
+
+    Args:
+        model: its mode is as before afterwards.
+        path: appears whole or not at all.
+        output_name: the name of the logits.
+        lower: changes the finished graph before it is written (see `lowering.lower`).
 
     Raises:
         CompressError: the model takes no cache, or cannot be exported.
@@ -142,7 +150,7 @@ def export(model: nn.Module, path: Path, *, output_name: str = "logits") -> Expo
             }
     outputs = [output_name, *(present(name) for name in example if name.startswith(PAST))]
     answer = _Cached(model, _layers(model), tuple(cached))
-    return write(answer, example, path, outputs=outputs, dynamic=free, loose=loose)
+    return write(answer, example, path, outputs=outputs, dynamic=free, loose=loose, lower=lower)
 
 
 def _same(size: int, other: int) -> None:

@@ -34,6 +34,7 @@ from compress.trace import plain_attention
 OPSET = 20  # Gelu came with it; onnxruntime 1.17 and later run it
 ONE_FILE_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GB; the rest is for the graph
 Names = Mapping[str, Mapping[int, str]]
+Lower = Callable[[ir.Model], object]
 Program = torch.export.ExportedProgram
 
 
@@ -74,6 +75,7 @@ def export(
     output_name: str,
     logits: Callable[[object], Tensor] | None = None,
     dynamic: Names | None = None,
+    lower: Lower | None = None,
 ) -> Exported:
     """Write `model` to `path`; inputs are named as the model's arguments are.
 
@@ -85,13 +87,14 @@ def export(
         logits: the tensor to keep of what the model returns; `output_name` of it by default.
         dynamic: free dimensions, by input: `{"input_ids": {0: "batch", 1: "tokens"}}`. By default
             the first of every input, and the second of matrices of integers.
+        lower: changes the finished graph before it is written (see `lowering.lower`).
 
     Raises:
         CompressError: neither exporter can; names the operator and the module where it can be told.
     """
     free = free_dimensions(example) if dynamic is None else dynamic
     answer = _Answer(model, tuple(example), logits or _named(output_name))
-    return write(answer, example, path, outputs=(output_name,), dynamic=free)
+    return write(answer, example, path, outputs=(output_name,), dynamic=free, lower=lower)
 
 
 def write(
@@ -102,6 +105,7 @@ def write(
     outputs: Sequence[str],
     dynamic: Names,
     loose: Names | None = None,
+    lower: Lower | None = None,
 ) -> Exported:
     """Write a module that takes its inputs in order and gives the outputs in order.
 
@@ -112,6 +116,7 @@ def write(
         outputs: names of what it returns, a tensor or a tuple of them.
         dynamic: free dimensions, by input.
         loose: dimensions that the file takes any number for, though the model knows theirs.
+        lower: as in `export`.
 
     Raises:
         CompressError: as in `export`.
@@ -130,7 +135,9 @@ def write(
                 ) from error
             exporter, note = "torchscript", str(error)
     fixed = _finish(graph, inputs, dynamic, outputs, loose or {})
-    files = _save(graph, path)
+    if lower is not None:
+        lower(graph)
+    files = save(graph, path)
     return Exported(
         exporter=exporter,
         opset=graph.opset_imports[""],
@@ -273,8 +280,12 @@ def _number(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
     return int(words) if words.isdecimal() else size
 
 
-def _save(model: ir.Model, path: Path) -> tuple[str, ...]:
-    """Write the file, check it, and only then give it its name."""
+def save(model: ir.Model, path: Path) -> tuple[str, ...]:
+    """Write the file, check it, and only then give it its name.
+
+    Raises:
+        CompressError: the graph is not valid ONNX.
+    """
     weight_bytes = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
     )

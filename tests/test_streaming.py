@@ -47,7 +47,7 @@ def subject(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(place / "model")
     sites = find_sites(model, example).sites
-    calibrate.collect(Whole(model), sites, batches(), place / "whole")
+    calibrate.collect(Whole(model), sites, batches(), place / "whole", readers=True)
     return place, model, sites
 
 
@@ -55,12 +55,15 @@ def test_statistics_are_those_of_the_whole_model(subject, tmp_path):
     place, _, sites = subject
     told = []
     streamed = Streamed(place / "model")
-    collect(streamed, sites, batches(), tmp_path, progress=lambda *done: told.append(done))
+    collect(streamed, sites, batches(), tmp_path, readers=True, progress=lambda *done: told.append(done))
     for index in range(len(sites)):
         found, expected = calibrate.read(tmp_path, index), calibrate.read(place / "whole", index)
         assert found.count == expected.count == 3 * 7 + 3 * 5 + 3 * 7 - 3
-        for one, other in ((found.mean, expected.mean), (found.second, expected.second)):
+        for name in ("mean", "second", "reader"):
+            one, other = getattr(found, name), getattr(expected, name)
             assert (one - other).abs().max() <= 1e-6 * other.abs().max()
+    collect(streamed, sites[:1], batches(), tmp_path / "plain")
+    assert calibrate.read(tmp_path / "plain", 0).reader is None
     assert told == [(done, 6) for done in range(1, 7)]
 
 

@@ -320,15 +320,15 @@ def test_the_time_limit_ends_the_cycles_after_the_least_number(monkeypatch):
     monkeypatch.setattr(blocks, "CYCLES", (3, 50))
     clock = Machine(cost_ms=lambda units: 1.0)
     call = clock.session(1.0, ffn(), 1)
-    assert blocks._cycles([call, call], 0.0, clock.clock, lambda done, work: None).shape == (3, 2)
-    assert blocks._cycles([call, call], 1e9, clock.clock, lambda done, work: None).shape == (50, 2)
+    assert blocks.cycles([call, call], 0.0, clock.clock, lambda done, work: None).shape == (3, 2)
+    assert blocks.cycles([call, call], 1e9, clock.clock, lambda done, work: None).shape == (50, 2)
 
 
 def test_cycles_alternate_their_order_after_a_visit_to_each(monkeypatch):
     monkeypatch.setattr(blocks, "CYCLES", (2, 2))
     seen = []
     calls = [lambda k=k: seen.append(k) for k in range(3)]
-    blocks._cycles(calls, 1.0, lambda: float(len(seen)), lambda done, work: None)
+    blocks.cycles(calls, 1.0, lambda: float(len(seen)), lambda done, work: None)
     assert seen[::3] == [0, 1, 2, 0, 1, 2, 2, 1, 0]
 
 
