@@ -96,7 +96,7 @@ def _named(file: SafeFile, prefix: str) -> dict[str, Tensor]:
 
 def _write(path: Path, made: Mapping[str, Candidate]) -> dict[str, float]:
     """Store the candidates of one site whole or not at all; their errors."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for key, (one, _) in made.items():
         assert one.weight is not None
         assert one.bias is not None

@@ -14,26 +14,23 @@ from torch import Tensor, nn
 
 from compress import surgery
 from compress.calibrate import Statistics
-from compress.core import block, gptq, obs
+from compress.core import block, gptq, lowrank, obs
 from compress.core.fakequant import PRECISIONS, Quantized
+from compress.core.support import Block, Layer, prepare
 from compress.errors import CompressError
 from compress.ir import Option, Site
 from compress.profiles import Profile
 from compress.surgery import Removal
 
 BLOCKS = ("block:32x128@0.5", "block:32x128@0.25")
-MOVES: dict[str, tuple[str, ...]] = {
-    "structure": (),
-    "block": BLOCKS,
-    "int8": ("int8-dynamic",),
-    "int4": ("int4",),
-}
+RANKS = (0.25, 0.125)  # of the hidden width
+MIXED = ("block:32x128@0.25", 0.0625)
 LEVELS = 8  # numbers of units at which a site is offered in a form
 
 
 @dataclass(frozen=True)
 class Shaped:
-    """One matrix in a form: [out, in] values, what its bias gains, its relative error, what they are made of."""
+    """One matrix in a form: [out, in] values, what its bias gains, its error, and what it is made of."""
 
     values: Tensor
     shift: Tensor
@@ -46,7 +43,17 @@ def of(site: Site, moves: Sequence[str], profile: Profile) -> tuple[str, ...]:
     """The forms in which a site is offered on a device."""
     if _shared(site):
         return ()
-    offered = [Option.of(form, None) for move in moves for form in MOVES[move]]
+    hidden = next(m.out for m in site.matmuls if m.weight == site.writer)
+    ranks = [max(1, round(share * hidden)) for share in (*RANKS, MIXED[1])]
+    by_move = {
+        "structure": (),
+        "int8": ("int8-dynamic",),
+        "block": BLOCKS,
+        "lowrank": tuple(f"rank:{rank}" for rank in ranks[: len(RANKS)]),
+    }
+    offered = [Option.of(form, None) for move in moves for form in by_move[move]]
+    if {"block", "lowrank"} <= set(moves):
+        offered.append(Option.of(f"{MIXED[0]}+rank:{ranks[-1]}", None))
     # Codes stand for [out, in] weights; a matrix that is stored the other way round keeps its floats.
     across = site.column.dim == 0
     return tuple(o.form for o in offered if _runs(o, profile) and not (across and o.precision != "fp32"))
@@ -134,7 +141,9 @@ def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping:
         damping: relative to each diagonal entry.
     """
     made = Shaped(weight, torch.zeros(len(weight), dtype=weight.dtype), 0.0)
-    if option.pattern.startswith("block:"):
+    if option.rank:
+        made = _split(option, prepare(weight, second, mean, damping))
+    elif option.pattern != "dense":
         cut = block.solve(weight, second, mean, option.block, option.density, damping=damping)
         made = Shaped(cut.values, cut.shift, cut.error)
     if option.precision != "fp32":
@@ -146,6 +155,16 @@ def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping:
             codes=rounded.quantized,
         )
     return made
+
+
+def _split(option: Option, layer: Layer) -> Shaped:
+    """A low-rank matrix, or blocks and a low-rank part that were found together."""
+    if option.pattern == "dense":
+        split = lowrank.factor(layer, option.rank)
+    else:
+        split = lowrank.decompose(layer, Block(*option.block, option.density), option.rank)
+    values = split.values + split.left @ split.right
+    return Shaped(values, split.shift, split.error, (split.left.float(), split.right.float()))
 
 
 def _runs(option: Option, profile: Profile) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from compress import artifact, choosing, files, page, proof, store, surgery
+from compress import artifact, choosing, files, page, proof, quantize, store, surgery
 from compress.bench import FINAL_BLOCKS, Comparison
 from compress.choosing import TimePlan
 from compress.energy import energy_above_idle_mj
@@ -46,7 +46,7 @@ def run(recipe: Recipe, progress: Progress) -> Report:
     rounds = Rounds()
     for _ in range(ATTEMPTS):
         rounds, turn = choose(job, costs, menus, judge, asked, rounds)
-        model, notes = build(job, turn, judge)
+        model, removals, notes = build(job, turn, judge)
         file = Path(recipe.out) / "model.onnx"
         comparison = _proof_timing(job, file)
         if comparison is None or proof.timing(comparison).speedup >= asked:
@@ -59,6 +59,7 @@ def run(recipe: Recipe, progress: Progress) -> Report:
         rounds,
         turn,
         {"dense": (job.task.model, job.folder / "dense.onnx"), "compressed": (model, file)},
+        removals,
         comparison,
         notes,
     )
@@ -139,8 +140,8 @@ def export(job: Job, model: nn.Module, file: Path, removals: Mapping[str, Remova
         files.write(job, model, file, lower=lambda graph: forms.lower(graph, job.sites, removals))
 
 
-def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, list[str]]:
-    """The finished model, saved as a directory and as ONNX; and what is worth a note."""
+def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, dict[str, Removal], list[str]]:
+    """The finished model, saved as a directory and as ONNX; what was removed, and what is worth a note."""
     removals = choosing.removals_of(job, turn.choices)
     notes = []
     if job.recipe.calibration.refit and job.recipe.options.score == "obs":
@@ -152,7 +153,7 @@ def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, list[str]]
     store.save(model, job.sites, units, out)
     job.task.save_files(out)
     export(job, model, out / "model.onnx", removals)
-    return model, notes
+    return model, removals, notes
 
 
 def _refitted(
@@ -168,7 +169,8 @@ def _refitted(
             damping=job.recipe.calibration.damping,
             progress=tick,
         )
-        found = judge.of(surgery.mask(job.task.model, job.sites, better))
+        small = surgery.shrink(job.task.model, job.sites, better)
+        found = judge.of(quantize.emulated(small, job.sites, better))
     if found < turn.loss:
         return (
             better,

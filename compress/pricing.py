@@ -147,7 +147,8 @@ def _measured(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
 
 def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
     """The costs without what does not pay: a form that is no faster than the plain site at its units."""
-    rows, gains = {}, {}
+    rows: dict[str, dict[str, dict[int, float]]] = {}
+    gains: dict[str, dict[str, float]] = {}
     for site in job.sites:
         plain = alone[site.name]["dense"]
         kept = {"dense": cost.thin({units: ms * factor for units, ms in plain.items()})}

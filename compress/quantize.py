@@ -10,8 +10,9 @@ A layer of a masked model reads units that the file no longer has. `columns` nam
 the others take no part in the range of the input, in pairs of neighbors or in blocks.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,11 @@ from compress.calibrate import real_rows
 from compress.core import fakequant, gptq
 from compress.core.fakequant import GRIDS, Precision, Quantized
 from compress.core.ranges import Histogram
+from compress.core.units import index_of
 from compress.errors import CompressError
+from compress.ir import Site
 from compress.modeling import owner
+from compress.surgery import Removal, staying
 from compress.task import Batch, Task
 
 LEAST_STEP = 1e-9  # a learned step never reaches zero
@@ -138,10 +142,49 @@ def insert(model: nn.Module, places: Mapping[str, Place], *, learn: bool = False
         model.set_submodule(owner(name), made.train(layer.training))
 
 
-def remove(model: nn.Module) -> None:
-    """Put every original layer back, as it was before `insert`."""
-    for name, layer in _inserted(model).items():
-        model.set_submodule(name, layer.original[0])
+def remove(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Put original layers back, as they were before `insert`: those of these weights, or all."""
+    found = _inserted(model)
+    wanted = set(found) if names is None else {owner(name) for name in names}
+    for name in wanted & set(found):
+        model.set_submodule(name, found[name].original[0])
+
+
+def places(model: nn.Module, site: Site, removal: Removal, *, masked: bool) -> dict[str, Place]:
+    """Where the codes of a site's removal go.
+
+    Args:
+        model: after `surgery.stitch` (masked) or `surgery.shrink`; it is only read.
+        site: of the original model.
+        removal: without codes there are no places.
+        masked: the model has its original shape; units that are gone take no part.
+    """
+    found = {}
+    for name, codes in removal.codes.items():
+        if not masked:
+            found[name] = Place(codes)
+        elif name == site.writer:
+            found[name] = Place(codes, columns=index_of(site.column, removal.kept))
+        else:
+            found[name] = Place(_spread(codes, staying(model, site, name, removal.kept), model, name))
+    return found
+
+
+def _spread(codes: Quantized, stay: Tensor, model: nn.Module, name: str) -> Quantized:
+    """The codes of kept outputs among those of all, which are zero."""
+    out = len(model.get_parameter(name))
+    whole = codes.codes.new_zeros(out, codes.codes.shape[1]).index_copy_(0, stay, codes.codes)
+    step = codes.step.new_ones(out, codes.step.shape[1]).index_copy_(0, stay, codes.step)
+    return replace(codes, codes=whole, step=step)
+
+
+def emulated(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> nn.Module:
+    """A copy of a shrunk model that computes what its file computes in low precision."""
+    found = copy.deepcopy(model)
+    for site in sites:
+        if site.name in removals:
+            insert(found, places(found, site, removals[site.name], masked=False))
+    return found
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress import database, surgery
+from compress import database, quantize, surgery
 from compress.ir import Option, Site
 from compress.surgery import Removal
 from compress.task import Batch, Task
@@ -60,11 +60,18 @@ class Stitched:
             if option == self._now[index]:
                 continue
             removal = self.removal(index, option)
-            surgery.restore(self._model, site, self._original[index])
+            self._unstitch(index)
             if removal is not None:
                 surgery.stitch(self._model, site, removal)
+                quantize.insert(self._model, quantize.places(self._model, site, removal, masked=True))
         self._now = tuple(choices)
         return self.of(self._model)
+
+    def _unstitch(self, index: int) -> None:
+        """Put a site back as it was in the dense model."""
+        original = self._original[index]
+        quantize.remove(self._model, original.weights)
+        surgery.restore(self._model, self._sites[index], original)
 
     def of(self, model: nn.Module) -> float:
         """The mean divergence of any model with the same outputs."""

@@ -94,7 +94,7 @@ def stitch(model: nn.Module, site: Site, removal: Removal) -> None:
         _set_bias(model, site, removal.bias)
     for name, new in removal.readers.items():
         dims = {part.dim for part in site.slices if part.tensor == name}
-        stay = _staying(model, site, name, removal.kept)
+        stay = staying(model, site, name, removal.kept)
         model.get_parameter(name).detach().index_copy_(dims.pop(), stay, new.to(weight))
 
 
@@ -106,10 +106,10 @@ def readers(site: Site) -> list[str]:
 def reader_rows(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
     """What the kept units leave of one reader's weight, stored as it is."""
     dim = next(part.dim for part in site.slices if part.tensor == name)
-    return model.get_parameter(name).detach().index_select(dim, _staying(model, site, name, kept))
+    return model.get_parameter(name).detach().index_select(dim, staying(model, site, name, kept))
 
 
-def _staying(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
+def staying(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
     """Positions along the owned dimension of one tensor that stay."""
     parts = [part for part in site.slices if part.tensor == name]
     value = model.get_parameter(name)

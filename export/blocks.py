@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import bench
+from compress.core.fakequant import PRECISIONS
 from compress.cost import FORM, Rows, Table, grid, obtain
 from compress.errors import CompressError
-from compress.core.fakequant import PRECISIONS
 from compress.export import quantized
 from compress.export.chains import chain as chain  # part of this module's face
 from compress.ir import Option, Site

@@ -1,10 +1,11 @@
-"""The forms of a plan's sites in an exported file: blocks and low rank (`lowering`), integers (`quantized`)."""
+"""The forms of a plan's sites in an exported file: blocks, low rank and integers."""
 
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
+from compress.core.fakequant import Quantized
 from compress.export import lowering, quantized, sparse
 from compress.export.lowering import Lowering
 from compress.ir import Option, Site
@@ -20,7 +21,7 @@ def lower(graph: ir.Model, sites: Iterable[Site], removals: Mapping[str, Removal
         removals: by site name; those without a form change nothing.
     """
     products: dict[str, Lowering] = {}
-    codes = {}
+    codes: dict[str, Quantized] = {}
     for site in sites:
         removal = removals.get(site.name)
         if removal is None or removal.form == "dense" or not len(removal.kept):

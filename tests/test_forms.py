@@ -60,7 +60,7 @@ def test_blocks_leave_that_share_of_every_matrix(statistics, index):
     for value in (found.weight, *found.readers.values()):
         tiles = value.reshape(value.shape[0] // 4, 4, value.shape[1] // 4, 4)
         kept = tiles.abs().sum((1, 3)) > 0
-        assert (kept.sum(1) == kept.shape[1] // 2).all()
+        assert ((kept.sum(1) - kept.shape[1] / 2).abs() <= 0.5).all()
 
 
 def test_all_blocks_kept_change_nothing(statistics):
@@ -94,9 +94,10 @@ def test_without_statistics_of_the_readers_it_is_refused(tmp_path):
 
 def test_stored_candidates_of_a_form_are_judged_and_shrunk_alike(statistics, tmp_path):
     task, sites = padded()
+    half = {site.name: forms.levels(site, HALF, [site.units // 2])[0] for site in sites}
     options = {
-        site.name: [Option(units=site.units // 2), Option.of(HALF, None), Option.of(HALF, site.units // 2)]
-        for site in sites
+        name: [Option(units=units), Option.of(HALF, None), Option.of(HALF, units)]
+        for name, units in half.items()
     }
     errors = database.build(task.model, sites, statistics, options, tmp_path)
     for site in sites:

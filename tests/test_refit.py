@@ -102,7 +102,7 @@ def test_the_refit_brings_the_model_nearer_to_the_dense_one_and_keeps_the_struct
 def test_dropped_and_untouched_sites_pass_through(half):
     folder, batches, _ = half
     task, sites = padded()
-    gone = {sites[0].name: database.removal(folder / "c", 0, 0)}
+    gone = {sites[0].name: database.removal(folder / "c", 0, Option(units=0))}
     better = refit(task.model, sites, gone, batches, damping=1e-2)
     assert set(better) == {sites[0].name}
     assert len(better[sites[0].name].kept) == 0

@@ -56,6 +56,7 @@ GRIDS: Mapping[Precision, Grid] = {
     "int8-static": Grid(-127, 127, paired=True),
     "int4": Grid(-8, 7, block=32),
 }
+PRECISIONS: Mapping[str, Precision] = {name: name for name in GRIDS}
 
 
 @dataclass(frozen=True)
