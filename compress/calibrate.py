@@ -40,8 +40,8 @@ class Statistics:
     reader: Tensor | None = None
 
 
-class _Moments:
-    """Running sums about a shift that the first rows set."""
+class Moments:
+    """Running sums about a shift that the first rows set, on the device of the rows."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -52,22 +52,25 @@ class _Moments:
         self.samples = 0
 
     def add(self, rows: Tensor) -> None:
+        """Count these rows [rows, in] in."""
         if not self.count:
             self.shift = rows.mean(0)
-            self.sum = torch.zeros(rows.shape[1], dtype=torch.float64)
-            self.square = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+            self.sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+            self.square = self.sum.new_zeros(rows.shape[1], rows.shape[1])
         self.count += len(rows)
         off = rows - self.shift
         self.sum += off.sum(0, dtype=torch.float64)
         self.square += off.T @ off
 
     def add_taylor(self, per_sample: Tensor) -> None:
+        """Count the first-order terms [samples, in] of one batch in."""
         if not self.samples:
             self.taylor = torch.zeros(per_sample.shape[1], dtype=torch.float64)
         self.samples += len(per_sample)
         self.taylor += per_sample.double().square().sum(0)
 
     def tensors(self) -> dict[str, Tensor]:
+        """What `read` reads, by its names."""
         shift, off = self.shift.double(), self.sum / self.count
         mean = shift + off
         crossed = torch.outer(shift, off)
@@ -121,7 +124,7 @@ def collect(
         moments, seen = _pass(task, [sites[i] for i in group], batches, taylor, readers, tick)
         for index, found, read_by in zip(group, moments, seen, strict=True):
             more = {"reader": read_by.tensors()["second"]} if readers else {}
-            _write(directory / f"{index:03d}.safetensors", found.tensors() | more)
+            write(directory / f"{index:03d}.safetensors", found.tensors() | more)
 
 
 def read(directory: Path, index: int) -> Statistics:
@@ -143,6 +146,11 @@ def read(directory: Path, index: int) -> Statistics:
 def writer_width(site: Site) -> int:
     """How many inputs the writer has."""
     return site.units * site.column.width
+
+
+def reader(site: Site) -> str:
+    """The weight of one product that reads what all readers of a site read."""
+    return next(m.weight for m in site.matmuls if m.weight != site.writer)
 
 
 def reader_width(site: Site) -> int:
@@ -182,21 +190,15 @@ def _pass(
     taylor: bool,
     readers: bool,
     tick: Callable[[int], None],
-) -> tuple[list[_Moments], list[_Moments]]:
+) -> tuple[list[Moments], list[Moments]]:
     """All batches through the model, with hooks on the writers, and on a reader, of `sites`."""
-    moments, seen = [_Moments() for _ in sites], [_Moments() for _ in sites]
+    moments, seen = [Moments() for _ in sites], [Moments() for _ in sites]
     current: list[Batch] = []
 
-    def watch(site: Site, own: _Moments, taylor: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def watch(site: Site, own: Moments, taylor: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             values = arguments[0]
-            rows = real_rows(values.detach(), current[-1]).float()
-            if not bool(torch.isfinite(rows).all()):
-                raise CompressError(
-                    f"{site.name}: its inputs hold NaN or infinity on calibration data; check the "
-                    "model's weights and the data"
-                )
-            own.add(rows)
+            own.add(finite_rows(site, values, current[-1]))
             if taylor:
                 # torch leaves this one method without types.
                 values.register_hook(  # type: ignore[no-untyped-call]
@@ -207,10 +209,7 @@ def _pass(
 
     watched = [(site.writer, site, own, taylor) for site, own in zip(sites, moments, strict=True)]
     if readers:
-        watched += [
-            (next(m.weight for m in site.matmuls if m.weight != site.writer), site, own, False)
-            for site, own in zip(sites, seen, strict=True)
-        ]
+        watched += [(reader(site), site, own, False) for site, own in zip(sites, seen, strict=True)]
     hooks = [
         task.model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(watch(site, own, first))
         for name, site, own, first in watched
@@ -234,7 +233,7 @@ def _pass(
     return moments, seen
 
 
-def _first_order(own: _Moments, values: Tensor, gradient: Tensor, batch: Batch) -> None:
+def _first_order(own: Moments, values: Tensor, gradient: Tensor, batch: Batch) -> None:
     """Add one batch's `sum over tokens of x dL/dx` for every sample; the loss is a mean over samples."""
     product = (values.detach() * gradient).reshape(
         len(next(iter(batch.inputs.values()))), -1, values.shape[-1]
@@ -242,6 +241,21 @@ def _first_order(own: _Moments, values: Tensor, gradient: Tensor, batch: Batch) 
     if batch.real is not None:
         product = product * batch.real.reshape(len(product), -1, 1)
     own.add_taylor(product.sum(1) * len(product))
+
+
+def finite_rows(site: Site, values: Tensor, batch: Batch) -> Tensor:
+    """[rows, features] in float32: what the writer of a site reads at real tokens.
+
+    Raises:
+        CompressError: there is NaN or infinity among it.
+    """
+    rows = real_rows(values.detach(), batch).float()
+    if not bool(torch.isfinite(rows).all()):
+        raise CompressError(
+            f"{site.name}: its inputs hold NaN or infinity on calibration data; check the "
+            "model's weights and the data"
+        )
+    return rows
 
 
 def real_rows(values: Tensor, batch: Batch) -> Tensor:
@@ -252,7 +266,8 @@ def real_rows(values: Tensor, batch: Batch) -> Tensor:
     return flat[batch.real.reshape(-1)]
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Store the statistics of one site; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
     save_file(tensors, half)

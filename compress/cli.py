@@ -97,6 +97,11 @@ SHAPES = _options(
     click.option("--batch", type=COUNT, metavar="N", help="Inputs in one run; 1 unless given."),
     click.option("--tokens", type=COUNT, metavar="N", help="Length of a text input; 32 unless given."),
 )
+PHASE = click.option(
+    "--phase",
+    type=click.Choice(["prefill", "decode"]),
+    help="Of a decoder: time to first token, or per token after --tokens of them; prefill unless given.",
+)
 THREADS = click.option("--threads", type=COUNT, metavar="N", help="Threads of the runtime; 1 unless given.")
 REQUEST = _options(
     MODEL,
@@ -121,6 +126,7 @@ REQUEST = _options(
     click.option("--max-drop", type=float, metavar="0.01", help="How much of the score may be lost."),
     click.option("--out", "-o", metavar="DIR", help="Where the result goes; `out` unless given."),
     SHAPES,
+    PHASE,
     THREADS,
     click.option("--seed", type=int, metavar="N", help="Of the search; 0 unless given."),
     COMMON,
@@ -198,6 +204,7 @@ def plan(session: "Session", words: Words) -> int:
 @app.command()
 @click.argument("artifacts", metavar="FILE-OR-DIR...", nargs=-1, required=True)
 @SHAPES
+@PHASE
 @THREADS
 @click.option("--blocks", type=click.IntRange(min=30), default=40, metavar="N", help="Blocks of each; 40.")
 @COMMON
@@ -290,7 +297,7 @@ def shapes(words: Words) -> "Shapes":
     """The input shape in the words, with defaults for what they leave out."""
     from compress.recipe import Shapes
 
-    return Shapes(**_given(words, "batch", "tokens"))
+    return Shapes(**_given({"phase": None, **words}, "batch", "tokens", "phase"))
 
 
 def request(words: Words, asked: str | None = None) -> "Recipe":
@@ -308,7 +315,7 @@ def request(words: Words, asked: str | None = None) -> "Recipe":
     if found:
         values["budget"] = found[0]
         values["speedups"] = [one.value for one in found] if len(found) > 1 else []
-    tables = {"shapes": ("batch", "tokens"), "bench": ("threads",), "search": ("seed",)}
+    tables = {"shapes": ("batch", "tokens", "phase"), "bench": ("threads",), "search": ("seed",)}
     values |= {table: _given(words, *names) for table, names in tables.items()}
     if words["recover"] is not None:
         values["recovery"] = {"mode": words["recover"]}

@@ -84,7 +84,8 @@ class Site(Document):
 
     `writer` is the state-dict name of the weight whose input columns the units own (attention output
     projection, second feed-forward matrix): the one matrix that is updated, all others are sliced.
-    `bias` is the writer's bias, or None. `batch` and `tokens` are those of the example inputs.
+    `bias` is the writer's bias, or None. `batch` and `tokens` are those of the example inputs; `past` is
+    how many tokens more a cache holds that attention looks at.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Site(Document):
     drop: Drop | None = None
     batch: int = Field(default=1, ge=1)
     tokens: int = Field(default=1, ge=1)
+    past: int = Field(default=0, ge=0)
     head_dim: int = Field(default=0, ge=0)
     queries: int = Field(default=1, ge=1)
     gated: bool = False
@@ -125,6 +127,12 @@ class Site(Document):
                 total += product.inner_per_unit * product.out
         return total
 
+    def step(self) -> "Site":
+        """The site in decoding: one new token for every sequence, after as many as the example has."""
+        matmuls = tuple(m.model_copy(update={"rows": self.batch}) for m in self.matmuls)
+        past = self.tokens if self.kind == "heads" else 0
+        return self.model_copy(update={"matmuls": matmuls, "tokens": 1, "past": past})
+
     @property
     def shape(self) -> str:
         """A key shared by sites that cost the same: everything that sets the time, no names."""
@@ -132,7 +140,8 @@ class Site(Document):
             f"{m.rows}x{m.out}x{m.inner}:{m.out_per_unit}:{m.inner_per_unit}:{int(m.bias)}"
             for m in self.matmuls
         )
-        heads = f"{self.batch}x{self.tokens}:{self.head_dim}:{self.queries}:{int(self.causal)}"
+        seen = f"{self.tokens}+{self.past}" if self.past else f"{self.tokens}"
+        heads = f"{self.batch}x{seen}:{self.head_dim}:{self.queries}:{int(self.causal)}"
         return f"{self.kind}|{self.units}|{products}|{heads}|{self.activation}:{int(self.gated)}"
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from compress import analyze, artifact, profiles
 from compress.analyze import Sites
 from compress.errors import CompressError
+from compress.export import decoder
 from compress.ir import Site
 from compress.recipe import Recipe, to_toml
 from compress.report import Stage
@@ -49,7 +50,10 @@ class Stages:
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation. `model_key` names the model and shapes, `key` also data and options."""
+    """One compilation. `model_key` names the model and shapes, `key` also data and options.
+
+    `sites` are at the shape of the phase that was asked for, so that they cost what a run of it costs.
+    """
 
     recipe: Recipe
     task: Task
@@ -71,6 +75,11 @@ class Job:
     def file(self) -> Path:
         """The file that ships."""
         return Path(self.recipe.out) / "model.onnx"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether files of this job hold a key-value cache, and two phases are timed."""
+        return decodes(self.task)
 
     @property
     def asked(self) -> float | None:
@@ -107,6 +116,11 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
         )
         batches = tuple(task.batches("calibration", wanted.batch, wanted.samples))
     model_key = artifact.digest(*fingerprint(task.model), recipe.shapes)
+    if recipe.shapes.phase == "decode" and not decodes(task):
+        raise CompressError(
+            f"--phase decode asks for the time of a token after others, but {task.name} with "
+            f"{type(task.model).__name__} has no key-value cache to decode with; leave out --phase"
+        )
     example = task.example(recipe.shapes.batch, recipe.shapes.tokens)
     with stages("find sites"):
         found = artifact.saved(
@@ -121,10 +135,17 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
             f"  {found.fallback or '; '.join(reasons) or nothing}\n"
             "  `compress inspect MODEL` lists what was looked at."
         )
+    if recipe.shapes.phase == "decode":
+        sites = tuple(site.step() for site in sites)
     seen = [content(batch) for batch in batches]
     key = artifact.digest(model_key, wanted, recipe.options, *seen)
     artifact.write_text(folder / "recipe.toml", to_toml(recipe))
     return Job(recipe, task, profile, folder, stages, model_key, key, found, sites, batches)
+
+
+def decodes(task: Task) -> bool:
+    """Whether the files of a task hold a key-value cache."""
+    return task.name == "text-generation" and decoder.takes_cache(task.model)
 
 
 def fingerprint(model: nn.Module) -> list[bytes | str]:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from compress import artifact, choosing, page, proof, quantize, recovery, store, surgery
+from compress import artifact, choosing, files, page, proof, quantize, recovery, store, surgery
 from compress.bench import FINAL_BLOCKS, Comparison
 from compress.choosing import TimePlan
 from compress.energy import energy_above_idle_mj
 from compress.errors import CompressError
-from compress.export import forms, onnx
+from compress.export import forms
 from compress.ir import Option
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus, Round, Rounds, Timing
@@ -161,15 +161,7 @@ def time_plan(job: Job) -> TimePlan:
 def export(job: Job, model: nn.Module, file: Path, removals: Mapping[str, Removal]) -> None:
     """Write one compressed model of the job as ONNX, its products in the forms of the plan."""
     with job.stages(f"export {file.stem}"):
-        example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-        onnx.export(
-            model,
-            example,
-            file,
-            output_name=job.task.output_name,
-            logits=job.task.logits,
-            lower=lambda graph: forms.lower(graph, job.sites, removals),
-        )
+        files.write(job, model, file, lower=lambda graph: forms.lower(graph, job.sites, removals))
 
 
 def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, dict[str, Removal], list[str]]:

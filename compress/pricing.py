@@ -7,9 +7,9 @@ from pathlib import Path
 from pydantic import Field
 from torch import nn
 
-from compress import anchor, artifact, bench, cost, forms, roofline
+from compress import anchor, artifact, bench, cost, files, forms, roofline
 from compress.cost import Rows, Table
-from compress.export import blocks, onnx, runners
+from compress.export import blocks, runners
 from compress.ir import Document, Option, Site, Source, Whole
 from compress.job import Job
 
@@ -71,14 +71,7 @@ def export_dense(job: Job) -> Path:
     if path.is_file() and _stamp(path, job.model_key) == _read(stamp):
         return path
     with job.stages("export dense"):
-        example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-        onnx.export(
-            job.task.model,
-            example,
-            path,
-            output_name=job.task.output_name,
-            logits=job.task.logits,
-        )
+        files.write(job, job.task.model, path)
     artifact.write_text(stamp, json.dumps(_stamp(path, job.model_key)))
     return path
 

@@ -9,19 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compress import __version__, bench, cost, energy, quantize, report, search
+from compress import __version__, bench, cost, energy, files, quantize, report, search
 from compress.bench import Comparison
-from compress.export import runners, verify
+from compress.export import decode, runners, verify
 from compress.ir import Option
 from compress.job import Job
 from compress.loop import Menus, Round, Rounds, Timing
 from compress.pricing import Costs
+from compress.recipe import Phase
 from compress.report import (
     Chosen,
     Figures,
     FrontPoint,
     Measured,
     Parity,
+    Phases,
+    PhaseTimes,
     Predicted,
     Report,
     Samples,
@@ -33,20 +36,20 @@ from compress.report import (
 from compress.surgery import Removal
 
 FLOAT = "fp32"  # the precision of exported weights without a form
+STEPS = 16  # tokens that are read one by one when a cache is verified
 
 
-def compare(job: Job, file: Path, *, blocks: int) -> Comparison:
-    """The dense file and another one, timed in turn on the job's example."""
+def compare(job: Job, file: Path, *, blocks: int, phase: Phase | None = None) -> Comparison:
+    """The dense file and another one, timed in turn on the job's example, in the phase asked for."""
     wanted = job.recipe.bench
-    example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-    inputs = {name: tensor.numpy() for name, tensor in example.items()}
+    named = f"time {file.stem}" if phase is None else f"time {phase}"
     with (
         runners.OrtRunner(job.folder / "dense.onnx", threads=wanted.threads) as dense,
         runners.OrtRunner(file, threads=wanted.threads) as quick,
-        job.stages(f"time {file.stem}") as tick,
+        job.stages(named) as tick,
     ):
         return bench.compare(
-            {"dense": dense.timed(inputs), "compressed": quick.timed(inputs)},
+            {"dense": files.timed(job, dense, phase), "compressed": files.timed(job, quick, phase)},
             blocks=blocks,
             block_ms=wanted.block_ms,
             threads=wanted.threads,
@@ -69,6 +72,9 @@ def timing(comparison: Comparison) -> Timing:
 def parity(job: Job, model: nn.Module, file: Path) -> Parity:
     """The torch model, low precision emulated, against the file that ships, at several padded shapes.
 
+    A decoder must agree both in one run and when it reads its input token by token; in low precision
+    only in one run, since inputs are rounded by the range of all that is seen at once.
+
     Raises:
         CompressError: they disagree by more than the tolerance.
     """
@@ -80,7 +86,42 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
         found = verify.parity(
             reference, runner, verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
         )
-    return Parity(**found.model_dump())
+        rounded = any(isinstance(module, quantize.QuantizedLinear) for module in model.modules())
+        if rounded or not job.decodes:
+            return Parity(**found.model_dump())
+        few = verify.padded_examples(job.task.example, min(STEPS, job.recipe.shapes.tokens))
+        steps = verify.parity(reference, decode.Stepwise(runner, job.task.output_name), few)
+    return Parity(
+        max_abs_difference=max(found.max_abs_difference, steps.max_abs_difference),
+        tolerance=max(found.tolerance, steps.tolerance),
+        agreement=min(found.agreement, steps.agreement),
+        inputs=found.inputs + steps.inputs,
+    )
+
+
+def phases(job: Job, file: Path, comparison: Comparison) -> Phases | None:
+    """Both phases of a decoder; the one that was not asked for is timed here, for a turn of the loop."""
+    if not job.decodes:
+        return None
+    asked = job.recipe.shapes.phase
+    other: Phase = "prefill" if asked == "decode" else "decode"
+    taken = {asked: comparison, other: compare(job, file, blocks=job.recipe.bench.blocks, phase=other)}
+
+    def times(side: str) -> PhaseTimes:
+        return PhaseTimes(ttft_ms=taken["prefill"].latency(side), per_token_ms=taken["decode"].latency(side))
+
+    def faster(phase: Phase) -> Measured:
+        ratio = taken[phase].ratio("compressed")
+        return Measured(speedup=ratio.value, interval95=(ratio.low, ratio.high))
+
+    return Phases(
+        asked=asked,
+        tokens=job.task.example(1, job.recipe.shapes.tokens)["input_ids"].shape[1],
+        dense=times("dense"),
+        compressed=times("compressed"),
+        ttft=faster("prefill"),
+        per_token=faster("decode"),
+    )
 
 
 def score(job: Job, file: Path) -> float:
@@ -117,10 +158,8 @@ def figures(
 
 
 def _energy(job: Job, file: Path) -> energy.Energy | None:
-    example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-    inputs = {name: tensor.numpy() for name, tensor in example.items()}
     with runners.OrtRunner(file, threads=job.recipe.bench.threads) as runner:
-        return energy.measure_energy(runner.timed(inputs))
+        return energy.measure_energy(files.timed(job, runner))
 
 
 def _saved_bytes(job: Job, turn: Round) -> int:
@@ -187,16 +226,16 @@ def assemble(
     menus: Menus,
     rounds: Rounds,
     turn: Round,
-    files: Mapping[str, tuple[nn.Module, Path]],
+    files_of: Mapping[str, tuple[nn.Module, Path]],
     removals: Mapping[str, Removal],
     comparison: Comparison | None,
     notes: list[str],
 ) -> Report:
     """Check, score and gather: the report of one finished compilation."""
-    shrunk, shipped = files["compressed"]
+    shrunk, shipped = files_of["compressed"]
     agreement = parity(job, quantize.emulated(shrunk, job.sites, removals), shipped)
-    dense = figures(job, *files["dense"], comparison, "dense")
-    quick = figures(job, *files["compressed"], comparison, "compressed", _saved_bytes(job, turn))
+    dense = figures(job, *files_of["dense"], comparison, "dense")
+    quick = figures(job, *files_of["compressed"], comparison, "compressed", _saved_bytes(job, turn))
     drop = _drop(job, dense, quick)
     measured = None
     if comparison is not None:
@@ -253,6 +292,7 @@ def assemble(
             compressed=report.thin(comparison.samples("compressed")),
         ),
         waterfall=steps,
+        phases=None if comparison is None else phases(job, files_of["compressed"][1], comparison),
         fixed_ms=costs.fixed_ms,
         attribution=(*_attribution(job, costs), *_forms(costs, turn)),
         warnings=tuple(
@@ -268,8 +308,8 @@ def assemble(
         inputs={
             "model_and_shapes": job.model_key,
             "data_and_options": job.key,
-            "file_sha256": runners.sha256(files["compressed"][1]),
-            "dense_sha256": runners.sha256(files["dense"][1]),
+            "file_sha256": runners.sha256(files_of["compressed"][1]),
+            "dense_sha256": runners.sha256(files_of["dense"][1]),
         },
     )
 
@@ -286,6 +326,7 @@ def _target(job: Job) -> Target:
         threads=job.recipe.bench.threads if job.here else None,
         precision=job.profile.baseline_precision,
         shapes=dict(zip(names, shape, strict=False)),
+        phase=job.recipe.shapes.phase if job.decodes else None,
     )
 
 

@@ -13,14 +13,20 @@ from compress.ir import Budget, Document
 
 Move = Literal["structure", "int8", "block", "lowrank", "2:4"]
 TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
+Phase = Literal["prefill", "decode"]
 UNITS = {"speedup": "x", "latency_ms": "ms", "energy_mj": "mJ", "power_w": "W", "size_mb": "MB"}
 
 
 class Shapes(Document):
-    """The input shape that is priced and timed; `tokens` is the sequence length of text models."""
+    """The input shape that is priced and timed; `tokens` is the sequence length of text models.
+
+    `phase` is what a budget of a decoder is about: reading a prompt of `tokens` ("prefill", the time to
+    first token), or one more token after `tokens` of past ("decode", the time per token).
+    """
 
     batch: int = Field(default=1, ge=1)
     tokens: int = Field(default=32, ge=1)
+    phase: Phase = "prefill"
 
 
 class Options(Document):

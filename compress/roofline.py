@@ -96,15 +96,18 @@ def kernels(
 def _attention(site: Site, units: int, width_bytes: float, *, fused: bool) -> list[Kernel]:
     """Scores, softmax and context of all kept heads."""
     heads, tokens, width = site.batch * units * site.queries, site.tokens, site.head_dim
-    scores = product(heads, tokens, tokens, width, width_bytes)
-    context = product(heads, tokens, width, tokens, width_bytes)
-    features = heads * tokens * width * width_bytes
+    seen = site.past + tokens
+    scores = product(heads, tokens, seen, width, width_bytes)
+    context = product(heads, tokens, width, seen, width_bytes)
+    features, held = heads * tokens * width * width_bytes, heads * seen * width * width_bytes
+    # The cache is copied to where one more token fits; a group of queries shares it.
+    copies = [Kernel(2 * held / site.queries) for _ in ("k", "v") if site.past]
     if fused:  # one kernel that keeps the scores on chip
-        return [Kernel(4 * features, 2 * heads, tokens, tokens, width)]
-    square = heads * tokens * tokens * width_bytes
+        return [Kernel(2 * (features + held), 2 * heads, tokens, seen, width), *copies]
+    square = heads * tokens * seen * width_bytes
     passes = [Kernel(2 * square) for _ in ("scale", "mask", "softmax")]
     transposes = [Kernel(2 * features) for _ in ("q", "k", "v", "context")]
-    return [scores, *passes, context, *transposes]
+    return [scores, *passes, context, *transposes, *copies]
 
 
 def kernel_ms(

@@ -10,7 +10,8 @@ import numpy as np
 
 from compress import analyze, bench, choosing, demo, search
 from compress.errors import CompressError
-from compress.export import runners
+from compress.export import decode, runners
+from compress.export.cache import PAST, POSITIONS
 from compress.ir import Option, Site
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus
@@ -159,7 +160,11 @@ def _inputs(runner: runners.OrtRunner, shapes: Shapes) -> dict[str, np.ndarray]:
     """Inputs that suit a file: ones where integers are wanted, noise for real numbers."""
     random = np.random.default_rng(0)
     made = {}
-    for name, (kind, shape) in runner.inputs().items():
+    known = runner.inputs()
+    decoder = any(name.startswith(PAST) for name in known)
+    for name, (kind, shape) in known.items():
+        if decoder and (name.startswith(PAST) or name == POSITIONS):
+            continue
         free = iter((shapes.batch, shapes.tokens))
         sizes = [size if isinstance(size, int) else next(free, shapes.tokens) for size in shape]
         made[name] = (
@@ -167,6 +172,10 @@ def _inputs(runner: runners.OrtRunner, shapes: Shapes) -> dict[str, np.ndarray]:
             if np.issubdtype(kind, np.floating)
             else np.ones(sizes, kind)
         )
+    if decoder:
+        return decode.inputs_of(runner, made, shapes.phase)
+    if shapes.phase == "decode":
+        raise CompressError(f"{runner.path} has no key-value cache to decode with; leave out --phase")
     return made
 
 

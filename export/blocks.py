@@ -51,10 +51,15 @@ def session(file: bytes, site: Site, threads: int) -> bench.Runner:
     hidden = next(m.inner for m in site.matmuls if m.out_per_unit)
     random = np.random.default_rng(0)
     feeds = {"x": random.standard_normal((rows, hidden)).astype(np.float32)}
-    if len(loaded.get_inputs()) > 1:
-        feeds["mask"] = np.zeros((batch, 1, tokens, tokens), dtype=np.float32)
-        if site.causal:
-            feeds["mask"] += np.triu(np.full((tokens, tokens), -1e9, dtype=np.float32), 1)
+    for value in loaded.get_inputs()[1:]:
+        if value.name == "mask":
+            feeds["mask"] = np.zeros((batch, 1, tokens, site.past + tokens), dtype=np.float32)
+            if site.causal:
+                later = np.triu(np.full((tokens, tokens), -1e9, dtype=np.float32), 1)
+                feeds["mask"][..., site.past :] += later
+        else:
+            held = (batch, value.shape[1], site.past, site.head_dim)
+            feeds[value.name] = random.standard_normal(held).astype(np.float32)
     return lambda: loaded.run(None, feeds)
 
 

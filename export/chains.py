@@ -42,6 +42,7 @@ class Graph:
     nodes: list["onnx.NodeProto"] = field(default_factory=list)
     weights: list["onnx.TensorProto"] = field(default_factory=list)
     known: dict[tuple[int, ...], str] = field(default_factory=dict)
+    pasts: dict[str, str] = field(default_factory=dict)
     products: dict[str, tuple[int, int]] = field(default_factory=dict)  # out and inner by weight
 
     def node(self, operator: str, *inputs: str, **attributes: int | float | str | list[int]) -> str:
@@ -84,6 +85,12 @@ class Graph:
         """Small random numbers: a bias."""
         return self.constant((self.random.standard_normal(length) * 0.1).astype(np.float32))
 
+    def extended(self, part: str) -> str:
+        """Keys or values [batch, heads, past + tokens, width], after those of an input of its own."""
+        name = f"past{len(self.pasts)}"
+        self.pasts[name] = self.node("Concat", name, part, axis=2)
+        return self.pasts[name]
+
     def split(self, x: str, widths: Sequence[int]) -> list[str]:
         """The parts of the last axis."""
         first = self.node("Split", x, self.integers(*widths), axis=-1)
@@ -104,7 +111,8 @@ def chain(
     """An ONNX file: `copies` times the site at `units`, each followed by residual sum and norm.
 
     Everything works on `[rows, features]` and sizes are symbolic, as in the exported model (see
-    `flatten`); units 0 leaves only what is around.
+    `flatten`); units 0 leaves only what is around. A site with a past reads a cache of its own in every
+    copy and gives it back longer by the new tokens.
 
     Args:
         site: whose products are written.
@@ -142,11 +150,16 @@ def chain(
         stream = graph.node("LayerNormalization", total, *norm, axis=-1, epsilon=1e-5)
     names = ["rows", hidden]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, names)]
+    outputs = [helper.make_tensor_value_info(stream, TensorProto.FLOAT, names)]
     if site.kind == "heads" and units:
-        square = ["batch", 1, "tokens", "tokens"]
-        inputs.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, square))
-    output = helper.make_tensor_value_info(stream, TensorProto.FLOAT, names)
-    body_graph = helper.make_graph(graph.nodes, "site", inputs, [output], graph.weights)
+        seen = ["batch", 1, "tokens", "whole" if site.past else "tokens"]
+        inputs.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, seen))
+    for past, present in graph.pasts.items():
+        held = ["batch", units, "past", site.head_dim]
+        inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, held))
+        held = ["batch", units, "whole", site.head_dim]
+        outputs.append(helper.make_tensor_value_info(present, TensorProto.FLOAT, held))
+    body_graph = helper.make_graph(graph.nodes, "site", inputs, outputs, graph.weights)
     opset = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(body_graph, opset_imports=opset, ir_version=IR_VERSION)
     if pattern != "dense" or rank:
@@ -225,6 +238,9 @@ def _attention(graph: Graph, x: str, site: Site, readers: Sequence[Matmul], unit
     query, key, value = (
         graph.node("Transpose", graph.node("Reshape", out, split), perm=[0, 2, 1, 3]) for out in outs
     )
+    if site.past:
+        key, value = (graph.extended(part) for part in (key, value))
+        place[1] = graph.node("Slice", shape, graph.integers(3), graph.integers(4))
     if site.queries > 1:
         key, value = (_repeated(graph, part, place, site, units) for part in (key, value))
     key = graph.node("Transpose", key, perm=[0, 1, 3, 2])

@@ -101,7 +101,8 @@ def test_without_a_model_the_default_is_compiled_with_default_settings(pipeline)
 
 def test_every_option_reaches_its_place_in_the_recipe(pipeline):
     words = "m --target a100 --latency-ms 5 --data d --test t --task text-generation --text q --label l"
-    words += " --max-drop 0.01 -o place --batch 2 --tokens 64 --threads 3 --seed 7 --recover full"
+    words += " --max-drop 0.01 -o place --batch 2 --tokens 64 --phase decode --threads 3 --seed 7"
+    words += " --recover full"
     found = asked(pipeline, words.split())
     expected = recipe.Recipe(
         model="m",
@@ -114,7 +115,7 @@ def test_every_option_reaches_its_place_in_the_recipe(pipeline):
         budget=Budget(latency_ms=5.0),
         max_drop=0.01,
         out="place",
-        shapes=recipe.Shapes(batch=2, tokens=64),
+        shapes=recipe.Shapes(batch=2, tokens=64, phase="decode"),
         search=recipe.Search(seed=7),
         recovery=recipe.Recovery(mode="full"),
         bench=recipe.Bench(threads=3),
@@ -202,11 +203,14 @@ def test_inspect_and_bench_pass_on_what_they_were_given(pipeline, capfd):
     assert cli.perform(["inspect"]) == 0
     assert cli.perform(["bench", "a", "b", "--batch", "3", "--threads", "2", "--blocks", "50"]) == 0
     assert cli.perform(["bench", "a"]) == 0
+    assert cli.perform(["bench", "a", "--phase", "decode"]) == 0
+    assert cli.perform(["bench", "a", "--phase", "sideways"]) == 2
     assert pipeline.calls == [
         ("inspect", "m", recipe.Shapes(tokens=9)),
         ("inspect", None, recipe.Shapes()),
         ("bench", ["a", "b"], recipe.Shapes(batch=3), 2, 50),
         ("bench", ["a"], recipe.Shapes(), 1, 40),
+        ("bench", ["a"], recipe.Shapes(phase="decode"), 1, 40),
     ]
     assert "parameters: 5" in capfd.readouterr().out
     assert cli.perform(["inspect", "--json"]) == 0
@@ -602,12 +606,12 @@ def test_the_options_of_each_verb_are_frozen():
         "-o",
         "--seed",
     }
-    request |= shapes | {"--threads"}
+    request |= shapes | {"--phase", "--threads"}
     expected = {
         "run": request,
         "plan": request,
         "inspect": shapes,
-        "bench": shapes | {"--threads", "--blocks"},
+        "bench": shapes | {"--phase", "--threads", "--blocks"},
         "export": {"--to", "--out", "-o", "--archive"},
         "report": {"--merge", "--device-is-target"},
         "targets": set(),

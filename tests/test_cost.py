@@ -67,6 +67,25 @@ def test_the_products_of_attention_are_those_counted_by_hand(units, queries):
     assert len(fused) == 5
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_step_looks_at_its_past_and_moves_the_cache_once(queries):
+    site = heads(queries=queries, batch=2).step()
+    assert (site.tokens, site.past) == (1, 32)
+    found = kernels(site, 4, 4.0, fused=False)
+    scores = 2 * 2 * (2 * 4 * queries) * 1 * 33 * 16  # both products, over 33 tokens
+    projections = 2 * 2 * sum(m.features(4)[0] * m.features(4)[1] for m in site.matmuls)
+    assert sum(2 * k.batch * k.rows * k.out * k.inner for k in found) == scores + projections
+    copies = [k for k in found if k.moved_bytes == 2 * (2 * 4) * 33 * 16 * 4.0 and not k.rows]
+    assert len(copies) == 2
+    fused = kernels(site, 4, 4.0, fused=True)
+    assert sum(2 * k.batch * k.rows * k.out * k.inner for k in fused) == scores + projections
+    inside = next(k for k in fused if k.rows and k.out == 33)
+    assert inside.moved_bytes == 2 * (2 * 4 * queries * 16 * (1 + 33)) * 4.0
+    longer = site.model_copy(update={"past": 320})
+    profile = profiles.load("a100")
+    assert roofline(longer, 4, profile) > roofline(site, 4, profile)
+
+
 def test_separate_operators_cost_what_they_read_and_write():
     rows, hidden, width = 32, 64, 100
     plain = sum(k.moved_bytes for k in kernels(ffn(), width, 4.0, fused=False))

@@ -22,12 +22,14 @@ ROWS = (
     "core.block core.lowrank core.nm core.permute core.sltrain",
     "sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
-    "page family quality named trial store cost console export.engine export.streams",
+    "page family quality named trial store cost console export.engine export.streams "
+    "export.attention export.cache",
     "expand analyze images texts devices doctor session merge export.lowering export.runners",
-    "task export.onnx export.chains export.finished export.tensorrt",
-    "calibrate export.quantized export.verify export.ort",
+    "task export.onnx export.chains export.finished export.tensorrt export.decode",
+    "calibrate export.quantized export.verify export.ort export.decoder",
     "forms export.blocks export.forms",
-    "database distill job quantize refit export.edge export.layouts",
+    "database distill job quantize refit streaming export.edge export.layouts",
+    "files",
     "stitch anchor tune",
     "pricing",
     "choosing proof recovery",
