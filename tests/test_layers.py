@@ -17,7 +17,7 @@ ROWS = (
     "ir profiles",
     "artifact recipe",
     "wording tables svg",
-    "core.obs core.scores core.units search report data trace modeling",
+    "core.obs core.rotation core.scores core.units search report data trace modeling",
     "charts loop pretrained probe bench energy roofline surgery measurement export.device",
     "page quality named trial store cost console export.engine",
     "analyze images texts devices doctor session merge export.chains export.flatten export.runners",
