@@ -262,7 +262,7 @@ def tune(
         pruner.at(step / settings.steps)
         value = loss(pruner, batch) + settings.identity * pruner.identity_loss()
         if not bool(torch.isfinite(value)):
-            raise CompressError(f"the loss of step {step + 1} is {float(value)}; lower the learning rate")
+            raise CompressError(f"the loss of step {step + 1} is {value.item()}; lower the learning rate")
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(value)
         nn.utils.clip_grad_norm_(pruner.parameters(), settings.clip)

@@ -17,6 +17,7 @@ from compress.ir import Document, Matmul, Slice
 from compress.trace import Linear, Program, evaluate
 
 JOINED = ("add", "sub", "cat")  # every operand lies in the stream
+SAME = ("to", "alias", "detach", "contiguous")
 SCALED = ("mul", "div")  # one operand does, the other holds one number for all of its channels
 CLOSE = 1e-4  # float32, values near 1
 
@@ -63,7 +64,7 @@ class Stream(Document):
 
 
 def stream_of(model: nn.Module, program: Program, batch: int) -> Stream:
-    """The stream that most normalizations of `model` read; `batch` is that of the example.
+    """The stream that the normalizations of `model` read; `batch` is that of the example.
 
     Raises:
         CompressError: the model is not of the pre-norm kind, or something else looks at the stream.
@@ -78,14 +79,9 @@ def stream_of(model: nn.Module, program: Program, batch: int) -> Stream:
             f"{type(model).__name__} has no LayerNorm or RMSNorm, so no residual stream whose width could "
             "be cut; cut heads and neurons instead"
         )
-    refusal: CompressError | None = None
-    for (width, centered), norms in sorted(groups.items(), key=lambda item: -len(item[1])):
-        try:
-            return _Walk(model, program, width, norms).stream(centered=centered, batch=batch)
-        except CompressError as error:
-            refusal = refusal or error
-    assert refusal is not None
-    raise refusal
+    # Attention may normalize heads, and embeddings may be narrower; the stream is the widest of all.
+    (width, centered), norms = max(groups.items(), key=lambda item: item[0][0] * len(item[1]))
+    return _Walk(model, program, width, norms).stream(centered=centered, batch=batch)
 
 
 def _normalizes(module: nn.Module) -> tuple[int, bool] | None:
@@ -139,7 +135,7 @@ class _Walk:
     def stream(self, *, centered: bool, batch: int) -> Stream:
         """Walk until nothing is new."""
         for node in self.program.module.graph.nodes:
-            if node.users and self.place(node) in self.norms:
+            if node.users and self.inside(node):
                 for entry in self.entries(node):
                     self.reach(entry, _rank(entry) - 1)
         while self.pending:
@@ -170,16 +166,28 @@ class _Walk:
         stack = list(node.meta.get("nn_module_stack", {}).values())
         return str(stack[-1][0]) if stack else None
 
+    def inside(self, node: Node) -> str | None:
+        """The normalization that `node` is part of.
+
+        A cast at its door that changes nothing is the stream itself, and what follows goes on with it.
+        """
+        place = self.place(node)
+        if place not in self.norms:
+            return None
+        if _operation(node) in SAME and self.inside(node.all_input_nodes[0]) != place:
+            return None
+        return place
+
     def entries(self, node: Node) -> Iterator[Node]:
         """What flows from outside into the normalization that `node` is part of."""
         for source in node.all_input_nodes:
-            if self.place(source) != self.place(node) and source not in self.program.names:
+            if self.inside(source) != self.inside(node) and source not in self.program.names:
                 yield source
 
     def reach(self, node: Node, axis: int, norm: str | None = None) -> None:
         """Note that `node` holds the stream, or what `norm` made of it, along `axis`."""
-        place = self.place(node)
-        if norm is None and place in self.norms:
+        place = self.inside(node)
+        if norm is None and place is not None:
             raise CompressError(
                 f"the width of {type(self.model).__name__} cannot be cut: {place} writes into the residual "
                 "stream (post-norm), and the scale of a normalization ties every channel to itself; only "
@@ -225,8 +233,8 @@ class _Walk:
         for user in node.users:
             if not user.users and user.op != "output":
                 continue
-            place = self.place(user)
-            if norm is None and place in self.norms:
+            place = self.inside(user)
+            if norm is None and place is not None:
                 self.normalize(place, self.axis[node])
             elif user in self.linears and self.linears[user].input is node:
                 self.read(self.linears[user], norm)
@@ -254,7 +262,7 @@ class _Walk:
         parameters = dict(self.norms[place].named_parameters())
         self.used[place] = Norm(module=place, scale="weight" in parameters, shift="bias" in parameters)
         for node in self.program.module.graph.nodes:
-            if self.place(node) == place and any(u.users and self.place(u) != place for u in node.users):
+            if self.inside(node) == place and any(u.users and self.inside(u) != place for u in node.users):
                 self.reach(node, axis, place)
 
     def operands(self, node: Node, axis: int, *, strict: bool = True) -> dict[Node, int]:
