@@ -161,7 +161,7 @@ class Pruner(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """By name, the effective tensors where they are not the model's own: adapted, masked, or both."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
+        named: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         named |= dict(self.model.named_buffers())
         made = {name: named[name] + self.adapters[_key(name)]() for name in self._adapted()}
         mask = self.mask()

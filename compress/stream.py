@@ -86,7 +86,7 @@ def stream_of(model: nn.Module, program: Program, batch: int) -> Stream:
 
 def _normalizes(module: nn.Module) -> tuple[int, bool] | None:
     """Width, and whether the mean is taken away, of a module that acts as LayerNorm or RMSNorm; else None."""
-    values = dict(module.named_parameters())
+    values: dict[str, Tensor] = dict(module.named_parameters())
     shape = getattr(module, "normalized_shape", None)
     if isinstance(shape, tuple) and len(shape) == 1:
         width = int(shape[0])
@@ -94,7 +94,7 @@ def _normalizes(module: nn.Module) -> tuple[int, bool] | None:
         width = len(values["weight"])
     else:
         return None
-    if width < 2 or list(module.children()) or list(module.buffers()):
+    if width < 2 or any(True for _ in module.children()) or any(True for _ in module.buffers()):
         return None
     sample = torch.randn(4, width, generator=torch.Generator().manual_seed(0)) * 100 + 30
     weight, bias = values.get("weight"), values.get("bias")

@@ -4,6 +4,7 @@
     python tools/benchmark.py methods --model DIR       ZipLM with search against uniform baselines
     python tools/benchmark.py database --model DIR      time and memory of the candidates
     python tools/benchmark.py prediction --model DIR    predicted against measured time of random plans
+    python tools/benchmark.py pat --data DIR            the hidden width, pruned while tuning or before
 
 DIR is what `tools/finetune_sst2.py` wrote: a Hugging Face directory beside `train.csv` and `dev.csv`.
 """
@@ -21,6 +22,7 @@ from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 
+import hidden_width
 import numpy as np
 import torch
 from rich.console import Console
@@ -305,7 +307,13 @@ def prediction(arguments: argparse.Namespace, out: Path) -> list[Row]:
     return rows
 
 
-BENCHMARKS = {"demo": demo, "methods": methods, "database": build_database, "prediction": prediction}
+BENCHMARKS = {
+    "demo": demo,
+    "methods": methods,
+    "database": build_database,
+    "prediction": prediction,
+    "pat": hidden_width.run,
+}
 
 
 def main() -> None:
@@ -317,9 +325,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--methods", help=f"comma list of {', '.join(METHODS)}")
+    parser.add_argument("--data", type=Path, help="a directory with cifar10/ and tinyshakespeare/")
+    parser.add_argument("--dense-steps", type=int, default=600, help="training from scratch, for pat")
+    parser.add_argument("--steps", type=int, default=200, help="tuning, for pat")
+    parser.add_argument("--batch", type=int, default=64, help="inputs a step, for pat")
+    parser.add_argument("--threads", type=int, default=bench.physical_cores())
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()
-    torch.set_num_threads(bench.physical_cores())
+    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         rows = BENCHMARKS[arguments.benchmark](arguments, Path(folder))
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -43,7 +43,8 @@ def cosines(width: int) -> Tensor:
     [[1.0, 1.0], [1.0, -1.0]]
     """
     places = torch.arange(width, dtype=torch.float64)
-    waves = torch.cos(torch.pi / width * (places[:, None] + 0.5) * places) * (2 / width) ** 0.5
+    angles = torch.pi / width * (places[:, None] + 0.5) * places
+    waves: Tensor = (2 / width) ** 0.5 * torch.cos(angles)
     waves[:, 0] = width**-0.5
     return waves
 
