@@ -141,7 +141,8 @@ def lowering(weight: Array, pattern: str, choose: Choose = plainest) -> Lowering
     """How a weight [out, in] that is zero outside of its blocks is written."""
     rows, columns, _ = sparse.parsed(pattern)
     blocks = sparse.find(weight, rows, columns)
-    return Lowering(blocks, choose(*weight.shape, blocks))
+    out, inner = weight.shape
+    return Lowering(blocks, choose(out, inner, blocks))
 
 
 def product(shape: Shape, form: str, copies: int) -> bytes:
