@@ -17,7 +17,8 @@ ROWS = (
     "ir profiles",
     "artifact recipe",
     "wording tables svg",
-    "core.budget core.fakequant core.obs core.rotation core.scores core.smooth core.units search report data trace modeling",
+    "core.budget core.fakequant core.obs core.rotation core.scores core.smooth core.units "
+    "search report data trace modeling",
     "core.gptq core.ranges core.support",
     "core.block core.lowrank core.nm core.permute core.sltrain",
     "sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "

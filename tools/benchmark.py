@@ -7,6 +7,7 @@
     python tools/benchmark.py prediction --model DIR    predicted against measured time of random plans
     python tools/benchmark.py precision                 our 8 and 4 bits against onnxruntime's own quantizer
     python tools/benchmark.py blocks                    block-sparse products against their dense Gemm
+    python tools/benchmark.py encoder                   an encoder with all its products in blocks
     python tools/benchmark.py pat --data DIR            the hidden width, pruned while tuning or before
 
 DIR is what `tools/finetune_sst2.py` wrote: a Hugging Face directory beside `train.csv` and `dev.csv`.
@@ -350,6 +351,7 @@ BENCHMARKS = {
     "prediction": prediction,
     "precision": precision.run,
     "blocks": blocks.run,
+    "encoder": blocks.encoder,
     "pat": hidden_width.run,
 }
 
