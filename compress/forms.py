@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compress import surgery
 from compress.calibrate import Statistics
-from compress.core import block, gptq, lowrank, obs
+from compress.core import block, gptq, lowrank, nm, obs
 from compress.core.fakequant import PRECISIONS, Quantized
 from compress.core.support import Block, Layer, prepare
 from compress.errors import CompressError
@@ -49,6 +49,7 @@ def of(site: Site, moves: Sequence[str], profile: Profile) -> tuple[str, ...]:
         "structure": (),
         "int8": ("int8-dynamic",),
         "block": BLOCKS,
+        "2:4": ("2:4",),
         "lowrank": tuple(f"rank:{rank}" for rank in ranks[: len(RANKS)]),
     }
     offered = [Option.of(form, None) for move in moves for form in by_move[move]]
@@ -143,6 +144,9 @@ def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping:
     made = Shaped(weight, torch.zeros(len(weight), dtype=weight.dtype), 0.0)
     if option.rank:
         made = _split(option, prepare(weight, second, mean, damping))
+    elif option.pattern == "2:4":
+        sparse = nm.solve(prepare(weight, second, mean, damping))
+        made = Shaped(sparse.values, sparse.shift, sparse.error)
     elif option.pattern != "dense":
         cut = block.solve(weight, second, mean, option.block, option.density, damping=damping)
         made = Shaped(cut.values, cut.shift, cut.error)
@@ -176,9 +180,10 @@ def _runs(option: Option, profile: Profile) -> bool:
 
 def _fits(site: Site, option: Option, units: int) -> bool:
     """Whether every product of the site can take the form at this number of units."""
-    if not option.pattern.startswith("block:"):
+    if option.pattern == "dense":
         return True
-    rows, columns = option.block
+    # Two of four are stored eight inputs at a time.
+    rows, columns = (1, 8) if option.pattern == "2:4" else option.block
     shapes = [matmul.features(units) for matmul in site.matmuls]
     return all(out % rows == 0 and inner % columns == 0 for out, inner in shapes)
 

@@ -196,6 +196,7 @@ def _refitted(
             removals,
             job.calibration,
             damping=job.recipe.calibration.damping,
+            memory_mb=job.recipe.calibration.memory_mb,
             progress=tick,
         )
         small = surgery.shrink(job.task.model, job.sites, better)

@@ -357,11 +357,8 @@ def _attribution(job: Job, costs: Costs) -> list[str]:
     lines += [f"{skip.place}: not a site, because {skip.reason}" for skip in job.found.skipped]
     if job.found.fallback:
         lines.append(f"Sites come from names, not from the program: {job.found.fallback}")
-    missing = [pattern for pattern in ("2:4",) if pattern not in job.profile.patterns]
-    lines += [
-        f"{pattern} sparsity was not considered: {job.profile.name} gains no time from it."
-        for pattern in missing
-    ]
+    if "2:4" not in (*job.profile.patterns, *job.recipe.options.moves):
+        lines.append(f"2:4 sparsity was not considered: {job.profile.name} gains no time from it.")
     return lines
 
 

@@ -76,8 +76,26 @@ def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
         "dense_ms": round(costs.dense_ms, 4),
         "outside_sites_ms": round(costs.fixed_ms, 4),
         "reachable_speedup_estimate": {name: round(value, 3) for name, value in reach.items()},
+        "forms": _forms(costs),
         "plans": [row for speedup in SPEEDUPS if (row := _row(job, costs, menus, speedup))],
     }
+
+
+def _forms(costs: Costs) -> list[dict[str, object]]:
+    """What every form that was looked at would make of a whole site's time on the target."""
+    gains: dict[str, list[float]] = {}
+    for row in costs.gains.values():
+        for form, gain in row.items():
+            gains.setdefault(form, []).append(gain)
+    return [
+        {
+            "form": form,
+            "slowest_site_speedup": round(min(found), 3),
+            "fastest_site_speedup": round(max(found), 3),
+            "pays": any(form in row for row in costs.rows.values()),
+        }
+        for form, found in sorted(gains.items())
+    ]
 
 
 def _reach(costs: Costs, menus: Menus, only: str | None = None) -> float:

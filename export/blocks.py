@@ -163,10 +163,10 @@ def measure_site(
 
 
 def _formed(site: Site, units: int, copies: int, form: str) -> bytes:
-    """A chain whose products run in a form."""
-    if form == "dense":
-        return chain(site, units, copies)
+    """A chain whose products run in a form; zeros that onnxruntime multiplies like any number need none."""
     option = Option.of(form, units)
+    if form in ("dense", "2:4"):
+        return chain(site, units, copies)
     if option.precision == "fp32":
         return chain(site, units, copies, pattern=option.pattern, rank=option.rank)
     return quantized.lower_chain(chain(site, units, copies), PRECISIONS[option.precision])

@@ -28,7 +28,7 @@ def lower(graph: ir.Model, sites: Iterable[Site], removals: Mapping[str, Removal
             continue
         option = Option.of(removal.form, None)
         codes |= removal.codes
-        if option.pattern != "dense" or option.rank:
+        if option.pattern.startswith("block:") or option.rank:
             for name in (site.writer, *readers(site)):
                 products[name] = _lowering(graph, name, option, removal)
     if products:

@@ -1,9 +1,12 @@
 import pytest
 import torch
 from classifier import padded
+from onnx import load
 
-from compress import calibrate, database, forms, profiles, surgery
+from compress import calibrate, database, forms, profiles, quantize, surgery
 from compress.errors import CompressError
+from compress.export import forms as in_files
+from compress.export import onnx, runners
 from compress.ir import Option
 from compress.stitch import Stitched, divergence, logits
 
@@ -37,7 +40,8 @@ def test_structure_offers_no_form_and_a_device_none_that_it_cannot_run():
     _, sites = padded()
     assert forms.of(sites[0], ["structure"], HERE) == ()
     assert set(forms.of(sites[0], ["structure", "block"], HERE)) == set(forms.BLOCKS)
-    assert forms.of(sites[0], ["block"], profiles.load("a100")) == ()
+    assert forms.of(sites[0], ["block", "int8"], profiles.load("a100")) == ()
+    assert forms.of(sites[0], ["2:4"], profiles.load("a100")) == ("2:4",)
 
 
 def test_levels_lie_where_blocks_fit_near_what_structure_offers():
@@ -61,6 +65,71 @@ def test_blocks_leave_that_share_of_every_matrix(statistics, index):
         tiles = value.reshape(value.shape[0] // 4, 4, value.shape[1] // 4, 4)
         kept = tiles.abs().sum((1, 3)) > 0
         assert ((kept.sum(1) - kept.shape[1] / 2).abs() <= 0.5).all()
+
+
+def test_two_of_four_stay_in_every_row(statistics):
+    found, error = treated(statistics, 0, "2:4")
+    assert 0 < error < 1
+    for value in (found.weight, *found.readers.values()):
+        groups = (value != 0).reshape(value.shape[0], -1, 4).sum(2)
+        assert (groups == 2).all()
+
+
+def test_a_rank_is_stored_as_its_factors(statistics):
+    _, sites = padded()
+    found, error = treated(statistics, 1, "rank:4")
+    assert 0 < error < 1
+    for name, value in {sites[1].writer: found.weight, **found.readers}.items():
+        left, right = found.factors[name]
+        assert (left.shape[1], right.shape[0]) == (4, 4)
+        assert torch.allclose(left @ right, value, atol=1e-5)
+    _, lossless = treated(statistics, 1, f"rank:{min(found.weight.shape)}")
+    assert lossless < error
+    assert lossless == pytest.approx(0, abs=1e-9)
+
+
+def test_integers_stand_for_the_weights_that_are_judged(statistics):
+    found, error = treated(statistics, 1, "int8-dynamic")
+    assert 0 < error < 0.01
+    assert torch.allclose(found.codes[padded()[1][1].writer].weight(), found.weight, atol=1e-6)
+    assert treated(statistics, 1, "int4")[1] > 10 * error
+
+
+@pytest.mark.parametrize("form", [HALF, "rank:4", "int8-dynamic", "2:4", "block:4x4@0.5+rank:2"])
+def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form):
+    """One path for all: candidates, the shrunk model (integers emulated), the rewritten file."""
+    task, sites = padded()
+    half = {site.name: (forms.levels(site, form, [site.units // 2]) or [None])[0] for site in sites}
+    options = {name: [Option.of(form, units)] for name, units in half.items()}
+    database.build(task.model, sites, statistics, options, tmp_path)
+    removals = {
+        site.name: database.removal(tmp_path, index, options[site.name][0])
+        for index, site in enumerate(sites)
+    }
+    shrunk = surgery.shrink(task.model, sites, removals)
+    reference = quantize.emulated(shrunk, sites, removals)
+    file = tmp_path / "model.onnx"
+    example = next(iter(task.batches("calibration", 8))).inputs
+    onnx.export(
+        shrunk,
+        example,
+        file,
+        output_name="logits",
+        lower=lambda graph: in_files.lower(graph, sites, removals),
+    )
+    batches = list(task.batches("calibration", 16))
+    menus = [(Option(), options[site.name][0]) for site in sites]
+    judged = Stitched(task, sites, tmp_path, menus, batches)((1,) * len(sites))
+    dense = logits(task, task.model, batches)
+    assert judged == pytest.approx(divergence(task, reference, batches, dense), rel=1e-3)
+    with runners.OrtRunner(file, threads=1) as runner, torch.no_grad():
+        for batch in batches:
+            found = runner.infer({name: value.numpy() for name, value in batch.inputs.items()})["logits"]
+            assert torch.allclose(
+                torch.from_numpy(found), reference(**batch.inputs).logits, atol=1e-4, rtol=1e-4
+            )
+    operators = {node.op_type for node in load(file).graph.node}
+    assert ("MatMulInteger" in operators) == (form == "int8-dynamic")
 
 
 def test_all_blocks_kept_change_nothing(statistics):

@@ -3,6 +3,7 @@ import torch
 from classifier import padded
 
 from compress import calibrate, database, surgery
+from compress import refit as refitting
 from compress.ir import Option
 from compress.refit import refit
 from compress.stitch import Stitched, divergence, logits
@@ -106,3 +107,21 @@ def test_dropped_and_untouched_sites_pass_through(half):
     better = refit(task.model, sites, gone, batches, damping=1e-2)
     assert set(better) == {sites[0].name}
     assert len(better[sites[0].name].kept) == 0
+
+
+def test_how_much_is_held_at_a_time_changes_nothing(half, monkeypatch):
+    _, batches, removals = half
+    task, sites = padded()
+    whole = refit(task.model, sites, removals, batches, damping=1e-2)
+    passes = []
+    collect = refitting._Goals._collect
+    monkeypatch.setattr(
+        refitting._Goals, "_collect", lambda self, wanted: (passes.append(len(wanted)), collect(self, wanted))
+    )
+    single = refit(task.model, sites, removals, batches, damping=1e-2, memory_mb=0)
+    assert passes == list(range(len(sites), 0, -1))
+    for name, removal in whole.items():
+        assert torch.equal(single[name].weight, removal.weight)
+    passes.clear()
+    refit(task.model, sites, removals, batches, damping=1e-2)
+    assert passes == [len(sites)]
