@@ -166,6 +166,7 @@ def test_onnxruntime_makes_one_kernel_of_every_product(tmp_path):
     assert (static["QGemm"], static["Gemm"], static["DequantizeLinear"]) == (4, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_whole_model_agrees_on_padded_batches(precision, tmp_path):
     """Between products the file and torch differ by float rounding, which a byte may amplify to one step."""
