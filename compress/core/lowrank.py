@@ -20,8 +20,8 @@ With `G (G + rho)^-1 = 1 - rho (G + rho)^-1` an iteration costs one product of t
 weight with an [in, in] matrix, and the factors follow by one step of subspace iteration from the
 last ones. Few iterations and a *polish* (both facts in turn, which can only improve) do the work of
 hundreds. The published rho follows the changes of the support, which suits a run to convergence; within
-40 iterations it hardly rises, and real layers lose 1.7 times what they lose with rho on a ramp
-from 0.1 to 1, the schedule here.
+40 iterations it hardly rises: a query projection of MiniLM at 2:4 and rank 8 then loses 1.7 times
+what it loses with rho on a ramp from 0.1 to 1, the schedule here.
 
 `oats` is the alternation that knows only the size of each input: the baseline.
 
