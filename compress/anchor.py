@@ -10,8 +10,8 @@ from contextlib import ExitStack
 
 import torch
 
-from compress import bench, surgery
-from compress.export import onnx, runners
+from compress import bench, files, surgery
+from compress.export import runners
 from compress.ir import Whole
 from compress.job import Job
 from compress.surgery import Removal
@@ -65,9 +65,7 @@ def _alone_ms(prices: Prices, size: Mapping[str, int]) -> float:
 def _times(job: Job, sizes: Sequence[Mapping[str, int]]) -> list[float]:
     """Milliseconds of the model at every size; the first is the dense one, whose file is there."""
     threads = job.recipe.bench.threads
-    example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-    inputs = {name: tensor.numpy() for name, tensor in example.items()}
-    files = [job.folder / "dense.onnx"]
+    written = [job.folder / "dense.onnx"]
     with job.stages("export sizes") as tick:
         for number, size in enumerate(sizes[1:], 1):
             removals = {
@@ -76,17 +74,17 @@ def _times(job: Job, sizes: Sequence[Mapping[str, int]]) -> list[float]:
                 if size[site.name] < site.units
             }
             model = surgery.shrink(job.task.model, job.sites, removals)
-            files.append(job.folder / f"size{number}.onnx")
-            onnx.export(model, example, files[-1], output_name=job.task.output_name, logits=job.task.logits)
+            written.append(job.folder / f"size{number}.onnx")
+            files.write(job, model, written[-1])
             tick(number, len(sizes) - 1)
     with ExitStack() as stack:
-        loaded = [stack.enter_context(runners.OrtRunner(file, threads=threads)) for file in files]
-        calls = {str(number): runner.timed(inputs) for number, runner in enumerate(loaded)}
+        loaded = [stack.enter_context(runners.OrtRunner(file, threads=threads)) for file in written]
+        calls = {str(number): files.timed(job, runner) for number, runner in enumerate(loaded)}
         tick = stack.enter_context(job.stages("time sizes"))
         found = bench.compare(
             calls, blocks=30, block_ms=job.recipe.bench.block_ms, threads=threads, progress=tick
         )
-    for file in files[1:]:
+    for file in written[1:]:
         file.unlink()
     dense_ms = found.latency("0").p50
-    return [dense_ms, *(dense_ms / found.ratio(str(number)).value for number in range(1, len(files)))]
+    return [dense_ms, *(dense_ms / found.ratio(str(number)).value for number in range(1, len(written)))]

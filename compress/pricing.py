@@ -4,24 +4,30 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import Field
 from torch import nn
 
-from compress import anchor, artifact, bench, cost, roofline
+from compress import anchor, artifact, bench, cost, files, forms, roofline
 from compress.cost import Rows, Table
-from compress.export import blocks, onnx, runners
-from compress.ir import Document, Site, Source, Whole
+from compress.export import blocks, runners
+from compress.ir import Document, Option, Site, Source, Whole
 from compress.job import Job
+
+FORM_LEVELS = 6  # widths timed in a form; between them its time is a line
+PAYS = 0.97  # of the plain site's time, above which a form is not worth its damage
 
 
 class Costs(Document):
     """Latencies in milliseconds on the target at the recipe's shapes.
 
-    `rows[site][units]` is the time that a site adds to a small model, `whole` makes of their sum the
-    time of the model: both measured when `source` says so.
+    `rows[site][form][units]` is the time that a site adds to a small model, `whole` makes of their sum
+    the time of the model: both measured when `source` says so. Only what pays is in `rows`;
+    `gains[site][form]` is the speedup of the uncut site in every form that was looked at.
     """
 
     whole: Whole
-    rows: dict[str, dict[int, float]]
+    rows: dict[str, dict[str, dict[int, float]]]
+    gains: dict[str, dict[str, float]] = Field(default_factory=dict)
     source: Source
 
     @property
@@ -33,6 +39,18 @@ class Costs(Document):
     def fixed_ms(self) -> float:
         """Time that lies outside every site."""
         return self.whole.fixed_ms
+
+    def latency_ms(self, site: Site, option: Option) -> float:
+        """What the site takes with the option."""
+        return self.rows[site.name][option.form][site.units if option.units is None else option.units]
+
+    def options(self, site: Site) -> tuple[Option, ...]:
+        """Everything that a site may become, the dense one first."""
+        return tuple(
+            Option.of(form, None if units == site.units else units)
+            for form, row in self.rows[site.name].items()
+            for units in sorted(row, reverse=True)
+        )
 
 
 def price(job: Job) -> Costs:
@@ -53,14 +71,7 @@ def export_dense(job: Job) -> Path:
     if path.is_file() and _stamp(path, job.model_key) == _read(stamp):
         return path
     with job.stages("export dense"):
-        example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-        onnx.export(
-            job.task.model,
-            example,
-            path,
-            output_name=job.task.output_name,
-            logits=job.task.logits,
-        )
+        files.write(job, job.task.model, path)
     artifact.write_text(stamp, json.dumps(_stamp(path, job.model_key)))
     return path
 
@@ -76,23 +87,34 @@ def _read(path: Path) -> object:
         return None
 
 
-def wanted_levels(job: Job, site: Site) -> list[int]:
-    """Units to price for one site, dense first; the recipe's fractions replace the grid."""
-    fractions = job.recipe.options.units
+def wanted_levels(job: Job, site: Site) -> dict[str, list[int]]:
+    """Units to price for one site by form, dense first; the recipe's fractions replace the grid."""
+    options = job.recipe.options
+    fractions = options.units
     align = job.profile.align_units if site.kind == "ffn" else 1
     if fractions is None:
         levels = cost.grid(site, align)
     else:
         levels = sorted({site.units, *(round(f * site.units) for f in fractions)}, reverse=True)
-    droppable = site.drop is not None and job.recipe.options.drop
-    return [units for units in levels if units > 0 or droppable]
+    droppable = site.drop is not None and options.drop
+    levels = [units for units in levels if units > 0 or droppable]
+    if "structure" not in options.moves:
+        levels = levels[:1]
+    wanted = {"dense": levels}
+    for form in forms.of(site, options.moves, job.profile):
+        wanted[form] = forms.levels(site, form, levels)
+    return wanted
 
 
-def table_of(job: Job, levels: Mapping[str, list[int]]) -> Table:
+def table_of(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Table:
     """This machine's table; widths between the timed ones are interpolated."""
     threads = job.recipe.bench.threads
     sites = {site.shape: site for site in job.sites}
-    wanted = {site.shape: blocks.sample(levels[site.name]) for site in job.sites}
+    wanted = {
+        cost.row_key(site, form): blocks.sample(units, blocks.LEVELS if form == "dense" else FORM_LEVELS)
+        for site in job.sites
+        for form, units in levels[site.name].items()
+    }
 
     def measure(missing: dict[str, list[int]]) -> Rows:
         with job.stages("time sites") as tick:
@@ -101,38 +123,64 @@ def table_of(job: Job, levels: Mapping[str, list[int]]) -> Table:
     return cost.obtain(blocks.empty_table(threads), wanted, measure)
 
 
-def _measured(job: Job, levels: Mapping[str, list[int]]) -> Costs:
+def _measured(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
     """Times on this machine: a table of sites, brought to the level of whole models."""
     bench.check_threads(job.recipe.bench.threads)
     table = table_of(job, levels)
+    threads = job.recipe.bench.threads
     alone = {
         site.name: {
-            units: cost.price(
-                site, units, profile=job.profile, table=table, threads=job.recipe.bench.threads
-            ).latency_ms
-            for units in levels[site.name]
+            form: {
+                units: cost.price(
+                    site, Option.of(form, units), profile=job.profile, table=table, threads=threads
+                ).latency_ms
+                for units in row
+            }
+            for form, row in levels[site.name].items()
+            if form == "dense" or cost.row_key(site, form) in table.rows
         }
         for site in job.sites
     }
-    factor, whole = anchor.measure(job, alone)
-    rows = {
-        name: cost.thin({units: ms * factor for units, ms in prices.items()})
-        for name, prices in alone.items()
-    }
-    return Costs(whole=whole, rows=rows, source="measured")
+    factor, whole = anchor.measure(job, {name: rows["dense"] for name, rows in alone.items()})
+    return _costs(job, alone, factor, whole, "measured")
 
 
-def _estimated(job: Job, levels: Mapping[str, list[int]]) -> Costs:
+def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
+    """The costs without what does not pay: a form that is no faster than the plain site at its units."""
+    rows: dict[str, dict[str, dict[int, float]]] = {}
+    gains: dict[str, dict[str, float]] = {}
+    for site in job.sites:
+        plain = alone[site.name]["dense"]
+        kept = {"dense": cost.thin({units: ms * factor for units, ms in plain.items()})}
+        gains[site.name] = {}
+        for form, row in alone[site.name].items():
+            if form == "dense" or not row:
+                continue
+            most = max(row)
+            gains[site.name][form] = plain[most] / row[most]
+            paying = {units: ms * factor for units, ms in row.items() if ms < PAYS * plain[units]}
+            if paying:
+                kept[form] = cost.thin(paying)
+        rows[site.name] = kept
+    return Costs(whole=whole, rows=rows, gains=gains, source=source)
+
+
+def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
     """Roofline times for a device that is not in the room."""
     profile = job.profile
-    rows = {}
-    for site in job.sites:
-        prices = {units: cost.price(site, units, profile=profile).latency_ms for units in levels[site.name]}
-        rows[site.name] = cost.thin(prices)
-    inside = sum(rows[site.name][site.units] for site in job.sites)
+    alone = {
+        site.name: {
+            form: {
+                units: cost.price(site, Option.of(form, units), profile=profile).latency_ms for units in row
+            }
+            for form, row in levels[site.name].items()
+        }
+        for site in job.sites
+    }
+    inside = sum(alone[site.name]["dense"][site.units] for site in job.sites)
     fixed_ms = _outside_ms(job)
     whole = Whole(inside_ms=(inside,), whole_ms=(inside + fixed_ms,))
-    return Costs(whole=whole, rows=rows, source="estimated")
+    return _costs(job, alone, 1.0, whole, "estimated")
 
 
 def _outside_ms(job: Job) -> float:

@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import bench
-from compress.cost import Rows, Table, grid, obtain
+from compress.core.fakequant import PRECISIONS
+from compress.cost import FORM, Rows, Table, grid, obtain
 from compress.errors import CompressError
+from compress.export import quantized
 from compress.export.chains import chain as chain  # part of this module's face
-from compress.ir import Site
+from compress.ir import Option, Site
 
 COPIES = 4
 COPIES_MB = 96  # weights of one graph
@@ -49,10 +51,15 @@ def session(file: bytes, site: Site, threads: int) -> bench.Runner:
     hidden = next(m.inner for m in site.matmuls if m.out_per_unit)
     random = np.random.default_rng(0)
     feeds = {"x": random.standard_normal((rows, hidden)).astype(np.float32)}
-    if len(loaded.get_inputs()) > 1:
-        feeds["mask"] = np.zeros((batch, 1, tokens, tokens), dtype=np.float32)
-        if site.causal:
-            feeds["mask"] += np.triu(np.full((tokens, tokens), -1e9, dtype=np.float32), 1)
+    for value in loaded.get_inputs()[1:]:
+        if value.name == "mask":
+            feeds["mask"] = np.zeros((batch, 1, tokens, site.past + tokens), dtype=np.float32)
+            if site.causal:
+                later = np.triu(np.full((tokens, tokens), -1e9, dtype=np.float32), 1)
+                feeds["mask"][..., site.past :] += later
+        else:
+            held = (batch, value.shape[1], site.past, site.head_dim)
+            feeds[value.name] = random.standard_normal(held).astype(np.float32)
     return lambda: loaded.run(None, feeds)
 
 
@@ -85,24 +92,28 @@ def measure(
 
     Args:
         sites: one of every shape is timed.
-        levels: units to time by shape; the dense width is always timed.
+        levels: units to time by row (`cost.row_key`); the dense width is always timed.
         threads: of onnxruntime.
-        progress: called with cycles done and cycles in all, of all shapes.
-        seconds: about how long one shape may take.
+        progress: called with cycles done and cycles in all, of all rows.
+        seconds: about how long one row may take.
         clock: seconds; the thread's processor time or the wall clock when None.
     """
     bench.check_threads(threads)
     clock = clock or clock_for(threads)
-    shapes = {site.shape: site for site in sites if levels.get(site.shape)}
+    shapes = {site.shape: site for site in sites}
+    wanted = {key: units for key, units in levels.items() if units and key.partition(FORM)[0] in shapes}
     rows: Rows = {}
-    for done, (shape, site) in enumerate(shapes.items()):
+    for done, (key, units) in enumerate(wanted.items()):
+        shape, _, form = key.partition(FORM)
 
         def tick(part: int, whole: int, before: int = done) -> None:
             if progress is not None:
-                progress(before * 1000 + 1000 * part // whole, 1000 * len(shapes))
+                progress(before * 1000 + 1000 * part // whole, 1000 * len(wanted))
 
         try:
-            rows[shape] = measure_site(site, levels[shape], threads, tick, seconds=seconds, clock=clock)
+            rows[key] = measure_site(
+                shapes[shape], units, threads, tick, form=form or "dense", seconds=seconds, clock=clock
+            )
         except CompressError:
             continue
     return rows
@@ -114,27 +125,33 @@ def measure_site(
     threads: int,
     progress: Tick,
     *,
+    form: str = "dense",
     seconds: float,
     clock: bench.Clock,
 ) -> dict[int, float]:
-    """The row of one site: every level and the dense width, in groups that fit into memory."""
-    wanted = sorted({*levels, site.units} - {0}, reverse=True)
+    """The row of one site: every level and the dense width, in groups that fit into memory.
+
+    Whatever the form, all times are relative to the plain site at its dense width.
+    """
+    wanted = sorted({*levels, *([site.units] if form == "dense" else [])} - {0}, reverse=True)
     dense_mb = weights_mb(site, site.units)
     if dense_mb > LARGEST_MB:
         raise CompressError(f"{site.name}: {dense_mb:.0f} MB of weights are too many to time alone")
     copies = _copies(site)
-    groups = _groups(site, [u for u in wanted if u != site.units], copies)
-    ratios: dict[int, float] = {site.units: 1.0}
+    others = [units for units in wanted if form != "dense" or units != site.units]
+    groups = _groups(site, others, copies)
+    ratios: dict[int, float] = {site.units: 1.0} if form == "dense" else {}
     dense_ms: list[float] = []
     around: list[float] = []
     for number, group in enumerate(groups):
-        order = [site.units, 0, *group]
-        runners = [session(chain(site, units, copies), site, threads) for units in order]
+        files = [chain(site, units, copies) for units in (site.units, 0)]
+        files += [_formed(site, units, copies, form) for units in group]
+        runners = [session(file, site, threads) for file in files]
 
         def tick(part: int, whole: int, before: int = number) -> None:
             progress(before * whole + part, len(groups) * whole)
 
-        times = _cycles(runners, seconds / len(groups), clock, tick)  # [cycles, graphs]
+        times = cycles(runners, seconds / len(groups), clock, tick)  # [cycles, graphs]
         against = np.median(times / times[:, :1], axis=0)
         dense_ms.append(float(np.median(times[:, 0])))
         around.append(float(against[1]))
@@ -143,6 +160,16 @@ def measure_site(
     site_ms = (1 - float(np.median(around))) * float(np.median(dense_ms)) / copies
     # Noise can make a tiny site look free or better than free; it never is.
     return {units: max(ratios[units], 1e-4) * site_ms for units in wanted}
+
+
+def _formed(site: Site, units: int, copies: int, form: str) -> bytes:
+    """A chain whose products run in a form."""
+    if form == "dense":
+        return chain(site, units, copies)
+    option = Option.of(form, units)
+    if option.precision == "fp32":
+        return chain(site, units, copies, pattern=option.pattern, rank=option.rank)
+    return quantized.lower_chain(chain(site, units, copies), PRECISIONS[option.precision])
 
 
 def _groups(site: Site, levels: Sequence[int], copies: int) -> list[list[int]]:
@@ -160,7 +187,7 @@ def _groups(site: Site, levels: Sequence[int], copies: int) -> list[list[int]]:
     return groups
 
 
-def _cycles(
+def cycles(
     runners: Sequence[bench.Runner], seconds: float, clock: bench.Clock, progress: Tick
 ) -> NDArray[np.float64]:
     """Milliseconds of every runner in every cycle, [cycles, runners]; the order alternates."""
