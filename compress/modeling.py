@@ -95,15 +95,16 @@ def reduce(model: nn.Module, record: Iterable[Mapping[str, Any]]) -> None:
         ValueError: the record names a part that the model has not.
     """
     kept = [(entry["site"], entry["units"], entry["gained_bias"]) for entry in record]
-    for site, _, gained in kept:
+    for site, _, _ in kept:
         for name in (site["writer"], *(part["tensor"] for part in site["slices"])):
             _tensor(model, name)
-        if gained:
-            writer = model.get_submodule(owner(site["writer"]))
-            writer.bias = nn.Parameter(_tensor(model, site["writer"]).new_zeros(_width(model, site)))
     for site, units, _ in kept:
         if 0 < units < site["units"]:
             _cut(model, site, units)
+    for site, _, gained in kept:
+        if gained:  # as wide as the hidden width is by now
+            writer = model.get_submodule(owner(site["writer"]))
+            writer.bias = nn.Parameter(_tensor(model, site["writer"]).new_zeros(_width(model, site)))
     for site, units, _ in kept:
         if units == 0:
             _drop(model, site)

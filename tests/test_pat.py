@@ -180,6 +180,14 @@ def test_scores_learn_while_the_mask_is_soft_and_rest_when_it_is_hard():
     assert torch.equal(after[-1], pruner.scores.detach())
 
 
+def test_gradients_are_clipped():
+    pruner, _, example = pruner_of("vit", precise=False)
+    pruner.settings = Settings(steps=2, hard=0.1, clip=1e-3)
+    tune(pruner, [lesson(example)] * 2, cross_entropy)
+    given = [value.grad.norm() for value in pruner.parameters() if value.grad is not None]
+    assert torch.stack(given).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_every_hybrid_module_counts_in_the_identity_loss():
     pruner, _, _ = pruner_of("llama")
     with torch.no_grad():
