@@ -16,7 +16,7 @@ from compress.core import obs, scores
 from compress.core.fakequant import PRECISIONS, Quantized
 from compress.errors import CompressError
 from compress.ir import Option, Site
-from compress.surgery import Removal, writer_columns
+from compress.surgery import Removal, products, writer_columns
 
 PARTS = ("kept", "weight", "bias")
 READER, LEFT, RIGHT, CODES, STEP = "reader/", "left/", "right/", "codes/", "step/"
@@ -141,7 +141,8 @@ def _build_site(
 ) -> dict[str, Candidate]:
     """All candidates of one site, by the option's key."""
     weight = writer_columns(model, site).detach().double()
-    own = torch.zeros(len(weight)) if site.bias is None else model.get_parameter(site.bias).detach()
+    bias = products(model, site).bias  # its own, or one that it gained when it was pruned before
+    own = torch.zeros(len(weight)) if bias is None else bias
     levels = sorted({option.units for option in options if option.units is not None})
     if score in SELECTIONS:
         width = site.column.width

@@ -118,7 +118,7 @@ def treat(
     mean = sum(found[name].error for name in readers) / len(readers)
     return (
         Removal(
-            removal.kept,
+            removal.kept.clone(),  # a file stores no tensor twice under two names
             writer.values.to(removal.weight.dtype),
             removal.bias + writer.shift.to(removal.bias.dtype),
             readers,

@@ -1,11 +1,14 @@
 """What every stage of a compilation needs: the request, the model, its sites, and where results go."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
+
+from torch import nn
 
 from compress import analyze, artifact, profiles
 from compress.analyze import Sites
@@ -69,6 +72,11 @@ class Job:
         return self.profile.measured_here
 
     @property
+    def file(self) -> Path:
+        """The file that ships."""
+        return Path(self.recipe.out) / "model.onnx"
+
+    @property
     def decodes(self) -> bool:
         """Whether files of this job hold a key-value cache, and two phases are timed."""
         return decodes(self.task)
@@ -77,6 +85,12 @@ class Job:
     def asked(self) -> float | None:
         """The speedup that was asked for, None for a budget of another kind."""
         return self.recipe.budget.speedup
+
+    def on(self, model: nn.Module) -> "Job":
+        """The same job with another model of the same shapes in the place of the dense one."""
+        task = copy.copy(self.task)
+        task.model = model
+        return replace(self, task=task, key=artifact.digest(self.key, *fingerprint(model)))
 
 
 def prepare(recipe: Recipe, progress: Progress) -> Job:
@@ -101,7 +115,7 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
             tokens=recipe.shapes.tokens if recipe.task == "text-generation" else None,
         )
         batches = tuple(task.batches("calibration", wanted.batch, wanted.samples))
-    model_key = artifact.digest(*_fingerprint(task), recipe.shapes)
+    model_key = artifact.digest(*fingerprint(task.model), recipe.shapes)
     if recipe.shapes.phase == "decode" and not decodes(task):
         raise CompressError(
             f"--phase decode asks for the time of a token after others, but {task.name} with "
@@ -123,8 +137,8 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
         )
     if recipe.shapes.phase == "decode":
         sites = tuple(site.step() for site in sites)
-    content = [_content(batch) for batch in batches]
-    key = artifact.digest(model_key, wanted, recipe.options, *content)
+    seen = [content(batch) for batch in batches]
+    key = artifact.digest(model_key, wanted, recipe.options, *seen)
     artifact.write_text(folder / "recipe.toml", to_toml(recipe))
     return Job(recipe, task, profile, folder, stages, model_key, key, found, sites, batches)
 
@@ -134,14 +148,14 @@ def decodes(task: Task) -> bool:
     return task.name == "text-generation" and decoder.takes_cache(task.model)
 
 
-def _fingerprint(task: Task) -> list[bytes | str]:
+def fingerprint(model: nn.Module) -> list[bytes | str]:
     """The names and contents of the model's tensors."""
-    parts: list[bytes | str] = [type(task.model).__name__]
-    for name, tensor in task.model.state_dict().items():
+    parts: list[bytes | str] = [type(model).__name__]
+    for name, tensor in model.state_dict().items():
         parts += [name, str(tuple(tensor.shape)), tensor.detach().contiguous().numpy().tobytes()]
     return parts
 
 
-def _content(batch: Batch) -> str:
+def content(batch: Batch) -> str:
     """A hash of one batch as the model receives it."""
     return artifact.digest(*[t.contiguous().numpy().tobytes() for t in batch.inputs.values()])

@@ -1,17 +1,18 @@
 """The whole compilation as one readable function: what is asked, measured, chosen, built and proved.
 
-    job -> costs -> candidates -> (plan -> file -> timing)* -> refit -> file -> proof
+    job -> costs -> candidates -> (plan -> file -> timing)* -> refit -> file -> recovery -> file -> proof
 
 Every arrow leaves an artifact in `<out>/compression/`, stored with the hash of what it was made from:
 a second run takes up whatever is still valid, and a killed run loses at most the stage it was in.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from compress import artifact, choosing, files, page, proof, quantize, store, surgery
+from compress import artifact, choosing, files, page, proof, quantize, recovery, store, surgery
 from compress.bench import FINAL_BLOCKS, Comparison
 from compress.choosing import TimePlan
 from compress.energy import energy_above_idle_mj
@@ -30,44 +31,67 @@ from compress.surgery import Removal
 ATTEMPTS = 3
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A finished compilation: the report, the model that it is about, and the units kept by site."""
+
+    job: Job
+    report: Report
+    model: nn.Module
+    kept: dict[str, Tensor]
+
+
 def run(recipe: Recipe, progress: Progress) -> Report:
     """Compile the recipe's model to its budget on its target; everything lands in `recipe.out`.
 
     Raises:
         CompressError: the request cannot be carried out; the message says what can.
     """
-    job = prepare(recipe, progress)
+    return compiled(prepare(recipe, progress)).report
+
+
+def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
+    """Carry out a job; pruning begins at `start`, a model of the dense shapes, where one is given.
+
+    Costs, the teacher and the baseline of the proof are the dense model's whatever the start.
+    """
+    pruned = job if start is None else job.on(start)
     costs = price(job)
-    errors = choosing.candidates(job, costs)
-    menus = choosing.menus_of(job, costs, errors)
-    judge = choosing.judge_of(job, menus)
-    menus = choosing.weigh(job, menus, judge)
+    errors = choosing.candidates(pruned, costs)
+    menus = choosing.menus_of(pruned, costs, errors)
+    judge = choosing.judge_of(pruned, menus)
+    menus = choosing.weigh(pruned, menus, judge)
     asked = asked_speedup(job, costs)
     rounds = Rounds()
     for _ in range(ATTEMPTS):
-        rounds, turn = choose(job, costs, menus, judge, asked, rounds)
-        model, removals, notes = build(job, turn, judge)
-        file = Path(recipe.out) / "model.onnx"
-        comparison = _proof_timing(job, file)
+        rounds, turn = choose(pruned, costs, menus, judge, asked, rounds)
+        model, removals, notes = build(pruned, turn, judge)
+        comparison = _proof_timing(job)
         if comparison is None or proof.timing(comparison).speedup >= asked:
             break
         rounds = _with_timing(rounds, turn, proof.timing(comparison))
+    if start is not None:
+        notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
+    if job.recipe.recovery.mode != "none":
+        notes += recovery.recover(job, model, removals)
+        save(job, turn, model, removals)
+        comparison = _proof_timing(job)
     result = proof.assemble(
         job,
         costs,
         menus,
         rounds,
         turn,
-        {"dense": (job.task.model, job.folder / "dense.onnx"), "compressed": (model, file)},
+        {"dense": (job.task.model, job.folder / "dense.onnx"), "compressed": (model, job.file)},
         removals,
         comparison,
         notes,
     )
     artifact.store(job.folder / "plan.json", job.key, choosing.plan_of(job, menus, turn))
     page.write(result, job.folder)
-    card = page.card(result, name=Path(recipe.model or "compress-demo").name)
-    artifact.write_text(Path(recipe.out) / "README.md", card)
-    return result
+    card = page.card(result, name=Path(job.recipe.model or "compress-demo").name)
+    artifact.write_text(Path(job.recipe.out) / "README.md", card)
+    return Compiled(job, result, model, {name: removal.kept for name, removal in removals.items()})
 
 
 def asked_speedup(job: Job, costs: Costs) -> float:
@@ -148,12 +172,17 @@ def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, dict[str, 
         removals, note = _refitted(job, removals, turn, judge)
         notes.append(note)
     model = surgery.shrink(job.task.model, job.sites, removals)
+    save(job, turn, model, removals)
+    return model, removals, notes
+
+
+def save(job: Job, turn: Round, model: nn.Module, removals: Mapping[str, Removal]) -> None:
+    """Write the finished model as a directory, and as the ONNX file that ships."""
     out = Path(job.recipe.out)
     units = {name: option.units for name, option in turn.choices.items() if option.units is not None}
     store.save(model, job.sites, units, out)
     job.task.save_files(out)
-    export(job, model, out / "model.onnx", removals)
-    return model, removals, notes
+    export(job, model, job.file, removals)
 
 
 def _refitted(
@@ -179,11 +208,11 @@ def _refitted(
     return removals, f"Sequential refit not used: divergence {turn.loss:.4g} would become {found:.4g}"
 
 
-def _proof_timing(job: Job, file: Path) -> Comparison | None:
+def _proof_timing(job: Job) -> Comparison | None:
     """The shipped file against the dense one; None when this machine is not the target."""
     if not job.here:
         return None
-    return proof.compare(job, file, blocks=FINAL_BLOCKS * job.recipe.bench.blocks)
+    return proof.compare(job, job.file, blocks=FINAL_BLOCKS * job.recipe.bench.blocks)
 
 
 def _with_timing(rounds: Rounds, turn: Round, timing: Timing) -> Rounds:

@@ -24,6 +24,7 @@ import onnx_ir.passes.common as passes
 import torch
 
 from compress.core.fakequant import GRIDS, Precision, Quantized, blocks
+from compress.core.fakequant import PRECISIONS as PRECISIONS  # part of this module's face
 from compress.errors import CompressError
 from compress.export.onnx import save
 from compress.export.runners import Array

@@ -15,7 +15,7 @@ import click
 import pytest
 
 import compress
-from compress import cli, recipe, report
+from compress import cli, family, recipe, report
 from compress.errors import CompressError
 from compress.ir import Budget, Latency
 
@@ -102,6 +102,7 @@ def test_without_a_model_the_default_is_compiled_with_default_settings(pipeline)
 def test_every_option_reaches_its_place_in_the_recipe(pipeline):
     words = "m --target a100 --latency-ms 5 --data d --test t --task text-generation --text q --label l"
     words += " --max-drop 0.01 -o place --batch 2 --tokens 64 --phase decode --threads 3 --seed 7"
+    words += " --recover full"
     found = asked(pipeline, words.split())
     expected = recipe.Recipe(
         model="m",
@@ -116,6 +117,7 @@ def test_every_option_reaches_its_place_in_the_recipe(pipeline):
         out="place",
         shapes=recipe.Shapes(batch=2, tokens=64, phase="decode"),
         search=recipe.Search(seed=7),
+        recovery=recipe.Recovery(mode="full"),
         bench=recipe.Bench(threads=3),
     )
     assert found == expected
@@ -133,6 +135,41 @@ def test_every_option_reaches_its_place_in_the_recipe(pipeline):
 )
 def test_each_budget_has_its_flag(pipeline, flag, words, budget):
     assert asked(pipeline, ["--target", "cpu", flag, words]).budget == budget
+
+
+def test_several_speedups_ask_for_a_family_and_one_for_a_model(tmp_path):
+    def request(*words):
+        return cli.request(cli.app.commands["run"].make_context("run", list(words)).params)
+
+    found = request("--target", "cpu", "--speedup", "1.5x,2,4x")
+    assert (found.budget, found.speedups) == (Budget(speedup=1.5), (1.5, 2.0, 4.0))
+    path = tmp_path / "r.toml"
+    path.write_text('target = "cpu"\nspeedups = [2, 3]\n')
+    found = request("--recipe", str(path))
+    assert (found.budget, found.speedups) == (Budget(speedup=2.0), (2.0, 3.0))
+    assert recipe.read(written(tmp_path, recipe.to_toml(found)), {}) == found
+    assert request("--recipe", str(path), "--speedup", "4x").speedups == ()
+    assert request("--recipe", str(path), "--latency-ms", "4").budget == Budget(latency_ms=4.0)
+    with pytest.raises(CompressError, match="asks for no gain"):
+        request("--target", "cpu", "--speedup", "2x,1x")
+
+
+def written(folder, text):
+    path = folder / "written.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_family_is_answered_by_its_table_and_its_worst_member(pipeline, monkeypatch, capfd):
+    members = family.of(a_report(), [family.member("2x", a_report()), family.member("3x", a_report(1.9))])
+    fake = types.ModuleType("compress.gradual")
+    fake.run = lambda asked, progress: members
+    monkeypatch.setitem(sys.modules, "compress.gradual", fake)
+    monkeypatch.setattr(compress, "gradual", fake, raising=False)
+    assert cli.perform(["--target", "cpu", "--speedup", "2x,3x"]) == 1
+    assert capfd.readouterr().out == family.text(members) + "\n"
+    assert cli.perform(["--target", "cpu", "--speedup", "2x,3x", "--json"]) == 1
+    assert family.Family.model_validate_json(capfd.readouterr().out) == members
 
 
 def test_words_are_laid_over_the_recipe_and_replace_its_budget(pipeline, tmp_path):
@@ -563,6 +600,7 @@ def test_the_options_of_each_verb_are_frozen():
         "--text",
         "--label",
         "--recipe",
+        "--recover",
         "--max-drop",
         "--out",
         "-o",

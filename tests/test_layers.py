@@ -17,29 +17,32 @@ ROWS = (
     "ir profiles",
     "artifact recipe",
     "wording tables svg",
-    "core.fakequant core.obs core.scores core.smooth core.units search report data trace modeling",
+    "core.budget core.fakequant core.obs core.rotation core.scores core.smooth core.units "
+    "search report data trace modeling",
     "core.gptq core.ranges core.support",
     "core.block core.lowrank core.nm core.permute core.sltrain",
-    "charts loop pretrained probe bench energy roofline surgery measurement export.device "
+    "sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
-    "page quality named trial store cost console export.engine export.streams export.attention export.cache",
-    "analyze images texts devices doctor session merge export.lowering export.runners",
+    "page family quality named trial store cost console export.engine export.streams "
+    "export.attention export.cache",
+    "expand analyze stream images texts devices doctor session merge export.lowering export.runners",
     "task export.onnx export.chains export.finished export.tensorrt export.decode",
     "calibrate export.quantized export.verify export.ort export.decoder",
     "forms export.blocks export.forms",
-    "database job quantize refit streaming export.edge export.layouts",
+    "database distill job quantize refit residual streaming export.edge export.layouts",
     "files",
-    "stitch anchor",
+    "stitch anchor pat tune",
     "pricing",
-    "choosing proof",
+    "choosing proof recovery",
     "pipeline survey export.deliver",
+    "gradual",
     "cli",
     "__main__",
 )
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
     "errors ir profiles artifact recipe wording tables svg search report data charts loop bench energy "
-    "roofline page cost console devices doctor session measurement merge cli export.device"
+    "roofline page family cost console devices doctor session measurement merge cli export.device"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets

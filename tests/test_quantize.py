@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -154,17 +155,22 @@ def test_training_moves_weights_and_steps_and_lowers_the_loss(precision):
     net, x = model(), inputs(200)
     goal = net(x).detach()
     rough = {name: place(net.get_submodule(name[:-7]), precision, (-1.0, 1.0)) for name in NAMES}
+    for name, one in rough.items():  # steps that are much too large
+        coarse = dataclasses.replace(
+            one.quantized, codes=one.quantized.codes // 3, step=3 * one.quantized.step
+        )
+        rough[name] = Place(coarse)
     quantize.insert(net, rough, learn=True)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(40):
         loss = (net(x) - goal).square().mean()
         optimizer.zero_grad()
         loss.backward()
         grads = [value.grad for value in net.parameters()]
         assert all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     names = {name.rpartition(".")[2] for name, _ in net.named_parameters()}
     assert names == {"weight", "bias", "step"} | ({"input_step"} if precision == "int8-static" else set())
     assert losses[-1] < 0.7 * losses[0]

@@ -7,6 +7,8 @@
     python tools/benchmark.py prediction --model DIR    predicted against measured time of random plans
     python tools/benchmark.py precision                 our 8 and 4 bits against onnxruntime's own quantizer
     python tools/benchmark.py blocks                    block-sparse products against their dense Gemm
+    python tools/benchmark.py encoder                   an encoder with all its products in blocks
+    python tools/benchmark.py pat --data DIR            the hidden width, pruned while tuning or before
 
 DIR is what `tools/finetune_sst2.py` wrote: a Hugging Face directory beside `train.csv` and `dev.csv`.
 """
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks import blocks, precision
+from benchmarks import blocks, hidden_width, precision
 from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
@@ -349,6 +351,8 @@ BENCHMARKS = {
     "prediction": prediction,
     "precision": precision.run,
     "blocks": blocks.run,
+    "encoder": blocks.encoder,
+    "pat": hidden_width.run,
 }
 
 
@@ -366,9 +370,14 @@ def main() -> None:
     parser.add_argument(
         "--patterns", default=blocks.PATTERNS, help="comma list of block patterns, for blocks"
     )
+    parser.add_argument("--data", type=Path, help="a directory with cifar10/ and tinyshakespeare/")
+    parser.add_argument("--dense-steps", type=int, default=600, help="training from scratch, for pat")
+    parser.add_argument("--steps", type=int, default=200, help="tuning, for pat")
+    parser.add_argument("--batch", type=int, default=64, help="inputs a step, for pat")
+    parser.add_argument("--threads", type=int, default=bench.physical_cores())
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()
-    torch.set_num_threads(bench.physical_cores())
+    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         rows = BENCHMARKS[arguments.benchmark](arguments, Path(folder))
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.core.support import Layer, Pattern, approached, restricted, spread
+from compress.core.support import Layer, Pattern, affordable, approached, restricted, spread
 from compress.errors import CompressError
 
 ITERATIONS = 40  # of the ADMM before the polish
@@ -145,11 +145,6 @@ def polish(layer: Layer, split: Split, rounds: int = ROUNDS, *, exact: bool = Fa
             values = approached(target, metric, split.mask, values)
         left, right = leading(weight - values, metric, rank)
     return _split(layer, values / size, split.mask, left, right / size)
-
-
-def affordable(mask: Tensor, most: float = 1e11) -> bool:
-    """Whether a factorization for every group of a support takes at most `most` operations."""
-    return float(mask.sum(1).double().pow(3).sum()) / 3 <= most
 
 
 # Support and factors together

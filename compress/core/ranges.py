@@ -75,6 +75,16 @@ def span(histogram: Histogram, rule: Rule = "mse") -> Span:
     return trials[losses.index(min(losses))]
 
 
+def symmetric(span: Span) -> Span:
+    """The least range that covers `span` and whose bytes are signed bytes about zero: zero point 128.
+
+    >>> symmetric((-1.0, 127.0))
+    (-128.0, 127.0)
+    """
+    step = max(-span[0] / 128, span[1] / 127)
+    return -128 * step, 127 * step
+
+
 def _percentile(histogram: Histogram) -> Span:
     share = histogram.counts.cumsum(0) / histogram.counts.sum()
     width = 2 * histogram.reach / BINS

@@ -219,6 +219,11 @@ def restricted(target: Tensor, metric: Tensor, mask: Tensor) -> Tensor:
     return found
 
 
+def affordable(mask: Tensor, most: float = 1e11) -> bool:
+    """Whether a factorization for every group of a support takes at most `most` operations."""
+    return float(mask.sum(1).double().pow(3).sum()) / 3 <= most
+
+
 def approached(target: Tensor, metric: Tensor, mask: Tensor, start: Tensor, steps: int = STEPS) -> Tensor:
     """`restricted` by conjugate gradients from `start`: never worse than it, near the exact minimum.
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from compress.core import ranges
+from compress.core.fakequant import affine
 from compress.errors import CompressError
 
 
@@ -80,6 +81,17 @@ def test_ranges_hold_zero_and_stay_within_what_was_seen(rule):
         assert (
             min(0.0, float(values.min())) - 1e-6 <= low <= 0 <= high <= max(0.0, float(values.max())) + 1e-6
         )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_symmetric_range_covers_what_it_is_made_from_with_zero_at_128(seed):
+    random = np.random.default_rng(seed)
+    low, high = -float(random.uniform(0, 9)), float(random.uniform(0, 9))
+    found = ranges.symmetric((low, high))
+    assert found[0] <= low + 1e-9
+    assert found[1] >= high - 1e-9
+    assert found[0] == pytest.approx(low) or found[1] == pytest.approx(high)
+    assert float(affine(torch.tensor(found[0]), torch.tensor(found[1]))[1]) == 128
 
 
 def test_an_input_that_is_not_finite_is_refused():

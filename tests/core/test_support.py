@@ -159,3 +159,9 @@ def test_conjugate_gradients_come_near_the_refit_and_never_lose(height):
     done = support.approached(target, metric, mask, exact, 3)
     assert near(done, exact)
     assert bool((done[~support.spread(mask, 8)] == 0).all())
+
+
+def test_a_refit_is_affordable_by_its_operations():
+    mask = torch.ones(4, 30, dtype=torch.bool)
+    assert support.affordable(mask, 4 * 30**3 / 3)
+    assert not support.affordable(mask, 4 * 30**3 / 3 - 1)

@@ -1,13 +1,13 @@
 """Post-training 8 and 4 bits, ours beside onnxruntime's own quantizer, on every product of a model."""
 
 import argparse
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -16,7 +16,7 @@ from compress import bench, quantize
 from compress.core import fakequant, ranges
 from compress.core.fakequant import Precision
 from compress.export import quantized
-from compress.export.onnx import export
+from compress.export.onnx import export, save
 from compress.export.runners import OrtRunner
 from compress.task import Batch, Task, load_task
 
@@ -78,30 +78,28 @@ def _divergence(task: Task, run: Callable[[dict[str, np.ndarray]], np.ndarray]) 
 
 def _ours(task: Task, batches: Sequence[Batch], dense: Path, out: Path) -> dict[str, Path]:
     """Every product rounded with the moments of its input, and by rounding to the nearest."""
-    graph = onnx.load(dense, load_external_data=False).graph
-    weights = [node.input[1] for node in graph.node if node.op_type == "Gemm"]
+    weights = quantized.product_weights(ir.load(dense))
     seen = quantize.observe(task, weights, batches)
     files = {}
     kinds: tuple[Precision, ...] = ("int8-dynamic", "int8-static", "int4")
     for kind in kinds:
         for how in ("GPTQ", "nearest"):
-            places = {}
+            graph = ir.load(dense)
+            codes = {}
             for name in weights:
                 layer = task.model.get_submodule(name.removesuffix(".weight"))
                 span = ranges.span(seen[name].histogram, "mse") if kind == "int8-static" else None
-                if how == "GPTQ":
-                    places[name], _ = quantize.round_linear(
-                        layer, kind, seen[name].second, seen[name].mean, span=span
-                    )
-                else:
-                    places[name] = quantize.Place(fakequant.nearest(layer.weight.detach(), kind, span))
-            model = copy.deepcopy(task.model)
-            quantize.insert(model, places)
-            codes = quantize.settle(model)
+                if how == "nearest":
+                    codes[name] = fakequant.nearest(layer.weight.detach(), kind, span)
+                    continue
+                place, _ = quantize.round_linear(layer, kind, seen[name].second, seen[name].mean, span=span)
+                codes[name] = place.quantized
+                if place.bias is not None:
+                    bias = graph.graph.initializers[name.removesuffix("weight") + "bias"]
+                    bias.const_value = ir.tensor(place.bias.numpy(), name=bias.name)
+            quantized.lower(graph, codes)
             files[f"ours {kind} {how}"] = path = out / f"{kind}-{how}.onnx"
-            example = task.example(1, 32)
-            export(model, example, path, output_name=task.output_name, logits=task.logits)
-            quantized.lower_file(path, codes)
+            save(graph, path)
     return files
 
 
