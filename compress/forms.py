@@ -22,9 +22,9 @@ from compress.ir import Option, Site
 from compress.profiles import Profile
 from compress.surgery import Removal
 
-BLOCKS = ("block:32x128@0.5", "block:32x128@0.25")
+BLOCKS = ("block:64x32@0.5", "block:64x32@0.25")
 RANKS = (0.25, 0.125)  # of the hidden width
-MIXED = ("block:32x128@0.25", 0.0625)
+MIXED = ("block:64x32@0.25", 0.0625)
 LEVELS = 8  # numbers of units at which a site is offered in a form
 
 
