@@ -83,10 +83,13 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
         runners.TorchRunner(model, job.task.logits, job.task.output_name) as reference,
         runners.OrtRunner(file, threads=job.recipe.bench.threads) as runner,
     ):
-        found = verify.parity(
-            reference, runner, verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
-        )
         rounded = any(isinstance(module, quantize.QuantizedLinear) for module in model.modules())
+        found = verify.parity(
+            reference,
+            runner,
+            verify.padded_examples(job.task.example, job.recipe.shapes.tokens),
+            relative=verify.ROUNDED if rounded else verify.TOLERANCE,
+        )
         if rounded or not job.decodes:
             return Parity(**found.model_dump())
         few = verify.padded_examples(job.task.example, min(STEPS, job.recipe.shapes.tokens))

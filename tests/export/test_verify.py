@@ -132,3 +132,15 @@ def test_a_missing_output_and_another_shape_are_refused():
         compare(expected, expected[..., :2])
     with pytest.raises(CompressError, match="but the file gives None"):
         verify.parity(Says(expected), Says(expected, name="other"), [{}])
+
+
+def test_the_difference_allowed_can_be_that_of_rounded_answers():
+    def apart(by, **keywords):
+        first = np.array([[1.0, 0.0]])
+        return verify.parity(Says(first), Says(first + [[by, 0.0]]), [{}], **keywords)
+
+    with pytest.raises(CompressError, match="disagree"):
+        apart(0.02)
+    assert apart(0.02, relative=verify.ROUNDED).tolerance == verify.ROUNDED
+    with pytest.raises(CompressError, match="disagree"):
+        apart(0.2, relative=verify.ROUNDED)
