@@ -16,7 +16,6 @@ from compress.report import Fact, Figures, Measured, Report, Samples, judge, ste
 from compress.wording import digits
 
 SIDES = ("dense", "compressed")
-SPELLED = {"rpi": r"raspberry\s+pi"}
 STALE = re.compile(r"On the device: |The (dense|compressed) model (was .* slower at|did not settle)")
 SAME_FIGURES = 1e-6
 
@@ -150,21 +149,13 @@ def _device(report: Report, measurement: Measurement, *, vouched: bool) -> list[
 
 
 def recognised(name: str, measurement: Measurement) -> bool:
-    """Whether the device's own words hold every part of a target's name, e.g. `orin` and `nano`.
+    """Whether the device's own words mean a target.
 
     A class of machines (`cpu-avx2`) is recognised by its instruction sets.
     """
     facts = measurement.device
     keys = ("flags", "machine") if name.startswith("cpu") else ("gpu", "model", "cpu")
-    words = " ".join(str(facts.get(key) or "") for key in keys).lower()
-    parts = [part for part in name.split("-") if part != "cpu"]
-    return bool(parts) and all(re.search(_pattern(part), words) for part in parts)
-
-
-def _pattern(part: str) -> str:
-    """`rtx4090` as it may be written: not inside another word, and no digit more."""
-    pieces = [SPELLED.get(piece, piece) for piece in re.findall(r"[a-z]+|\d+", part)]
-    return r"(?<![a-z0-9])" + r"[\s-]*".join(pieces) + r"(?!\d)"
+    return profiles.means(name, " ".join(str(facts.get(key) or "") for key in keys))
 
 
 def _this_machine(report: Report, measurement: Measurement) -> None:
