@@ -19,9 +19,10 @@ ROWS = (
     "wording tables svg",
     "core.obs core.scores core.units search report data trace modeling",
     "charts loop pretrained probe bench energy roofline surgery measurement export.device",
-    "page quality named trial store cost console export.engine",
-    "analyze images texts devices doctor session merge export.chains export.flatten export.runners",
-    "task export.onnx export.blocks export.finished export.tensorrt",
+    "page quality named trial store cost console published export.engine",
+    "analyze images texts devices doctor session merge export.chains export.flatten export.runners "
+    "export.products export.modules",
+    "task export.onnx export.blocks export.finished export.tensorrt export.cuda",
     "calibrate export.verify export.ort",
     "database job refit export.edge",
     "stitch anchor",
@@ -34,7 +35,7 @@ ROWS = (
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
     "errors ir profiles artifact recipe wording tables svg search report data charts loop bench energy "
-    "roofline page cost console devices doctor session measurement merge cli export.device"
+    "roofline page cost console published devices doctor session measurement merge cli export.device"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets
