@@ -11,7 +11,8 @@ from contextlib import ExitStack
 import torch
 
 from compress import bench, surgery
-from compress.export import onnx, runners
+from compress.export import onnx
+from compress.export.place import Place
 from compress.ir import Whole
 from compress.job import Job
 from compress.surgery import Removal
@@ -39,14 +40,14 @@ def fit(whole_ms: Sequence[float], alone_ms: Sequence[float]) -> tuple[float, Wh
     return factor, Whole(inside_ms=tuple(factor * ms for ms in alone_ms), whole_ms=tuple(whole_ms))
 
 
-def measure(job: Job, prices: Prices) -> tuple[float, Whole]:
+def measure(job: Job, place: Place, prices: Prices) -> tuple[float, Whole]:
     """Time the dense model and smaller ones here, and fit their sums of `prices[site][units]`."""
     sizes: list[dict[str, int]] = []
     for share in SHARES:
         size = {site.name: _nearest(prices[site.name], share * site.units) for site in job.sites}
         if not sizes or _alone_ms(prices, size) < _alone_ms(prices, sizes[-1]):
             sizes.append(size)
-    whole_ms = _times(job, sizes)
+    whole_ms = _times(job, place, sizes)
     falling = [0]
     for number, ms in enumerate(whole_ms):
         if ms < whole_ms[falling[-1]]:
@@ -62,31 +63,38 @@ def _alone_ms(prices: Prices, size: Mapping[str, int]) -> float:
     return sum(prices[name][units] for name, units in size.items())
 
 
-def _times(job: Job, sizes: Sequence[Mapping[str, int]]) -> list[float]:
+def _times(job: Job, place: Place, sizes: Sequence[Mapping[str, int]]) -> list[float]:
     """Milliseconds of the model at every size; the first is the dense one, whose file is there."""
-    threads = job.recipe.bench.threads
-    example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
+    task, wanted = job.task, job.recipe.bench
+    example = task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
     inputs = {name: tensor.numpy() for name, tensor in example.items()}
-    files = [job.folder / "dense.onnx"]
+    models, files = [task.model], [job.folder / "dense.onnx"]
     with job.stages("export sizes") as tick:
         for number, size in enumerate(sizes[1:], 1):
-            removals = {
-                site.name: Removal(kept=torch.arange(size[site.name]))
-                for site in job.sites
-                if size[site.name] < site.units
-            }
-            model = surgery.shrink(job.task.model, job.sites, removals)
+            models.append(surgery.shrink(task.model, job.sites, _first(job, size)))
             files.append(job.folder / f"size{number}.onnx")
-            onnx.export(model, example, files[-1], output_name=job.task.output_name, logits=job.task.logits)
+            if place.by_file:
+                onnx.export(models[-1], example, files[-1], output_name=task.output_name, logits=task.logits)
             tick(number, len(sizes) - 1)
     with ExitStack() as stack:
-        loaded = [stack.enter_context(runners.OrtRunner(file, threads=threads)) for file in files]
-        calls = {str(number): runner.timed(inputs) for number, runner in enumerate(loaded)}
+        calls = {}
+        for number, (model, file) in enumerate(zip(models, files, strict=True)):
+            runner = stack.enter_context(place.runner(model, file, task.logits, task.output_name))
+            calls[str(number)] = runner.timed(inputs)
         tick = stack.enter_context(job.stages("time sizes"))
         found = bench.compare(
-            calls, blocks=30, block_ms=job.recipe.bench.block_ms, threads=threads, progress=tick
+            calls, blocks=30, block_ms=wanted.block_ms, threads=wanted.threads, progress=tick
         )
     for file in files[1:]:
-        file.unlink()
+        file.unlink(missing_ok=True)
     dense_ms = found.latency("0").p50
     return [dense_ms, *(dense_ms / found.ratio(str(number)).value for number in range(1, len(files)))]
+
+
+def _first(job: Job, size: Mapping[str, int]) -> dict[str, Removal]:
+    """Removals that keep the first units of every site: any will do, where only time counts."""
+    return {
+        site.name: Removal(kept=torch.arange(size[site.name]))
+        for site in job.sites
+        if size[site.name] < site.units
+    }

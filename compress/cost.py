@@ -13,10 +13,9 @@ from pathlib import Path
 from pydantic import Field
 
 from compress import artifact
-from compress.energy import energy_above_idle_mj
 from compress.ir import SCHEMA_VERSION, Candidate, Document, Option, Site
 from compress.profiles import Profile
-from compress.roofline import BYTES, DEFAULT, Constants, descend, roofline
+from compress.roofline import BYTES, DEFAULT, Constants, above_idle_w, descend, roofline
 
 FALLOFF = 0.9  # ratio of neighbouring widths on the grid (ZipLM)
 LEAST = 0.01  # the narrowest width on the grid, as a share of the dense one
@@ -168,12 +167,13 @@ def price(
     measured = latency_ms is not None
     if latency_ms is None:
         latency_ms = roofline(site, units, profile, precision, threads=threads, constants=constants)
+    watts = above_idle_w(site, units, profile, precision, threads=threads, constants=constants)
     return Candidate(
         site=site.name,
         option=Option(units=None if units == site.units else units, precision=precision),
         error=error,
         latency_ms=latency_ms,
-        energy_mj=energy_above_idle_mj(latency_ms, profile, threads),
+        energy_mj=None if watts is None else latency_ms * watts,
         weight_bytes=round(units * site.parameters_per_unit * BYTES[precision.split()[0]]),
         source="measured" if measured else "estimated",
     )

@@ -4,12 +4,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from compress import analyze, artifact, profiles
 from compress.analyze import Sites
 from compress.errors import CompressError
+from compress.export.place import Place, place_of
 from compress.ir import Site
 from compress.recipe import Recipe, to_toml
 from compress.report import Stage
@@ -59,10 +61,15 @@ class Job:
     sites: tuple[Site, ...]
     calibration: tuple[Batch, ...]
 
+    @cached_property
+    def place(self) -> Place | None:
+        """Where on this machine time is measured, None when the target is another device."""
+        return place_of(self.profile, self.recipe.bench.threads)
+
     @property
     def here(self) -> bool:
-        """Whether the target is this machine, so that time is measured and not looked up."""
-        return self.profile.measured_here
+        """Whether the target is this machine or its GPU, so that time is measured and not looked up."""
+        return self.place is not None
 
     @property
     def asked(self) -> float | None:

@@ -37,9 +37,9 @@ def merge(report: Report, measurement: Measurement, *, device_is_target: bool = 
     measured = _ratio(measurement)
     doubts = [*_device(report, measurement, vouched=device_is_target), *_setting(report, measurement)]
     doubts += bench.doubts(measurement.drift or 0.0, {side: timed[side].settled for side in SIDES})
-    dense = _figures(report.baseline, timed["dense"])
-    small = _figures(report.compressed, timed["compressed"])
     asked, drop = report.verdict.asked, report.verdict.score_drop
+    dense = _figures(report.baseline, timed["dense"], asked.rate_hz)
+    small = _figures(report.compressed, timed["compressed"], asked.rate_hz)
     status, reason = judge(asked, measured, small, drop, report.max_drop)
     verdict = report.verdict.model_copy(update={"status": status, "reason": reason, "measured": measured})
     runtime = measurement.runtime
@@ -193,14 +193,20 @@ def _setting(report: Report, measurement: Measurement) -> list[str]:
     return lines
 
 
-def _figures(before: Figures, timed: Timings) -> Figures:
-    """One model's figures with what the device measured; energy of other devices does not stay."""
+def _figures(before: Figures, timed: Timings, rate_hz: float | None) -> Figures:
+    """One model's figures with what the device measured; energy of other devices does not stay.
+
+    Power is that of a device that never rests, or, at a rate of runs, of one that rests in between.
+    """
     used = timed.energy
+    drawn_w = None if used is None else used.power_w
+    if used is not None and rate_hz is not None:
+        drawn_w = used.idle_w + used.energy_mj * rate_hz / 1e3
     return before.model_copy(
         update={
             "latency_ms": timed.latency_ms,
             "energy_mj": None if used is None else used.energy_mj,
-            "power_w": None if used is None else used.power_w,
+            "power_w": drawn_w,
             "energy_source": None if used is None else used.source,
         }
     )

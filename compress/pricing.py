@@ -6,11 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
-from compress import anchor, artifact, bench, cost, roofline
+from compress import anchor, artifact, bench, cost, profiles, roofline
 from compress.cost import Rows, Table
-from compress.export import blocks, onnx, runners
+from compress.export import blocks, cuda, onnx, runners
+from compress.export.place import Place
 from compress.ir import Document, Site, Source, Whole
 from compress.job import Job
+from compress.profiles import Profile
 
 
 class Costs(Document):
@@ -39,11 +41,15 @@ def price(job: Job) -> Costs:
     """The costs of a job, measured on this machine or looked up for another one."""
     export_dense(job)
     levels = {site.name: wanted_levels(job, site) for site in job.sites}
-    machine = bench.fingerprint() if job.here else job.profile.name
+    machine = job.profile.name if job.place is None else job.place.fingerprint
     made_from = artifact.digest(job.model_key, machine, job.recipe.bench.threads, levels)
-    path = job.folder / "costs.json"
-    make = _measured if job.here else _estimated
-    return artifact.saved(path, Costs, made_from, lambda: make(job, levels))
+    path, place = job.folder / "costs.json", job.place
+    return artifact.saved(
+        path,
+        Costs,
+        made_from,
+        lambda: _estimated(job, levels) if place is None else _measured(job, place, levels),
+    )
 
 
 def export_dense(job: Job) -> Path:
@@ -88,33 +94,33 @@ def wanted_levels(job: Job, site: Site) -> list[int]:
     return [units for units in levels if units > 0 or droppable]
 
 
-def table_of(job: Job, levels: Mapping[str, list[int]]) -> Table:
+def table_of(job: Job, place: Place, levels: Mapping[str, list[int]]) -> Table:
     """This machine's table; widths between the timed ones are interpolated."""
-    threads = job.recipe.bench.threads
+    threads = place.threads
     sites = {site.shape: site for site in job.sites}
     wanted = {site.shape: blocks.sample(levels[site.name]) for site in job.sites}
 
     def measure(missing: dict[str, list[int]]) -> Rows:
         with job.stages("time sites") as tick:
-            return blocks.measure(list(sites.values()), missing, threads=threads, progress=tick)
+            return blocks.measure(
+                list(sites.values()), missing, threads=threads, progress=tick, rig=place.rig()
+            )
 
-    return cost.obtain(blocks.empty_table(threads), wanted, measure)
+    return cost.obtain(place.empty_table(), wanted, measure)
 
 
-def _measured(job: Job, levels: Mapping[str, list[int]]) -> Costs:
+def _measured(job: Job, place: Place, levels: Mapping[str, list[int]]) -> Costs:
     """Times on this machine: a table of sites, brought to the level of whole models."""
-    bench.check_threads(job.recipe.bench.threads)
-    table = table_of(job, levels)
+    bench.check_threads(place.threads)
+    table = table_of(job, place, levels)
     alone = {
         site.name: {
-            units: cost.price(
-                site, units, profile=job.profile, table=table, threads=job.recipe.bench.threads
-            ).latency_ms
+            units: cost.price(site, units, profile=job.profile, table=table, threads=place.threads).latency_ms
             for units in levels[site.name]
         }
         for site in job.sites
     }
-    factor, whole = anchor.measure(job, alone)
+    factor, whole = anchor.measure(job, place, alone)
     rows = {
         name: cost.thin({units: ms * factor for units, ms in prices.items()})
         for name, prices in alone.items()
@@ -122,12 +128,25 @@ def _measured(job: Job, levels: Mapping[str, list[int]]) -> Costs:
     return Costs(whole=whole, rows=rows, source="measured")
 
 
+def shipped(profile: Profile) -> Table | None:
+    """The table of sites that was measured on such a device and ships with its profile."""
+    for origin in (profile.runtime, cuda.RUNTIME):
+        stored = profiles.measured(profile.name, origin)
+        if stored is not None:
+            return Table.model_validate(stored["table"])
+    return None
+
+
 def _estimated(job: Job, levels: Mapping[str, list[int]]) -> Costs:
-    """Roofline times for a device that is not in the room."""
-    profile = job.profile
+    """Times for a device that is not here: from its shipped table where that knows a shape, else roofline."""
+    profile, table = job.profile, shipped(job.profile)
+    threads = 1 if table is None else table.threads
     rows = {}
     for site in job.sites:
-        prices = {units: cost.price(site, units, profile=profile).latency_ms for units in levels[site.name]}
+        prices = {
+            units: cost.price(site, units, profile=profile, table=table, threads=threads).latency_ms
+            for units in levels[site.name]
+        }
         rows[site.name] = cost.thin(prices)
     inside = sum(rows[site.name][site.units] for site in job.sites)
     fixed_ms = _outside_ms(job)

@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compress import __version__, bench, energy, report, search
+from compress import __version__, bench, energy, power, report, search
 from compress.bench import Comparison
-from compress.export import runners, verify
+from compress.export import device, runners, verify
+from compress.export.place import Place
 from compress.job import Job
 from compress.loop import Menus, Round, Rounds, Timing
+from compress.power import Prices
 from compress.pricing import Costs
 from compress.report import (
     Chosen,
@@ -30,14 +32,13 @@ from compress.report import (
 )
 
 
-def compare(job: Job, file: Path, *, blocks: int) -> Comparison:
-    """The dense file and another one, timed in turn on the job's example."""
-    wanted = job.recipe.bench
-    example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-    inputs = {name: tensor.numpy() for name, tensor in example.items()}
+def compare(job: Job, place: Place, model: nn.Module, file: Path, *, blocks: int) -> Comparison:
+    """The dense model and another one, timed in turn on the job's example: files, or modules on a GPU."""
+    wanted, task = job.recipe.bench, job.task
+    inputs = _inputs(job)
     with (
-        runners.OrtRunner(job.folder / "dense.onnx", threads=wanted.threads) as dense,
-        runners.OrtRunner(file, threads=wanted.threads) as quick,
+        place.runner(task.model, job.folder / "dense.onnx", task.logits, task.output_name) as dense,
+        place.runner(model, file, task.logits, task.output_name) as quick,
         job.stages(f"time {file.stem}") as tick,
     ):
         return bench.compare(
@@ -48,6 +49,11 @@ def compare(job: Job, file: Path, *, blocks: int) -> Comparison:
             seed=job.recipe.search.seed,
             progress=tick,
         )
+
+
+def _inputs(job: Job) -> dict[str, runners.Array]:
+    example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
+    return {name: tensor.numpy() for name, tensor in example.items()}
 
 
 def timing(comparison: Comparison) -> Timing:
@@ -78,6 +84,32 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
     return Parity(**found.model_dump())
 
 
+def agreement_there(job: Job, model: nn.Module, file: Path) -> list[str]:
+    """How far the model that was timed on a GPU is from float32, as a note; nothing to say of a file.
+
+    Raises:
+        CompressError: they disagree by more than the precision explains.
+    """
+    place, task = job.place, job.task
+    if place is None or place.by_file:
+        return []
+    with (
+        job.stages("verify on the GPU"),
+        runners.TorchRunner(model, task.logits, task.output_name) as reference,
+        place.runner(model, file, task.logits, task.output_name) as runner,
+    ):
+        found = verify.parity(
+            reference,
+            runner,
+            verify.padded_examples(task.example, job.recipe.shapes.tokens),
+            relative=device.TOLERANCES[place.precision],
+        )
+    return [
+        f"What was timed is the torch model in {place.precision} ({place.runtime}), not the ONNX file: its "
+        f"answers are at most {found.max_abs_difference:.2g} away from float32, {found.agreement:.1%} agree."
+    ]
+
+
 def score(job: Job, file: Path) -> float:
     """The task's score on its test split, computed on the file."""
     name = job.task.output_name
@@ -95,9 +127,11 @@ def score(job: Job, file: Path) -> float:
 def figures(job: Job, model: nn.Module, file: Path, comparison: Comparison | None, side: str) -> Figures:
     """Everything measured about one artifact."""
     parameters = sum(p.numel() for p in model.parameters())
-    used = None
-    if comparison is not None and job.recipe.budget.name == "energy_mj":
-        used = _energy(job, file)
+    used = None if comparison is None else power.metered(job, model, file)
+    rate_hz = job.recipe.budget.rate_hz
+    average_w = None
+    if used is not None and used.idle_w is not None and rate_hz is not None:
+        average_w = used.idle_w + used.energy_mj * rate_hz / 1e3
     return Figures(
         latency_ms=None if comparison is None else comparison.latency(side),
         score=score(job, file),
@@ -106,14 +140,8 @@ def figures(job: Job, model: nn.Module, file: Path, comparison: Comparison | Non
         file_bytes=file.stat().st_size,
         energy_mj=None if used is None else used.energy_mj,
         energy_source=None if used is None else used.source,
+        power_w=average_w,
     )
-
-
-def _energy(job: Job, file: Path) -> energy.Energy | None:
-    example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-    inputs = {name: tensor.numpy() for name, tensor in example.items()}
-    with runners.OrtRunner(file, threads=job.recipe.bench.threads) as runner:
-        return energy.measure_energy(runner.timed(inputs))
 
 
 def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[SiteReport, ...]:
@@ -168,9 +196,11 @@ def assemble(
     files: Mapping[str, tuple[nn.Module, Path]],
     comparison: Comparison | None,
     notes: list[str],
+    prices: Prices | None = None,
 ) -> Report:
     """Check, score and gather: the report of one finished compilation."""
     agreement = parity(job, *files["compressed"])
+    notes = notes + agreement_there(job, *files["compressed"])
     dense = figures(job, *files["dense"], comparison, "dense")
     quick = figures(job, *files["compressed"], comparison, "compressed")
     drop = _drop(job, dense, quick)
@@ -201,7 +231,8 @@ def assemble(
                 speedup=costs.dense_ms / predicted_ms,
                 latency_ms=predicted_ms,
                 baseline_latency_ms=costs.dense_ms,
-                energy_mj=energy.energy_above_idle_mj(predicted_ms, job.profile),
+                energy_mj=_predicted_mj(job, turn, prices),
+                power_w=_predicted_w(job, turn, prices),
                 source="measured table" if job.here else "roofline",
             ),
             score_drop=drop,
@@ -234,7 +265,7 @@ def assemble(
         warnings=tuple(
             notes + ([] if comparison is None else bench.doubts(comparison.drift, comparison.settled))
         ),
-        environment=bench.environment() | {"compress": __version__},
+        environment=bench.environment() | _gpu_facts(job) | {"compress": __version__},
         protocol={} if comparison is None else comparison.protocol.model_dump(),
         inputs={
             "model_and_shapes": job.model_key,
@@ -248,16 +279,39 @@ def assemble(
 def _target(job: Job) -> Target:
     example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
     shape = next(iter(example.values())).shape
+    place = job.place
     names = ("batch", "tokens") if len(shape) == 2 else ("batch", "channels", "height", "width")
     return Target(
         name=job.profile.name,
-        runtime=job.profile.runtime,
-        runtime_version=runners.facts()["version"] if job.here else None,
-        provider="CPUExecutionProvider" if job.here else None,
-        threads=job.recipe.bench.threads if job.here else None,
+        runtime=job.profile.runtime if place is None else place.runtime,
+        runtime_version=None if place is None else str(place.facts()["version"]),
+        provider=None if place is None else str(place.facts()["provider"]),
+        threads=place.threads if place is not None and place.by_file else None,
         precision=job.profile.baseline_precision,
         shapes=dict(zip(names, shape, strict=False)),
     )
+
+
+def _gpu_facts(job: Job) -> dict[str, report.Fact]:
+    """The GPU that timed, with its driver, clock and temperature just afterwards."""
+    if job.place is None or job.place.by_file:
+        return {}
+    facts = {key: value for key, value in job.place.facts().items() if value is not None}
+    return {"gpu": facts.pop("provider"), **{k: v for k, v in facts.items() if k != "version"}}
+
+
+def _predicted_mj(job: Job, turn: Round, prices: Prices | None) -> float | None:
+    if prices is not None:
+        return prices.of(turn.units)
+    return energy.energy_above_idle_mj(turn.predicted_ms, job.profile, job.recipe.bench.threads)
+
+
+def _predicted_w(job: Job, turn: Round, prices: Prices | None) -> float | None:
+    """Average power at the rate that was asked for."""
+    rate_hz = job.recipe.budget.rate_hz
+    if prices is None or rate_hz is None:
+        return None
+    return prices.average_w(prices.of(turn.units), rate_hz)
 
 
 def _drop(job: Job, dense: Figures, quick: Figures) -> float | None:

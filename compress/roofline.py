@@ -20,6 +20,9 @@ BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8":
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 64, 0.65), (64, 32, 0.4))
 
 
+STALLED = 0.35  # of the power above idle while a GPU waits for launches: an order of magnitude, no source
+
+
 @dataclass(frozen=True)
 class Constants:
     """The few numbers that no data sheet states; `descend` fits them to times that are known.
@@ -168,6 +171,37 @@ def roofline(
         kernel_ms(kernel, profile, precision, constants, share=share)
         for kernel in kernels(site, units, width_bytes, fused=fused)
     )
+
+
+def most_above_idle_w(profile: Profile, threads: int | None = None) -> float | None:
+    """Power above idle at full load, of the busy cores on a CPU; None where the profile states none."""
+    if profile.idle_w is None or profile.load_w is None:
+        return None
+    share = min(1.0, (threads or profile.processors) / profile.processors) if profile.kind == "cpu" else 1.0
+    return (profile.load_w - profile.idle_w) * share
+
+
+def above_idle_w(
+    site: Site,
+    units: int,
+    profile: Profile,
+    precision: str | None = None,
+    *,
+    threads: int | None = None,
+    constants: Constants = DEFAULT,
+) -> float | None:
+    """Mean power above idle while a site runs: full while a GPU computes or moves data, less while it waits.
+
+    A processor that waits spins, so it draws the same all the time. None where the profile states no power.
+    """
+    most = most_above_idle_w(profile, threads)
+    if most is None or profile.kind == "cpu":
+        return most
+    precision = precision or profile.baseline_precision
+    run = kernels(site, units, BYTES[precision.split()[0]], fused=profile.runtime == "tensorrt")
+    total = sum(kernel_ms(kernel, profile, precision, constants) for kernel in run)
+    waiting = len(run) * profile.launch_us * 1e-3 * constants.launches
+    return most * (1 - (1 - STALLED) * waiting / total) if total else 0.0
 
 
 def descend(off: Callable[[Constants], float], names: Iterable[str]) -> Constants:

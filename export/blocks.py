@@ -1,4 +1,4 @@
-"""What the sites of a model cost on this machine: their ONNX chains, timed in turn with each other.
+"""What the sites of a model cost on this machine: chains of them, timed in turn with each other.
 
 All widths of a shape are timed together with the dense one and with the chain without the site, as
 ratios to the dense one within each cycle, so that a slow phase of the machine cancels. With one thread
@@ -9,6 +9,7 @@ with more it is the wall clock.
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
@@ -22,12 +23,30 @@ from compress.ir import Site
 
 COPIES = 4
 COPIES_MB = 96  # weights of one graph
+MOST_COPIES = 32
 GROUP_MB = 768  # weights of all graphs that are loaded at once
 LARGEST_MB = 1536  # a protobuf file ends at 2 GB
 SHAPE_SECONDS = 8.0
 CYCLES = (12, 150)
 LEVELS = 24
 Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Rig:
+    """How chains are run, where it is not onnxruntime on this processor.
+
+    Attributes:
+        make: a call that runs the chain of a site at some units, with so many copies, once.
+        clock: seconds.
+        least_mb: float32 weights of a chain of dense sites, at least, so that no cache holds them.
+        group_mb: weights of all chains that are loaded at once.
+    """
+
+    make: Callable[[Site, int, int], bench.Runner]
+    clock: bench.Clock = time.perf_counter
+    least_mb: float = 0.0
+    group_mb: float = 0.0
 
 
 def session(file: bytes, site: Site, threads: int) -> bench.Runner:
@@ -78,6 +97,7 @@ def measure(
     *,
     seconds: float = SHAPE_SECONDS,
     clock: bench.Clock | None = None,
+    rig: Rig | None = None,
 ) -> Rows:
     """Milliseconds that a site adds to the model, by shape and units.
 
@@ -90,9 +110,10 @@ def measure(
         progress: called with cycles done and cycles in all, of all shapes.
         seconds: about how long one shape may take.
         clock: seconds; the thread's processor time or the wall clock when None.
+        rig: how chains are run; by onnxruntime on this processor unless given.
     """
     bench.check_threads(threads)
-    clock = clock or clock_for(threads)
+    rig = rig or on_processor(threads, clock)
     shapes = {site.shape: site for site in sites if levels.get(site.shape)}
     rows: Rows = {}
     for done, (shape, site) in enumerate(shapes.items()):
@@ -102,39 +123,42 @@ def measure(
                 progress(before * 1000 + 1000 * part // whole, 1000 * len(shapes))
 
         try:
-            rows[shape] = measure_site(site, levels[shape], threads, tick, seconds=seconds, clock=clock)
+            rows[shape] = measure_site(site, levels[shape], rig, tick, seconds=seconds)
         except CompressError:
             continue
     return rows
 
 
+def on_processor(threads: int, clock: bench.Clock | None = None) -> Rig:
+    """ONNX chains in onnxruntime on this processor."""
+
+    def make(site: Site, units: int, copies: int) -> bench.Runner:
+        return session(chain(site, units, copies), site, threads)
+
+    return Rig(make, clock or clock_for(threads), group_mb=GROUP_MB)
+
+
 def measure_site(
-    site: Site,
-    levels: Iterable[int],
-    threads: int,
-    progress: Tick,
-    *,
-    seconds: float,
-    clock: bench.Clock,
+    site: Site, levels: Iterable[int], rig: Rig, progress: Tick, *, seconds: float
 ) -> dict[int, float]:
     """The row of one site: every level and the dense width, in groups that fit into memory."""
     wanted = sorted({*levels, site.units} - {0}, reverse=True)
     dense_mb = weights_mb(site, site.units)
     if dense_mb > LARGEST_MB:
         raise CompressError(f"{site.name}: {dense_mb:.0f} MB of weights are too many to time alone")
-    copies = _copies(site)
-    groups = _groups(site, [u for u in wanted if u != site.units], copies)
+    copies = _copies(site, rig.least_mb)
+    groups = _groups(site, [u for u in wanted if u != site.units], copies, rig.group_mb)
     ratios: dict[int, float] = {site.units: 1.0}
     dense_ms: list[float] = []
     around: list[float] = []
     for number, group in enumerate(groups):
         order = [site.units, 0, *group]
-        runners = [session(chain(site, units, copies), site, threads) for units in order]
+        runners = [rig.make(site, units, copies) for units in order]
 
         def tick(part: int, whole: int, before: int = number) -> None:
             progress(before * whole + part, len(groups) * whole)
 
-        times = _cycles(runners, seconds / len(groups), clock, tick)  # [cycles, graphs]
+        times = _cycles(runners, seconds / len(groups), rig.clock, tick)  # [cycles, graphs]
         against = np.median(times / times[:, :1], axis=0)
         dense_ms.append(float(np.median(times[:, 0])))
         around.append(float(against[1]))
@@ -145,10 +169,10 @@ def measure_site(
     return {units: max(ratios[units], 1e-4) * site_ms for units in wanted}
 
 
-def _groups(site: Site, levels: Sequence[int], copies: int) -> list[list[int]]:
-    """Levels split so that the graphs of one group, with the dense one, fit into `GROUP_MB`."""
+def _groups(site: Site, levels: Sequence[int], copies: int, group_mb: float) -> list[list[int]]:
+    """Levels split so that the graphs of one group, with the dense one, fit into `group_mb`."""
     groups: list[list[int]] = [[]]
-    room = GROUP_MB - copies * weights_mb(site, site.units)
+    room = group_mb - copies * weights_mb(site, site.units)
     used = 0.0
     for units in levels:
         size = copies * weights_mb(site, units)
@@ -196,9 +220,10 @@ def clock_for(threads: int) -> bench.Clock:
     return time.thread_time if threads == 1 else time.perf_counter
 
 
-def _copies(site: Site) -> int:
-    """Copies in one chain, fewer where their weights would be large."""
-    return int(max(1, min(COPIES, COPIES_MB // max(weights_mb(site, site.units), 1e-9))))
+def _copies(site: Site, least_mb: float) -> int:
+    """Copies in one chain: fewer where weights are large, more where caches would hold them all."""
+    size = max(weights_mb(site, site.units), 1e-9)
+    return int(max(1, min(COPIES, COPIES_MB // size), min(MOST_COPIES, math.ceil(least_mb / size))))
 
 
 def empty_table(threads: int) -> Table:

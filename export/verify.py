@@ -38,8 +38,12 @@ def padded_examples(example: Callable[[int, int], dict[str, Tensor]], tokens: in
     return made
 
 
-def parity(reference: Runner, runner: Runner, batches: Iterable[Arrays]) -> Agreement:
+def parity(
+    reference: Runner, runner: Runner, batches: Iterable[Arrays], *, relative: float = TOLERANCE
+) -> Agreement:
     """Compare the first output of two runners; positions that are padding do not count.
+
+    `relative` is what they may be apart, as a share of the largest answer (at least 1).
 
     Raises:
         CompressError: they differ by more than the tolerance, with the place and both values.
@@ -74,7 +78,7 @@ def parity(reference: Runner, runner: Runner, batches: Iterable[Arrays]) -> Agre
         size = max(size, float(np.abs(expected[real]).max()))
         agreed.append((expected.argmax(-1) == found.argmax(-1))[real])
         items += len(expected)
-    tolerance = TOLERANCE * size
+    tolerance = relative * size
     if not (np.isfinite(worst) and worst <= tolerance):
         raise CompressError(
             f"the torch model and the exported file disagree: {worst:.3g} {where}, tolerance "

@@ -23,11 +23,13 @@ ROWS = (
     "analyze images texts devices doctor session merge export.chains export.flatten export.runners "
     "export.products export.modules",
     "task export.onnx export.blocks export.finished export.tensorrt export.cuda",
-    "calibrate export.verify export.ort",
+    "calibrate export.verify export.ort export.place",
     "database job refit export.edge",
     "stitch anchor",
     "pricing",
+    "power",
     "choosing proof",
+    "thrift",
     "pipeline survey export.deliver",
     "cli",
     "__main__",
@@ -201,6 +203,7 @@ def test_test_files_stand_where_their_module_stands():
         "families",
         "demo",
         "benchmark",
+        "gpu",
         "export.tensorrt_api",
     }
     for path in (ROOT / "tests").rglob("test_*.py"):
