@@ -64,7 +64,12 @@ class Job:
     @cached_property
     def place(self) -> Place | None:
         """Where on this machine time is measured, None when the target is another device."""
-        return place_of(self.profile, self.recipe.bench.threads)
+        found = place_of(self.profile, self.recipe.bench.threads)
+        if found is None:
+            return None
+        task, shapes = self.task, self.recipe.shapes
+        inputs = {name: value.numpy() for name, value in task.example(shapes.batch, shapes.tokens).items()}
+        return found.suited(task.model, task.logits, task.output_name, inputs)
 
     @property
     def here(self) -> bool:

@@ -182,8 +182,7 @@ def measure_target(
     asked = {"target": name, "budget": {"speedup": 2.0}, "model": model}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.model_validate(asked | {"shapes": shapes or Shapes(), "out": f"{folder}/out"})
-        place = place_of(profiles.load(name), recipe.bench.threads)
-        if place is None:
+        if place_of(profiles.load(name), recipe.bench.threads) is None:
             gpu = cuda.gpu()
             raise CompressError(
                 f"--target {name} cannot be measured here: this machine has "
@@ -191,5 +190,6 @@ def measure_target(
                 "  Leave out --target to measure what is here, or run this on that device"
             )
         job = prepare(recipe, progress)
-        table = table_of(job, place, {site.name: wanted_levels(job, site) for site in job.sites})
+        assert job.place is not None, "it was there a moment ago"
+        table = table_of(job, job.place, {site.name: wanted_levels(job, site) for site in job.sites})
     return {"target": name, **table.model_dump(mode="json", exclude={"schema_version"})}

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from compress import bench
 from compress.artifact import digest
 from compress.cost import Table
 from compress.energy import Meter, Rapl
+from compress.errors import CompressError
 from compress.export import blocks, cuda, modules, runners
 from compress.export.cuda import CudaRunner
 from compress.export.device import Nvml
@@ -78,6 +79,23 @@ class Place:
         return CudaRunner(
             model, logits, name, device=self.device, precision=self.precision, graphs=self.graphs
         )
+
+    def suited(
+        self,
+        model: nn.Module,
+        logits: Callable[[object], Tensor],
+        name: str,
+        inputs: Mapping[str, Array],
+    ) -> "Place":
+        """This place, without graphs if the model cannot be captured: all that is compared runs alike."""
+        if self.by_file or not self.graphs:
+            return self
+        try:
+            with self.runner(model, Path(), logits, name) as runner:
+                runner.timed(inputs)
+        except CompressError:
+            return replace(self, graphs=False)
+        return self
 
     def rig(self) -> blocks.Rig:
         """How chains of single sites are run here."""

@@ -32,8 +32,11 @@ def test_every_part_runs_and_leaves_its_figures(tmp_path):
         assert row["predicted"] > 1
         low, high = row["measured"]["interval95"]
         assert low <= row["measured"]["speedup"] <= high
+        assert any("is the torch model in fp32 (torch-cpu), not the ONNX" in line for line in row["warnings"])
+        assert (row["environment"]["gpu"], row["environment"]["runtime"]) == ("cpu", "torch-cpu")
     table = Table.model_validate(found["table"])
     assert table.runtime == "torch-cpu"
+    assert {shape for row in found["tables"] for shape in row["shapes"]} == set(table.rows)
     assert len(table.rows) == 4  # heads and feed-forward of both models
     assert all(ms > 0 for row in table.rows.values() for ms in row.values())
     for row in found["layers"]:

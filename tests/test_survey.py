@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress import profiles, survey
+from compress import job, profiles, survey
 from compress.console import Quiet
 from compress.errors import CompressError
 from compress.export.place import Place
@@ -24,7 +24,8 @@ def test_the_gpu_here_is_measured_unless_the_processor_is_named(tmp_path, monkey
     v100 = profiles.load("v100")
     monkeypatch.setattr(survey.cuda, "target_at_hand", lambda: v100)
     spot = Place(v100, "torch-cpu", "cpu", 1, graphs=False)
-    monkeypatch.setattr(survey, "place_of", lambda profile, threads: spot if profile == v100 else None)
+    for module in (survey, job):
+        monkeypatch.setattr(module, "place_of", lambda profile, threads: spot if profile == v100 else None)
     monkeypatch.setattr("compress.export.blocks.CYCLES", (3, 3))
     found = survey.measure_target(Quiet(), None, "classifier:Padded", Shapes(tokens=9))
     assert (found["target"], found["runtime"], found["precision"]) == ("v100", "torch-cpu", "fp32")

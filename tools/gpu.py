@@ -3,21 +3,24 @@
 .venv/bin/python tools/gpu.py --out h100.torch-cuda.json          on a machine with an H100
 python tools/gpu.py --device cpu --quick --out /tmp/try.json      the same steps on toy models anywhere
 
-Parts: `compile` (site tables and `compress --speedup 2x` of a BERT-base and a ViT-B of random weights,
-synthetic data: asked, predicted, measured), `layers` and `models` (2:4, blocks, int8 and fp8 against dense
-over batch sizes), `energy` (millijoules of one run from the GPU's counter), `decode` (cache and peak
-memory, time per token). The file is written after every part, so that what was done is never lost. It
-has the form of a shipped table: as `profiles/<target>.torch-cuda.json` it prices later compilations.
+Parts: `tables` (every site of a BERT-base and a ViT-B of random weights at its levels), `compile`
+(`compress --speedup 2x` on both, synthetic data: asked, predicted, measured), `layers` and `models` (2:4,
+blocks, int8 and fp8 against dense over batch sizes), `energy` (millijoules of one run from the GPU's
+counter), `decode` (cache and peak memory, time per token). The file is written after every part, so that
+what was done is never lost. It has the form of a shipped table: as `profiles/<target>.torch-cuda.json` it
+prices later compilations.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,19 +29,19 @@ import torch
 import transformers
 from torch import nn
 
-from compress import analyze, bench, console, cost, energy, job, pipeline, profiles, surgery
+from compress import analyze, bench, cost, energy, profiles, surgery
 from compress.cost import Table
 from compress.errors import CompressError
 from compress.export import blocks, cuda, place, products
 from compress.export.cuda import CudaRunner
 from compress.export.device import Nvml
-from compress.recipe import Recipe
 from compress.surgery import Removal
 from compress.task import Batch, Task
 
 SPEEDUP = 2.0
 FORMS = ("2:4", "int8", "fp8", "block:64x64@0.5")
 REPEATS = 8  # times that a layer runs in one timed call, so that the call itself does not count
+Call = Callable[[], object]
 QUICK = os.environ.get("COMPRESS_GPU_QUICK") == "1"  # the factories below are called by their name only
 
 
@@ -115,15 +118,65 @@ def vit_base() -> Synthetic:
 MODELS = {"bert-base": bert_base, "vit-b": vit_base}
 
 
-def here(target: str, device: str) -> Callable[[profiles.Profile, int], place.Place | None]:
+def here(device: str) -> Callable[[profiles.Profile, int], place.Place | None]:
     """What says where a target is timed: the GPU at hand, or, to try the script, torch on the processor."""
     if device == "cuda":
         return place.place_of
     return lambda profile, threads: place.Place(profile, "torch-cpu", "cpu", threads, graphs=False)
 
 
-def compile_models(options: argparse.Namespace, document: dict) -> list[dict]:
-    """`compress --speedup 2x` on both models; their site tables go into the document's one."""
+def tables(options: argparse.Namespace, document: dict) -> list[dict]:
+    """Every site of both models at the levels that a compilation would ask for; no ONNX is needed."""
+    spot = spot_of(options)
+    rows = []
+    for name, factory in MODELS.items():
+        task, began = factory(), time.perf_counter()
+        example = task.example(options.batch, tokens_of(options))
+        inputs = {key: value.numpy() for key, value in example.items()}
+        suited = spot.suited(task.model, task.logits, "logits", inputs)
+        sites = {site.shape: site for site in analyze.find_sites(task.model, example).sites}
+        wanted = {}
+        for shape, site in sites.items():
+            align = spot.profile.align_units if site.kind == "ffn" else 1
+            wanted[shape] = blocks.sample(cost.grid(site, align))
+        measure = partial(blocks.measure, list(sites.values()), rig=suited.rig())
+        table = cost.obtain(suited.empty_table(), wanted, measure)
+        before = document["table"]
+        document["table"] = (
+            table if before is None else Table.model_validate(before).merged(table.rows)
+        ).model_dump(mode="json")
+        rows.append(
+            {
+                "model": name,
+                "shapes": list(sites),
+                "graphs": suited.graphs,
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+        )
+    return rows
+
+
+def spot_of(options: argparse.Namespace) -> place.Place:
+    """Where everything is timed."""
+    spot = here(options.device)(profiles.load(options.target), 1)
+    if spot is None:
+        raise CompressError(
+            f"the GPU here is not {options.target}; leave out --target, or add a profile of it"
+        )
+    return spot if options.graphs else replace(spot, graphs=False)
+
+
+def tokens_of(options: argparse.Namespace) -> int:
+    """Length of a text."""
+    return 32 if options.quick else 128
+
+
+def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
+    """`compress --speedup 2x` on both models, through the command's own pipeline."""
+    from compress import console, job, pipeline
+    from compress.recipe import Recipe
+
+    job.place_of = lambda profile, threads: spot_of(options)
     rows = []
     for name, factory in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +186,7 @@ def compile_models(options: argparse.Namespace, document: dict) -> list[dict]:
                     "target": options.target,
                     "budget": {"speedup": SPEEDUP},
                     "out": f"{folder}/out",
-                    "shapes": {"batch": options.batch, "tokens": 32 if options.quick else 128},
+                    "shapes": {"batch": options.batch, "tokens": tokens_of(options)},
                     # Weights are random, so quality says nothing: only as much as a plan needs is computed.
                     "options": {"score": "magnitude"},
                     "calibration": {"samples": 16, "batch": 8, "refit": False},
@@ -160,25 +213,12 @@ def compile_models(options: argparse.Namespace, document: dict) -> list[dict]:
                     "dense_ms": found.baseline.latency_ms.p50 if found.baseline.latency_ms else None,
                     "compressed_ms": found.compressed.latency_ms.p50 if found.compressed.latency_ms else None,
                     "rounds": [turn.model_dump(exclude_none=True) for turn in found.rounds],
+                    "environment": found.environment,
+                    "warnings": found.warnings,
                     "seconds": round(time.perf_counter() - began, 1),
                 }
             )
-    document["table"] = stored_table(options).model_dump(mode="json")
     return rows
-
-
-def stored_table(options: argparse.Namespace) -> Table:
-    """The table of sites that the compilations left in the cache, or an empty one."""
-    profile = profiles.load(options.target)
-    spot = here(options.target, options.device)(profile, 1)
-    if spot is None:
-        raise CompressError(f"the GPU here is not {options.target}; name it with --target")
-    fresh = spot.empty_table()
-    path = cost.cache_path(fresh)
-    if not path.is_file():
-        return fresh
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    return Table.model_validate(stored.get("value", stored))
 
 
 def layers(options: argparse.Namespace, _: dict) -> list[dict]:
@@ -186,18 +226,37 @@ def layers(options: argparse.Namespace, _: dict) -> list[dict]:
     shapes = [(128, 64)] if options.quick else [(768, 768), (3072, 768), (768, 3072), (4096, 4096)]
     counts = [1, 64] if options.quick else [1, 16, 128, 512, 2048, 8192, 32768]
     rows = []
-    for out, inner in shapes:
-        for count in counts:
-            dtype = cuda.DTYPES[options.precision]
-            torch.manual_seed(0)
-            dense = nn.Linear(inner, out).to(options.device, dtype).eval()
-            x = torch.randn(count, inner, device=options.device, dtype=dtype)
-            calls, faults = {"dense": repeated(dense, x, options)}, {}
-            for form in FORMS:
-                attempt(form, calls, faults, partial(in_form, dense, form, x, options))
-            rows.append(
-                {"out": out, "in": inner, "rows": count, **timed(calls, options, REPEATS), "not": faults}
-            )
+    for (out, inner), count in itertools.product(shapes, counts):
+        torch.manual_seed(0)
+        dtype = cuda.DTYPES[options.precision]
+        dense = nn.Linear(inner, out).to(options.device, dtype).eval()
+        x = torch.randn(count, inner, device=options.device, dtype=dtype)
+        row = {"out": out, "in": inner, "rows": count}
+
+        def call(form: str | None, graphs: bool, dense: nn.Linear = dense, x: torch.Tensor = x) -> Call:
+            return repeated(dense if form is None else formed(dense, form), x, options.device, graphs)
+
+        rows += in_all_forms(row, call, options, REPEATS)
+    return rows
+
+
+def in_all_forms(
+    row: dict, call: Callable[[str | None, bool], Call], options: argparse.Namespace, parts: int = 1
+) -> list[dict]:
+    """Dense and every form timed in turn; once more without graphs where a graph does not hold a form."""
+    rows = []
+    for graphs in (True, False) if options.graphs else (False,):
+        calls: dict[str, Call] = {}
+        faults: dict[str, str] = {}
+        for form in (None, *FORMS):
+            try:
+                calls[form or "dense"] = call(form, graphs)
+            except (CompressError, RuntimeError, NotImplementedError) as error:
+                faults[form or "dense"] = str(error).splitlines()[0][:200]
+        figures = timed(calls, options, parts) if "dense" in calls else {}
+        rows.append({**row, "graphs": graphs, **figures, "not": faults})
+        if not any("captured" in words for words in faults.values()):
+            break
     return rows
 
 
@@ -209,36 +268,21 @@ def formed(layer: nn.Linear, form: str) -> nn.Module:
     return box
 
 
-def in_form(
-    layer: nn.Linear, form: str, x: torch.Tensor, options: argparse.Namespace
-) -> Callable[[], object]:
-    """A call that runs a layer in another form."""
-    return repeated(formed(layer, form), x, options)
-
-
-def repeated(layer: nn.Module, x: torch.Tensor, options: argparse.Namespace) -> Callable[[], object]:
+def repeated(layer: nn.Module, x: torch.Tensor, device: str, graphs: bool) -> Call:
     """A call that runs a layer several times and waits for it."""
 
     def forward() -> object:
         with torch.inference_mode():
             return [layer(x) for _ in range(REPEATS)]
 
-    launch = cuda.captured(forward) if options.graphs else forward
+    launch = cuda.captured(forward) if graphs else forward
 
     def call() -> None:
         launch()
-        cuda.wait(options.device)
+        cuda.wait(device)
 
     call()
     return call
-
-
-def attempt(name: str, calls: dict, faults: dict, make: Callable[[], Callable[[], object]]) -> None:
-    """Add one call, or why there is none: not every GPU and size has every form."""
-    try:
-        calls[name] = make()
-    except (CompressError, RuntimeError, NotImplementedError) as error:
-        faults[name] = str(error).splitlines()[0][:200]
 
 
 def timed(calls: dict, options: argparse.Namespace, parts: int = 1) -> dict[str, object]:
@@ -255,12 +299,12 @@ def timed(calls: dict, options: argparse.Namespace, parts: int = 1) -> dict[str,
     }
 
 
-def runner(task: Synthetic, options: argparse.Namespace, form: str | None, faults: list[str]) -> CudaRunner:
-    """A model on the device, its linear layers in one form; names of those that stay go to `faults`."""
+def runner(task: Synthetic, options: argparse.Namespace, form: str | None, *, graphs: bool) -> CudaRunner:
+    """A model on the device, its linear layers in one form where it fits."""
 
     def change(model: nn.Module) -> nn.Module:
         if form is not None:
-            faults.extend(products.convert(model, form))
+            products.convert(model, form)
         return model
 
     return CudaRunner(
@@ -268,40 +312,23 @@ def runner(task: Synthetic, options: argparse.Namespace, form: str | None, fault
         task.logits,
         device=options.device,
         precision=options.precision,
-        graphs=options.graphs,
+        graphs=graphs,
         change=change,
     )
-
-
-def one_run(
-    task: Synthetic, options: argparse.Namespace, form: str | None, stayed: list[str], inputs: dict
-) -> Callable[[], object]:
-    """A call that runs a model in one form."""
-    return runner(task, options, form, stayed).timed(inputs)
 
 
 def models(options: argparse.Namespace, _: dict) -> list[dict]:
     """Both models in every form over batch sizes, interleaved with dense."""
     rows = []
-    for name, factory in MODELS.items():
+    sizes = [1, 4] if options.quick else [1, 8, 32, 128, 256]
+    for (name, factory), batch in itertools.product(MODELS.items(), sizes):
         task = factory()
-        for batch in [1, 4] if options.quick else [1, 8, 32, 128, 256]:
-            example = task.example(batch, 32 if options.quick else 128)
-            inputs = {key: value.numpy() for key, value in example.items()}
-            calls: dict[str, Callable[[], object]] = {}
-            faults: dict[str, str] = {}
-            left: dict[str, int] = {}
-            for form in (None, *FORMS):
-                stayed: list[str] = []
-                label = form or "dense"
-                attempt(label, calls, faults, partial(one_run, task, options, form, stayed, inputs))
-                left[label] = len(stayed)
-            if "dense" not in calls:
-                rows.append({"model": name, "batch": batch, "error": faults["dense"]})
-                continue
-            rows.append(
-                {"model": name, "batch": batch, **timed(calls, options), "layers_left": left, "not": faults}
-            )
+        inputs = {key: value.numpy() for key, value in task.example(batch, tokens_of(options)).items()}
+
+        def call(form: str | None, graphs: bool, task: Synthetic = task, inputs: dict = inputs) -> Call:
+            return runner(task, options, form, graphs=graphs).timed(inputs)
+
+        rows += in_all_forms({"model": name, "batch": batch}, call, options)
     return rows
 
 
@@ -317,18 +344,19 @@ def energies(options: argparse.Namespace, _: dict) -> list[dict]:
     meter, rows = Nvml(), []
     for name, factory in MODELS.items():
         task = factory()
-        example = task.example(options.batch, 32 if options.quick else 128)
+        example = task.example(options.batch, tokens_of(options))
         inputs = {key: value.numpy() for key, value in example.items()}
         half = Synthetic(halved(task.model, example), task.labels, task.make)
         for label, one, form in (("dense", task, None), ("half", half, None), ("2:4", task, "2:4")):
             row: dict[str, object] = {"model": name, "what": label, "batch": options.batch}
             try:
-                with runner(one, options, form, []) as loaded:
+                with runner(one, options, form, graphs=options.graphs) as loaded:
                     run = loaded.timed(inputs)
                     used = None
                     if options.device == "cuda":
                         used = energy.measure_energy(run, meter=meter, seconds=1.0 if options.quick else 5.0)
                     row["device_ms"] = float(sorted(loaded.device_ms(inputs, 20))[10])
+                    row["conditions"] = cuda.conditions() if options.device == "cuda" else {}
                     row["energy"] = "no counter" if used is None else used.model_dump()
             except (CompressError, RuntimeError) as error:
                 row["error"] = str(error).splitlines()[0][:200]
@@ -397,7 +425,14 @@ def decoded(
     }
 
 
-PARTS = {"compile": compile_models, "layers": layers, "models": models, "energy": energies, "decode": decode}
+PARTS = {
+    "tables": tables,
+    "compile": compile_models,
+    "layers": layers,
+    "models": models,
+    "energy": energies,
+    "decode": decode,
+}
 
 
 def described(options: argparse.Namespace) -> dict[str, object]:
@@ -453,10 +488,12 @@ def main(words: list[str] | None = None) -> int:
     os.environ.setdefault("COMPRESS_CACHE", tempfile.mkdtemp(prefix="compress-gpu-"))
     global QUICK
     QUICK = options.quick
-    job.place_of = here(options.target, options.device)
     if options.quick:
         blocks.CYCLES = (3, 6)
     document, failed = described(options), []
+    if options.part and options.out.is_file():  # parts may come from several calls
+        earlier = json.loads(options.out.read_text(encoding="utf-8"))
+        document = {**document, **{key: earlier[key] for key in ("table", *PARTS) if key in earlier}}
     for name in options.part or PARTS:
         began = time.perf_counter()
         try:

@@ -1,5 +1,6 @@
 """Where targets are timed: the file on this processor, the torch model on its GPU, elsewhere nowhere."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import nn
 
 from compress import cost, profiles
 from compress.energy import Rapl
+from compress.errors import CompressError
 from compress.export import blocks, cuda, place
 from compress.export.cuda import CudaRunner
 from compress.export.device import Nvml
@@ -108,3 +110,27 @@ def test_facts_of_a_gpu_say_how_it_ran(monkeypatch):
     assert (facts["cuda_graph"], facts["driver"], facts["gpu_mhz"]) == ("on", "580.1", 1980)
     assert place.VERSIONS[0] in facts
     assert tried().facts()["provider"] == "cpu"
+
+
+def test_a_model_that_cannot_be_captured_is_timed_without_graphs_and_so_is_all_else(monkeypatch):
+    spot = Place(H100, "torch-cuda", "cuda", 1)
+
+    class Runner:
+        def __init__(self, *words, graphs, **more):
+            self.graphs = graphs
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def timed(self, inputs):
+            if self.graphs and inputs["x"]:
+                raise CompressError("cannot be captured")
+
+    monkeypatch.setattr(place, "CudaRunner", Runner)
+    assert spot.suited(nn.Identity(), None, "y", {"x": 0}) == spot
+    assert spot.suited(nn.Identity(), None, "y", {"x": 1}) == replace(spot, graphs=False)
+    here = place_of(profiles.load("cpu"), 1)
+    assert here.suited(nn.Identity(), None, "y", {"x": 1}) == here
