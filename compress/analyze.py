@@ -5,8 +5,6 @@
 model that cannot be traced is searched by names, from the small table at the end.
 """
 
-import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,7 +14,7 @@ from compress.errors import CompressError
 from compress.ir import Document, Matmul, Site, Slice
 from compress.named import named_sites
 from compress.probe import Layout, RefusedError, fingerprint, layout
-from compress.trace import Linear, Program, Region, plain_attention
+from compress.trace import Linear, Program, Region, evaluating, plain_attention, without_cache
 from compress.trial import Call, FailedTrialError, common, moved, settle
 
 
@@ -46,8 +44,8 @@ def find_sites(model: nn.Module, example: dict[str, Tensor]) -> Sites:
         CompressError: the model does not run on the example.
     """
     skipped: list[Skipped] = []
-    with _evaluating(model), torch.no_grad():
-        example = _without_cache(model, example)
+    with evaluating(model), torch.no_grad():
+        example = without_cache(model, example)
         batch = next((value.shape[0] for value in example.values() if value.ndim), 1)
         fallback = None
         try:
@@ -289,23 +287,3 @@ def _run(model: nn.Module, example: dict[str, Tensor]) -> None:
             f"{type(model).__name__} does not run on the example inputs {shapes}: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _without_cache(model: nn.Module, example: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The example, asking a decoder not to return its keys and values."""
-    asked: dict[str, Tensor | bool] = dict(example)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        asked.setdefault("use_cache", False)
-    return asked  # type: ignore[return-value]
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and afterwards every module in the mode it was in."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode

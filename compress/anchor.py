@@ -10,8 +10,7 @@ from contextlib import ExitStack
 
 import torch
 
-from compress import bench, surgery
-from compress.export import onnx
+from compress import bench, files, surgery
 from compress.export.place import Place
 from compress.ir import Whole
 from compress.job import Job
@@ -65,36 +64,29 @@ def _alone_ms(prices: Prices, size: Mapping[str, int]) -> float:
 
 def _times(job: Job, place: Place, sizes: Sequence[Mapping[str, int]]) -> list[float]:
     """Milliseconds of the model at every size; the first is the dense one, whose file is there."""
-    task, wanted = job.task, job.recipe.bench
-    example = task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-    inputs = {name: tensor.numpy() for name, tensor in example.items()}
-    models, files = [task.model], [job.folder / "dense.onnx"]
+    threads = job.recipe.bench.threads
+    models, written = [job.task.model], [job.folder / "dense.onnx"]
     with job.stages("export sizes") as tick:
         for number, size in enumerate(sizes[1:], 1):
-            models.append(surgery.shrink(task.model, job.sites, _first(job, size)))
-            files.append(job.folder / f"size{number}.onnx")
+            removals = {
+                site.name: Removal(kept=torch.arange(size[site.name]))
+                for site in job.sites
+                if size[site.name] < site.units
+            }
+            models.append(surgery.shrink(job.task.model, job.sites, removals))
+            written.append(job.folder / f"size{number}.onnx")
             if place.by_file:
-                onnx.export(models[-1], example, files[-1], output_name=task.output_name, logits=task.logits)
+                files.write(job, models[-1], written[-1])
             tick(number, len(sizes) - 1)
     with ExitStack() as stack:
         calls = {}
-        for number, (model, file) in enumerate(zip(models, files, strict=True)):
-            runner = stack.enter_context(place.runner(model, file, task.logits, task.output_name))
-            calls[str(number)] = runner.timed(inputs)
+        for number, (model, file) in enumerate(zip(models, written, strict=True)):
+            calls[str(number)] = files.timed(job, stack.enter_context(files.opened(job, place, model, file)))
         tick = stack.enter_context(job.stages("time sizes"))
         found = bench.compare(
-            calls, blocks=30, block_ms=wanted.block_ms, threads=wanted.threads, progress=tick
+            calls, blocks=30, block_ms=job.recipe.bench.block_ms, threads=threads, progress=tick
         )
-    for file in files[1:]:
+    for file in written[1:]:
         file.unlink(missing_ok=True)
     dense_ms = found.latency("0").p50
-    return [dense_ms, *(dense_ms / found.ratio(str(number)).value for number in range(1, len(files)))]
-
-
-def _first(job: Job, size: Mapping[str, int]) -> dict[str, Removal]:
-    """Removals that keep the first units of every site: any will do, where only time counts."""
-    return {
-        site.name: Removal(kept=torch.arange(size[site.name]))
-        for site in job.sites
-        if size[site.name] < site.units
-    }
+    return [dense_ms, *(dense_ms / found.ratio(str(number)).value for number in range(1, len(written)))]

@@ -36,6 +36,7 @@ WINDOWS = 3
 RESAMPLES = 2000
 FINAL_BLOCKS = 2  # the proof is timed this many times as long as a turn of the loop
 DRIFTED = 0.03
+CROWDED = 0.15  # cores busy elsewhere, from which on caches and memory are not the runners' own
 CPUINFO = Path("/proc/cpuinfo")
 # Instruction sets that change which kernels a runtime picks.
 FLAGS = (
@@ -80,6 +81,7 @@ class Comparison:
         samples_ms: single latencies by runner and block.
         drift: how much slower the baseline was at the end than in its first blocks (0.01 is 1 %).
         settled: by runner, whether the warm-up became stable before its bound.
+        elsewhere: cores that other programs kept busy meanwhile (0.5 is half of one).
     """
 
     protocol: Protocol
@@ -87,6 +89,7 @@ class Comparison:
     samples_ms: dict[str, tuple[Samples, ...]]
     drift: float
     settled: dict[str, bool]
+    elsewhere: float = 0.0
 
     def samples(self, name: str) -> tuple[float, ...]:
         """Every single latency of one runner, in time order."""
@@ -135,6 +138,7 @@ def compare(
     protocol = Protocol(blocks=blocks + blocks % 2, block_ms=block_ms, threads=threads, seed=seed)
     names = list(runners)
     first = names[0]
+    others = elsewhere()
     with _no_collection():
         warm = {name: warm_up(runners[name], clock, bound_ms=10 * block_ms) for name in names}
         runs = {name: max(3, round(block_ms / max(warm[name][0], 1e-6))) for name in names}
@@ -157,7 +161,28 @@ def compare(
         samples_ms={name: tuple(taken[name]) for name in names},
         drift=float(_median_of(again) / _median_of(taken[first][:tail]) - 1),
         settled={name: warm[name][1] for name in names},
+        elsewhere=others(),
     )
+
+
+def elsewhere() -> Callable[[], float]:
+    """A function that gives the cores which other programs have kept busy since this call."""
+    began, before = time.perf_counter(), _foreign_seconds()
+
+    def cores() -> float:
+        spent = max(time.perf_counter() - began, 1e-9)
+        return max(0.0, (_foreign_seconds() - before) / spent)
+
+    return cores
+
+
+def _foreign_seconds() -> float:
+    """Processor seconds since the start of the machine that went to no thread of this process."""
+    machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = machine.idle + getattr(machine, "iowait", 0.0)
+    # What guests take is in the user time already.
+    guests = getattr(machine, "guest", 0.0) + getattr(machine, "guest_nice", 0.0)
+    return float(sum(machine) - idle - guests - own.user - own.system)
 
 
 def _median_of(blocks: list[Samples]) -> float:
@@ -239,9 +264,14 @@ def summarize(samples_ms: Samples) -> Latency:
     )
 
 
-def doubts(drift: float, settled: Mapping[str, bool]) -> list[str]:
-    """What a reader must know about a comparison: the baseline drifted, or a warm-up never settled."""
+def doubts(drift: float, settled: Mapping[str, bool], elsewhere: float = 0.0) -> list[str]:
+    """What a reader must know: others used the machine, the baseline drifted, a warm-up never settled."""
     found = []
+    if elsewhere > CROWDED:
+        found.append(
+            f"Other programs kept {elsewhere:.1f} cores busy while this was timed. Both models felt it, but "
+            "not alike: on a quiet machine the speedup may lie outside the interval. Time it again there."
+        )
     if abs(drift) > DRIFTED:
         found.append(
             f"The dense model was {drift:+.1%} slower at the end than at the start; the "

@@ -30,16 +30,18 @@ class Statistics:
         mean: [in] `E[x]`.
         second: [in, in] `E[x x^T]`, not centered.
         taylor: [in] mean over samples of `(sum over tokens of x dL/dx)^2`, None when not asked for.
+        reader: [hidden, hidden] `E[x x^T]` of what the site's readers see, None when not asked for.
     """
 
     count: int
     mean: Tensor
     second: Tensor
     taylor: Tensor | None = None
+    reader: Tensor | None = None
 
 
-class _Moments:
-    """Running sums about a shift that the first rows set."""
+class Moments:
+    """Running sums about a shift that the first rows set, on the device of the rows."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -50,22 +52,25 @@ class _Moments:
         self.samples = 0
 
     def add(self, rows: Tensor) -> None:
+        """Count these rows [rows, in] in."""
         if not self.count:
             self.shift = rows.mean(0)
-            self.sum = torch.zeros(rows.shape[1], dtype=torch.float64)
-            self.square = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+            self.sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+            self.square = self.sum.new_zeros(rows.shape[1], rows.shape[1])
         self.count += len(rows)
         off = rows - self.shift
         self.sum += off.sum(0, dtype=torch.float64)
         self.square += off.T @ off
 
     def add_taylor(self, per_sample: Tensor) -> None:
+        """Count the first-order terms [samples, in] of one batch in."""
         if not self.samples:
             self.taylor = torch.zeros(per_sample.shape[1], dtype=torch.float64)
         self.samples += len(per_sample)
         self.taylor += per_sample.double().square().sum(0)
 
     def tensors(self) -> dict[str, Tensor]:
+        """What `read` reads, by its names."""
         shift, off = self.shift.double(), self.sum / self.count
         mean = shift + off
         crossed = torch.outer(shift, off)
@@ -88,6 +93,7 @@ def collect(
     *,
     memory_mb: int = 2048,
     taylor: bool = False,
+    readers: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write `directory/<index>.safetensors` for every site that has no valid file there yet.
@@ -99,6 +105,7 @@ def collect(
         directory: holds one file a site, named by its index.
         memory_mb: what the float64 matrices of one pass may take.
         taylor: also collect first-order scores, by a backward pass for every batch.
+        readers: also collect the second moments of what the readers see.
         progress: called with batches done and batches in all, over all passes.
 
     Raises:
@@ -106,17 +113,18 @@ def collect(
     """
     if not batches:
         raise CompressError("there is no calibration data; give some with --data")
-    missing = [i for i, site in enumerate(sites) if not _valid(directory, i, site, taylor)]
-    passes = _passes([(i, sites[i]) for i in missing], memory_mb * 1e6)
+    missing = [i for i, site in enumerate(sites) if not _valid(directory, i, site, taylor, readers)]
+    passes = _passes([(i, sites[i]) for i in missing], memory_mb * 1e6, readers)
     for number, group in enumerate(passes):
 
         def tick(done: int, before: int = number) -> None:
             if progress is not None:
                 progress(before * len(batches) + done, len(passes) * len(batches))
 
-        moments = _pass(task, [sites[i] for i in group], batches, taylor, tick)
-        for index, found in zip(group, moments, strict=True):
-            _write(directory / f"{index:03d}.safetensors", found.tensors())
+        moments, seen = _pass(task, [sites[i] for i in group], batches, taylor, readers, tick)
+        for index, found, read_by in zip(group, moments, seen, strict=True):
+            more = {"reader": read_by.tensors()["second"]} if readers else {}
+            write(directory / f"{index:03d}.safetensors", found.tensors() | more)
 
 
 def read(directory: Path, index: int) -> Statistics:
@@ -128,7 +136,9 @@ def read(directory: Path, index: int) -> Statistics:
     path = directory / f"{index:03d}.safetensors"
     try:
         found = load_file(path)
-        return Statistics(int(found["count"]), found["mean"], found["second"], found.get("taylor"))
+        return Statistics(
+            int(found["count"]), found["mean"], found["second"], found.get("taylor"), found.get("reader")
+        )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CompressError(f"{path} is missing or damaged ({error}); run again to rebuild it") from error
 
@@ -138,22 +148,33 @@ def writer_width(site: Site) -> int:
     return site.units * site.column.width
 
 
-def _valid(directory: Path, index: int, site: Site, taylor: bool) -> bool:
+def reader(site: Site) -> str:
+    """The weight of one product that reads what all readers of a site read."""
+    return next(m.weight for m in site.matmuls if m.weight != site.writer)
+
+
+def reader_width(site: Site) -> int:
+    """How many inputs the readers have."""
+    return next(m.inner for m in site.matmuls if m.weight != site.writer)
+
+
+def _valid(directory: Path, index: int, site: Site, taylor: bool, readers: bool) -> bool:
     try:
         found = read(directory, index)
     except CompressError:
         return False
     width = writer_width(site)
     whole = found.mean.shape == (width,) and found.second.shape == (width, width)
+    whole = whole and (found.reader is not None or not readers)
     return whole and found.count > 0 and (found.taylor is not None or not taylor)
 
 
-def _passes(sites: Sequence[tuple[int, Site]], room: float) -> list[list[int]]:
+def _passes(sites: Sequence[tuple[int, Site]], room: float, readers: bool) -> list[list[int]]:
     """Sites grouped so that the matrices of one pass fit into `room` bytes (one always fits)."""
     groups: list[list[int]] = []
     used = 0.0
     for index, site in sites:
-        size = DOUBLE * writer_width(site) ** 2
+        size = DOUBLE * (writer_width(site) ** 2 + (reader_width(site) ** 2 if readers else 0))
         if not groups or used + size > room:
             groups.append([])
             used = 0.0
@@ -167,22 +188,17 @@ def _pass(
     sites: Sequence[Site],
     batches: Sequence[Batch],
     taylor: bool,
+    readers: bool,
     tick: Callable[[int], None],
-) -> list[_Moments]:
-    """All batches through the model, with hooks on the writers of `sites`."""
-    moments = [_Moments() for _ in sites]
+) -> tuple[list[Moments], list[Moments]]:
+    """All batches through the model, with hooks on the writers, and on a reader, of `sites`."""
+    moments, seen = [Moments() for _ in sites], [Moments() for _ in sites]
     current: list[Batch] = []
 
-    def watch(site: Site, own: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def watch(site: Site, own: Moments, taylor: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             values = arguments[0]
-            rows = real_rows(values.detach(), current[-1]).float()
-            if not bool(torch.isfinite(rows).all()):
-                raise CompressError(
-                    f"{site.name}: its inputs hold NaN or infinity on calibration data; check the "
-                    "model's weights and the data"
-                )
-            own.add(rows)
+            own.add(finite_rows(site, values, current[-1]))
             if taylor:
                 # torch leaves this one method without types.
                 values.register_hook(  # type: ignore[no-untyped-call]
@@ -191,9 +207,12 @@ def _pass(
 
         return hook
 
+    watched = [(site.writer, site, own, taylor) for site, own in zip(sites, moments, strict=True)]
+    if readers:
+        watched += [(reader(site), site, own, False) for site, own in zip(sites, seen, strict=True)]
     hooks = [
-        task.model.get_submodule(site.writer.rpartition(".")[0]).register_forward_pre_hook(watch(site, own))
-        for site, own in zip(sites, moments, strict=True)
+        task.model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(watch(site, own, first))
+        for name, site, own, first in watched
     ]
     try:
         for done, batch in enumerate(batches, 1):
@@ -211,10 +230,10 @@ def _pass(
             handle.remove()
     if any(own.count == 0 for own in moments):
         raise CompressError("no real token reached a site; the calibration data is all padding")
-    return moments
+    return moments, seen
 
 
-def _first_order(own: _Moments, values: Tensor, gradient: Tensor, batch: Batch) -> None:
+def _first_order(own: Moments, values: Tensor, gradient: Tensor, batch: Batch) -> None:
     """Add one batch's `sum over tokens of x dL/dx` for every sample; the loss is a mean over samples."""
     product = (values.detach() * gradient).reshape(
         len(next(iter(batch.inputs.values()))), -1, values.shape[-1]
@@ -222,6 +241,21 @@ def _first_order(own: _Moments, values: Tensor, gradient: Tensor, batch: Batch) 
     if batch.real is not None:
         product = product * batch.real.reshape(len(product), -1, 1)
     own.add_taylor(product.sum(1) * len(product))
+
+
+def finite_rows(site: Site, values: Tensor, batch: Batch) -> Tensor:
+    """[rows, features] in float32: what the writer of a site reads at real tokens.
+
+    Raises:
+        CompressError: there is NaN or infinity among it.
+    """
+    rows = real_rows(values.detach(), batch).float()
+    if not bool(torch.isfinite(rows).all()):
+        raise CompressError(
+            f"{site.name}: its inputs hold NaN or infinity on calibration data; check the "
+            "model's weights and the data"
+        )
+    return rows
 
 
 def real_rows(values: Tensor, batch: Batch) -> Tensor:
@@ -232,7 +266,8 @@ def real_rows(values: Tensor, batch: Batch) -> Tensor:
     return flat[batch.real.reshape(-1)]
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Store the statistics of one site; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
     save_file(tensors, half)

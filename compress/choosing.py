@@ -1,10 +1,12 @@
 """From costs and stored candidates to the plan that was built and timed: rounds.json and plan.json."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from compress import artifact, calibrate, database, loop, search
+from compress import artifact, calibrate, cost, database, loop, search
+from compress.database import Errors
 from compress.errors import CompressError
 from compress.ir import Document, Option, Plan
 from compress.job import Job
@@ -14,8 +16,8 @@ from compress.search import Choices, Menu
 from compress.stitch import Stitched
 from compress.surgery import Removal
 
-TimePlan = Callable[[dict[str, int | None]], Timing]
-FLOAT_BYTES = 4
+TimePlan = Callable[[dict[str, Option]], Timing]
+FLOAT = "fp32"  # of the weights in a file whose size is bounded
 JUDGES = 32  # inputs of one batch that judges a choice
 
 
@@ -25,8 +27,8 @@ class Losses(Document):
     rows: tuple[tuple[float, ...], ...]
 
 
-def candidates(job: Job, costs: Costs) -> dict[str, dict[int, float]]:
-    """Build every candidate the costs name, one site at a time; the layer errors by site and units."""
+def candidates(job: Job, costs: Costs) -> Errors:
+    """Build every candidate the costs name, one site at a time; the layer errors by site and option."""
     wanted = job.recipe.calibration
     statistics = artifact.folder(job.folder / "statistics", job.key)
     with job.stages("calibrate") as tick:
@@ -37,18 +39,19 @@ def candidates(job: Job, costs: Costs) -> dict[str, dict[int, float]]:
             statistics,
             memory_mb=wanted.memory_mb,
             taylor=job.recipe.options.score == "taylor",
+            readers=any(len(costs.rows[site.name]) > 1 for site in job.sites),
             progress=tick,
         )
-    levels = {
-        site.name: [units for units in costs.rows[site.name] if units < site.units] for site in job.sites
+    wanted_options = {
+        site.name: [option for option in costs.options(site) if option != Option()] for site in job.sites
     }
-    key = artifact.digest(job.key, levels)
+    key = artifact.digest(job.key, wanted_options)
     with job.stages("candidates") as tick:
         return database.build(
             job.task.model,
             job.sites,
             statistics,
-            levels,
+            wanted_options,
             artifact.folder(job.folder / "candidates", key),
             score=job.recipe.options.score,
             damping=wanted.damping,
@@ -56,18 +59,18 @@ def candidates(job: Job, costs: Costs) -> dict[str, dict[int, float]]:
         )
 
 
-def menus_of(job: Job, costs: Costs, errors: dict[str, dict[int, float]]) -> Menus:
+def menus_of(job: Job, costs: Costs, errors: Errors) -> Menus:
     """The search's view of a job: prior errors, and the same again where losses are not known yet."""
-    units, prior = [], []
+    options, prior = [], []
     for site in job.sites:
-        row = sorted(costs.rows[site.name].items(), reverse=True)
-        units.append(tuple(None if kept == site.units else kept for kept, _ in row))
-        lost = [0.0 if kept == site.units else errors[site.name][kept] for kept, _ in row]
-        prior.append(Menu(np.array([ms for _, ms in row]), np.array(lost)))
+        row = costs.options(site)
+        options.append(row)
+        lost = [0.0 if option == Option() else errors[site.name][option.key] for option in row]
+        prior.append(Menu(np.array([costs.latency_ms(site, option) for option in row]), np.array(lost)))
     return Menus(
         names=tuple(site.name for site in job.sites),
         kinds=tuple(site.kind for site in job.sites),
-        units=tuple(units),
+        options=tuple(options),
         totals=tuple(site.units for site in job.sites),
         prior=tuple(prior),
         scaled=tuple(prior),
@@ -80,7 +83,7 @@ def judge_of(job: Job, menus: Menus) -> Stitched:
     wanted = job.recipe.search
     batches = list(job.task.batches("validation", JUDGES, wanted.samples))
     return Stitched(
-        job.task, job.sites, job.folder / "candidates", menus.units, batches or job.calibration[:8]
+        job.task, job.sites, job.folder / "candidates", menus.options, batches or job.calibration[:8]
     )
 
 
@@ -88,25 +91,17 @@ def weigh(job: Job, menus: Menus, judge: Stitched) -> Menus:
     """The menus with losses of the stitched model in the place of layer errors."""
     if job.recipe.options.uniform:
         return menus
-    made_from = artifact.digest(job.key, menus.units, job.recipe.search.samples)
+    made_from = artifact.digest(job.key, menus.options, job.recipe.search.samples)
 
     def measure() -> Losses:
-        dense = tuple(units.index(None) for units in menus.units)
         with job.stages("sensitivities") as tick:
-            scaled = search.sensitivities(menus.prior, dense, judge, progress=tick)
+            groups = [[option.form for option in row] for row in menus.options]
+            scaled = search.sensitivities(menus.prior, menus.dense, judge, groups=groups, progress=tick)
         return Losses(rows=tuple(tuple(menu.error.tolist()) for menu in scaled))
 
     losses = artifact.saved(job.folder / "losses.json", Losses, made_from, measure)
     scaled = tuple(Menu(menu.cost, np.array(row)) for menu, row in zip(menus.prior, losses.rows, strict=True))
-    return Menus(
-        names=menus.names,
-        kinds=menus.kinds,
-        units=menus.units,
-        totals=menus.totals,
-        prior=menus.prior,
-        scaled=scaled,
-        whole=menus.whole,
-    )
+    return replace(menus, scaled=scaled)
 
 
 def effort_of(job: Job) -> Effort:
@@ -159,7 +154,7 @@ def choose_once(job: Job, menus: Menus, judge: Stitched, limit_ms: float, asked:
     return Round(
         limit_ms=limit_ms,
         predicted_ms=menus.latency_ms(choices),
-        units=menus.named(choices),
+        choices=menus.named(choices),
         loss=loss,
     )
 
@@ -170,11 +165,9 @@ def choose_by_size(job: Job, costs: Costs, menus: Menus, judge: Stitched) -> Rou
     Raises:
         CompressError: even the smallest plan is larger.
     """
-    per_unit = {site.name: site.parameters_per_unit * FLOAT_BYTES / 1e6 for site in job.sites}
-    totals = dict(zip(menus.names, menus.totals, strict=True))
     sized = tuple(
-        Menu(np.array([per_unit[name] * (totals[name] if u is None else u) for u in units]), menu.error)
-        for name, units, menu in zip(menus.names, menus.units, menus.scaled, strict=True)
+        Menu(np.array([cost.weight_bytes(site, option, FLOAT) / 1e6 for option in options]), menu.error)
+        for site, options, menu in zip(job.sites, menus.options, menus.scaled, strict=True)
     )
     dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
     inside_mb = sum(float(menu.cost.max()) for menu in sized)
@@ -190,7 +183,7 @@ def choose_by_size(job: Job, costs: Costs, menus: Menus, judge: Stitched) -> Rou
     return Round(
         limit_ms=costs.dense_ms,
         predicted_ms=menus.latency_ms(choices),
-        units=menus.named(choices),
+        choices=menus.named(choices),
         loss=loss,
     )
 
@@ -218,12 +211,12 @@ def within(
         )
 
 
-def removals_of(job: Job, units: dict[str, int | None]) -> dict[str, Removal]:
+def removals_of(job: Job, choices: Mapping[str, Option]) -> dict[str, Removal]:
     """The stored candidates of a plan, by site name."""
     return {
-        site.name: database.removal(job.folder / "candidates", index, kept)
+        site.name: database.removal(job.folder / "candidates", index, choices[site.name])
         for index, site in enumerate(job.sites)
-        if (kept := units[site.name]) is not None
+        if choices[site.name] != Option()
     }
 
 
@@ -232,7 +225,7 @@ def plan_of(job: Job, menus: Menus, turn: Round) -> Plan:
     return Plan(
         target=job.recipe.target,
         budget=job.recipe.budget,
-        choices={name: Option(units=units) for name, units in turn.units.items()},
+        choices=turn.choices,
         fixed_ms=menus.whole.fixed_ms,
         predicted_ms=turn.predicted_ms,
     )

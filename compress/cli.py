@@ -97,11 +97,16 @@ SHAPES = _options(
     click.option("--batch", type=COUNT, metavar="N", help="Inputs in one run; 1 unless given."),
     click.option("--tokens", type=COUNT, metavar="N", help="Length of a text input; 32 unless given."),
 )
+PHASE = click.option(
+    "--phase",
+    type=click.Choice(["prefill", "decode"]),
+    help="Of a decoder: time to first token, or per token after --tokens of them; prefill unless given.",
+)
 THREADS = click.option("--threads", type=COUNT, metavar="N", help="Threads of the runtime; 1 unless given.")
 REQUEST = _options(
     MODEL,
     click.option("--target", metavar="NAME", help="The device; `compress targets` lists them."),
-    click.option("--speedup", metavar="2x", help="Budget: how many times faster."),
+    click.option("--speedup", metavar="2x", help="Budget: how many times faster; 2x,4x: a family."),
     click.option("--latency-ms", metavar="5", help="Budget: median latency in milliseconds."),
     click.option("--energy-mj", metavar="20", help="Budget: energy of one run in millijoules."),
     click.option("--power-w", metavar="15", help="Budget: average power in watts, at --rate-hz."),
@@ -112,10 +117,17 @@ REQUEST = _options(
     click.option("--task", metavar="TASK", help="What the model does, if its config does not say."),
     click.option("--text", metavar="COLUMN", help="The text column, if it is not found."),
     click.option("--label", metavar="COLUMN", help="The label column, if it is not found."),
+    click.option("--moves", metavar="LIST", help="What may be done: structure,int8,block,lowrank,2:4."),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A request as TOML."),
+    click.option(
+        "--recover",
+        type=click.Choice(["none", "fast", "full"]),
+        help="Tune after pruning: not, for minutes, or until the score stops rising; none unless given.",
+    ),
     click.option("--max-drop", type=float, metavar="0.01", help="How much of the score may be lost."),
     click.option("--out", "-o", metavar="DIR", help="Where the result goes; `out` unless given."),
     SHAPES,
+    PHASE,
     THREADS,
     click.option("--seed", type=int, metavar="N", help="Of the search; 0 unless given."),
     COMMON,
@@ -148,6 +160,12 @@ def run(session: "Session", words: Words) -> int:
     from compress import console, pipeline, report
 
     console.use_cores()
+    if recipe.speedups:
+        from compress import family, gradual
+
+        members = gradual.run(recipe, session.progress)
+        session.answer(members.model_dump(mode="json"), family.text(members))
+        return family.exit_code(members)
     result = pipeline.run(recipe, session.progress)
     page = str(session.out / "compression" / "report.html")
     session.answer(result.model_dump(mode="json"), report.verdict_line(result, page))
@@ -187,6 +205,7 @@ def plan(session: "Session", words: Words) -> int:
 @app.command()
 @click.argument("artifacts", metavar="FILE-OR-DIR...", nargs=-1, required=True)
 @SHAPES
+@PHASE
 @THREADS
 @click.option("--blocks", type=click.IntRange(min=30), default=40, metavar="N", help="Blocks of each; 40.")
 @COMMON
@@ -285,7 +304,7 @@ def shapes(words: Words) -> "Shapes":
     """The input shape in the words, with defaults for what they leave out."""
     from compress.recipe import Shapes
 
-    return Shapes(**_given(words, "batch", "tokens"))
+    return Shapes(**_given({"phase": None, **words}, "batch", "tokens", "phase"))
 
 
 def request(words: Words, asked: str | None = None) -> "Recipe":
@@ -297,16 +316,23 @@ def request(words: Words, asked: str | None = None) -> "Recipe":
 
     plain = ("model", "target", "data", "test", "task", "text", "label", "max_drop", "out")
     values = _given(words, *plain)
-    values["budget"] = budget(words)
-    if values["budget"] is None and words["recipe"] is None and asked is not None:
-        values["budget"] = recipe.parse_budget("speedup", asked)
-    tables = {"shapes": ("batch", "tokens"), "bench": ("threads",), "search": ("seed",)}
+    found = budgets(words)
+    if not found and words["recipe"] is None and asked is not None:
+        found = [recipe.parse_budget("speedup", asked)]
+    if found:
+        values["budget"] = found[0]
+        values["speedups"] = [one.value for one in found] if len(found) > 1 else []
+    tables = {"shapes": ("batch", "tokens", "phase"), "bench": ("threads",), "search": ("seed",)}
     values |= {table: _given(words, *names) for table, names in tables.items()}
+    if words["recover"] is not None:
+        values["recovery"] = {"mode": words["recover"]}
+    if words["moves"] is not None:
+        values["options"] = {"moves": [move.strip() for move in words["moves"].split(",")]}
     return recipe.read(words["recipe"], values)
 
 
-def budget(words: Words) -> "Budget | None":
-    """The one budget among the words, None without any."""
+def budgets(words: Words) -> "list[Budget]":
+    """The budget among the words, none without any; several only where they ask for a family."""
     from compress.recipe import parse_budget
 
     given = _given(words, *BUDGETS)
@@ -314,18 +340,18 @@ def budget(words: Words) -> "Budget | None":
         flags = " and ".join("--" + name.replace("_", "-") for name in given)
         raise CompressError(f"{flags} were both given; a run has one budget, so leave out all but one")
     for name, value in given.items():
-        if "," in value:
+        parts = value.split(",")
+        if len(parts) > 1 and name != "speedup":
             raise CompressError(
-                f"--{name.replace('_', '-')} {value} names several budgets; a run has one, so run "
-                "the command once for each"
+                f"--{name.replace('_', '-')} {value} names several budgets; only --speedup makes a family "
+                "of models, so run the command once for each"
             )
-        found = parse_budget(name, value)
-        return at_rate(found, words["rate_hz"])
+        return [at_rate(parse_budget(name, part), words["rate_hz"]) for part in parts]
     if words["rate_hz"] is not None:
         raise CompressError(
             "--rate-hz goes with --power-w; give both on the command line or both in the recipe"
         )
-    return None
+    return []
 
 
 def at_rate(budget: "Budget", rate_hz: float | None) -> "Budget":

@@ -20,13 +20,15 @@ from compress.roofline import BYTES, DEFAULT, Constants, above_idle_w, descend, 
 FALLOFF = 0.9  # ratio of neighbouring widths on the grid (ZipLM)
 LEAST = 0.01  # the narrowest width on the grid, as a share of the dense one
 
+FORM = " as "  # between a shape and a form in the name of a row
+
 Rows = dict[str, dict[int, float]]
 
 
 class Table(Document):
     """Measured latencies of sites, with everything needed to know where they are valid.
 
-    `rows[site.shape][units]` is the time that the site adds to the model, in milliseconds.
+    `rows[row_key(site, form)][units]` is the time that the site adds to the model, in milliseconds.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -38,13 +40,13 @@ class Table(Document):
     created: str = ""
     rows: Rows = Field(default_factory=dict)
 
-    def latency_ms(self, site: Site, units: int) -> float | None:
-        """Time of the site at `units`; None outside what was measured for its shape.
+    def latency_ms(self, site: Site, units: int, form: str = "dense") -> float | None:
+        """Time of the site at `units` in a form; None outside what was measured for its shape.
 
         Between two measured widths the time is interpolated, so it never leaves their range; below the
         narrowest it is the narrowest one's, since launches do not shrink with a site.
         """
-        row = self.rows.get(site.shape)
+        row = self.rows.get(row_key(site, form))
         if not row:
             return None
         if units == 0:
@@ -62,6 +64,11 @@ class Table(Document):
         """This table with `rows` laid over it."""
         whole = {shape: {**self.rows.get(shape, {}), **row} for shape, row in rows.items()}
         return self.model_copy(update={"rows": {**self.rows, **whole}})
+
+
+def row_key(site: Site, form: str) -> str:
+    """The row of a table that holds the site's times in a form."""
+    return site.shape if form == "dense" else f"{site.shape}{FORM}{form}"
 
 
 def cache_folder() -> Path:
@@ -89,7 +96,7 @@ def obtain(
 
     Args:
         fresh: an empty table that states the machine, runtime, versions, threads and precision.
-        wanted: levels (units) by site shape.
+        wanted: levels (units) by row.
         measure: times the missing levels.
     """
     path = cache_path(fresh)
@@ -147,7 +154,7 @@ def calibrate(sites: Iterable[Site], table: Table, profile: Profile) -> Constant
 
 def price(
     site: Site,
-    units: int,
+    option: Option,
     *,
     profile: Profile,
     table: Table | None = None,
@@ -158,25 +165,49 @@ def price(
 ) -> Candidate:
     """One option of a site with its price: measured where the table has it, else estimated.
 
-    `weight_bytes` counts what belongs to the kept units; the energy is always an estimate.
+    `precision` is that of the dense model, the profile's baseline when None; the energy is always an
+    estimate.
+
+    Raises:
+        CompressError: the option's form was not timed, and the roofline knows nothing of it.
     """
     precision = precision or profile.baseline_precision
+    units = site.units if option.units is None else option.units
     latency_ms = None
     if table is not None and table.precision == precision and table.threads == threads:
-        latency_ms = table.latency_ms(site, units)
+        latency_ms = table.latency_ms(site, units, option.form)
     measured = latency_ms is not None
     if latency_ms is None:
-        latency_ms = roofline(site, units, profile, precision, threads=threads, constants=constants)
+        latency_ms = roofline(
+            site, units, profile, precision, threads=threads, constants=constants, option=option
+        )
     watts = above_idle_w(site, units, profile, precision, threads=threads, constants=constants)
     return Candidate(
         site=site.name,
-        option=Option(units=None if units == site.units else units, precision=precision),
+        option=option if units < site.units else option.model_copy(update={"units": None}),
         error=error,
         latency_ms=latency_ms,
         energy_mj=None if watts is None else latency_ms * watts,
-        weight_bytes=round(units * site.parameters_per_unit * BYTES[precision.split()[0]]),
+        weight_bytes=weight_bytes(site, option, precision),
         source="measured" if measured else "estimated",
     )
+
+
+def weight_bytes(site: Site, option: Option, precision: str) -> int:
+    """Bytes of the weights that an option leaves: values kept, their scales and indices, thin factors."""
+    units = site.units if option.units is None else option.units
+    width_bytes = BYTES[
+        (precision if option.precision == "fp32" else option.precision).split()[0].split("-")[0]
+    ]
+    total = units * site.parameters_per_unit * option.density * width_bytes
+    if option.pattern == "2:4":  # two bits for each of the values kept
+        total += units * site.parameters_per_unit * option.density / 4
+    for matmul in site.matmuls:
+        out, inner = matmul.features(units)
+        total += option.rank * (out + inner) * width_bytes if units else 0
+        if option.precision.startswith("int"):  # a scale for every output
+            total += 4 * out if units else 0
+    return round(total)
 
 
 def grid(site: Site, align: int = 1) -> list[int]:

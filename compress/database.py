@@ -2,53 +2,47 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress import calibrate
+from compress import calibrate, forms
 from compress.calibrate import Statistics
 from compress.core import obs, scores
+from compress.core.fakequant import PRECISIONS, Quantized
 from compress.errors import CompressError
-from compress.ir import Site
-from compress.surgery import Removal, writer_columns
+from compress.ir import Option, Site
+from compress.surgery import Removal, products, writer_columns
 
 PARTS = ("kept", "weight", "bias")
-Errors = dict[str, dict[int, float]]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Kept units, the writer's kept columns [out, kept * width], its bias [out], the layer error."""
-
-    kept: Tensor
-    weight: Tensor
-    bias: Tensor
-    error: float
+READER, LEFT, RIGHT, CODES, STEP = "reader/", "left/", "right/", "codes/", "step/"
+SafeFile = Any  # safetensors leaves the type of an open file to the reader
+Errors = dict[str, dict[str, float]]
+Candidate = tuple[Removal, float]  # what is stored of one option, all of it present, and its layer error
 
 
 def build(
     model: nn.Module,
     sites: Sequence[Site],
     statistics: Path,
-    levels: Mapping[str, Sequence[int]],
+    options: Mapping[str, Sequence[Option]],
     directory: Path,
     *,
     score: str = "obs",
     damping: float = 1e-2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Errors:
-    """Write `directory/<index>.safetensors` for every site; the layer errors by site and units.
+    """Write `directory/<index>.safetensors` for every site; the layer errors by site and option.
 
     Args:
         model: the dense model.
         sites: in the order of the statistics.
         statistics: what `calibrate.collect` wrote.
-        levels: units kept by site name, the dense width left out; 0 drops the site.
+        options: by site name, the dense one left out; 0 units drop the site.
         directory: sites that are whole there already are not built again.
         score: "obs" refits what stays; "magnitude", "wanda" and "taylor" only choose it.
         damping: relative to each diagonal entry of the second moments.
@@ -56,7 +50,7 @@ def build(
     """
     errors: Errors = {}
     for index, site in enumerate(sites):
-        wanted = sorted(set(levels[site.name]))
+        wanted = options[site.name]
         found = _stored(directory, index, wanted)
         if found is None:
             moments = calibrate.read(statistics, index)
@@ -68,7 +62,7 @@ def build(
     return errors
 
 
-def removal(directory: Path, index: int, units: int) -> Removal:
+def removal(directory: Path, index: int, option: Option) -> Removal:
     """One stored candidate.
 
     Raises:
@@ -77,23 +71,46 @@ def removal(directory: Path, index: int, units: int) -> Removal:
     path = _path(directory, index)
     try:
         with safe_open(path, framework="pt") as file:
-            kept, weight, bias = (file.get_tensor(f"{units}/{part}") for part in PARTS)
+            kept, weight, bias = (file.get_tensor(f"{option.key}/{part}") for part in PARTS)
+            readers, left, right, codes, steps = (
+                _named(file, f"{option.key}/{part}") for part in (READER, LEFT, RIGHT, CODES, STEP)
+            )
     except (OSError, SafetensorError) as error:
         raise CompressError(f"{path} is missing or damaged ({error}); run again to rebuild it") from error
-    return Removal(kept=kept, weight=weight, bias=bias)
+    return Removal(
+        kept,
+        weight,
+        bias,
+        readers,
+        option.form,
+        {name: (left[name], right[name]) for name in left},
+        {name: Quantized(PRECISIONS[option.precision], codes[name], steps[name]) for name in codes},
+    )
 
 
-def _write(path: Path, made: Mapping[int, Candidate]) -> dict[int, float]:
+def _named(file: SafeFile, prefix: str) -> dict[str, Tensor]:
+    """All tensors below a prefix, by what follows it."""
+    names = [name for name in list(file.keys()) if name.startswith(prefix)]
+    return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+
+
+def _write(path: Path, made: Mapping[str, Candidate]) -> dict[str, float]:
     """Store the candidates of one site whole or not at all; their errors."""
-    tensors = {}
-    for units, one in made.items():
-        tensors[f"{units}/kept"] = one.kept.contiguous()
-        tensors[f"{units}/weight"] = one.weight.contiguous()
-        tensors[f"{units}/bias"] = one.bias.contiguous()
-    errors = {units: one.error for units, one in made.items()}
+    tensors: dict[str, Tensor] = {}
+    for key, (one, _) in made.items():
+        assert one.weight is not None
+        assert one.bias is not None
+        tensors |= {f"{key}/kept": one.kept, f"{key}/weight": one.weight, f"{key}/bias": one.bias}
+        tensors |= {f"{key}/{READER}{name}": value for name, value in one.readers.items()}
+        for name, (left, right) in one.factors.items():
+            tensors |= {f"{key}/{LEFT}{name}": left, f"{key}/{RIGHT}{name}": right}
+        for name, found in one.codes.items():
+            tensors |= {f"{key}/{CODES}{name}": found.codes, f"{key}/{STEP}{name}": found.step}
+    errors = {key: error for key, (_, error) in made.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
-    save_file(tensors, half, metadata={"errors": json.dumps(errors)})
+    whole = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(whole, half, metadata={"errors": json.dumps(errors)})
     half.replace(path)
     return errors
 
@@ -102,40 +119,58 @@ def _path(directory: Path, index: int) -> Path:
     return directory / f"{index:03d}.safetensors"
 
 
-def _stored(directory: Path, index: int, levels: Sequence[int]) -> dict[int, float] | None:
-    """The errors in a file that is whole and holds every level, else None."""
+def _stored(directory: Path, index: int, options: Sequence[Option]) -> dict[str, float] | None:
+    """The errors in a file that is whole and holds every option, else None."""
     try:
         with safe_open(_path(directory, index), framework="pt") as file:
-            found = {int(k): float(v) for k, v in json.loads(file.metadata()["errors"]).items()}
+            found = {str(key): float(value) for key, value in json.loads(file.metadata()["errors"]).items()}
             names = set(file.keys())
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-    wanted = {f"{units}/{part}" for units in levels for part in PARTS}
-    return found if wanted <= names and set(levels) <= set(found) else None
+    wanted = {f"{option.key}/{part}" for option in options for part in PARTS}
+    return found if wanted <= names and {option.key for option in options} <= set(found) else None
 
 
 def _build_site(
     model: nn.Module,
     site: Site,
     statistics: Statistics,
-    levels: Sequence[int],
+    options: Sequence[Option],
     damping: float,
     score: str,
-) -> dict[int, Candidate]:
-    """All candidates of one site, by units kept."""
+) -> dict[str, Candidate]:
+    """All candidates of one site, by the option's key."""
     weight = writer_columns(model, site).detach().double()
-    own = torch.zeros(len(weight)) if site.bias is None else model.get_parameter(site.bias).detach()
-    if score not in SELECTIONS:
-        found: dict[int, Candidate] = {}
-        solved = obs.solve(
-            weight, statistics.second, statistics.mean, levels, width=site.column.width, damping=damping
-        )
-        for level in solved:
-            bias = (own + level.shift).float()
-            found[len(level.kept)] = Candidate(level.kept, level.weight.float(), bias, level.error)
-        return found
-    ranked = SELECTIONS[score](weight, statistics, site.column.width)
-    return {units: _selected(weight, own, ranked, statistics, units, site.column.width) for units in levels}
+    bias = products(model, site).bias  # its own, or one that it gained when it was pruned before
+    own = torch.zeros(len(weight)) if bias is None else bias
+    levels = sorted({option.units for option in options if option.units is not None})
+    if score in SELECTIONS:
+        width = site.column.width
+        ranked = SELECTIONS[score](weight, statistics, width)
+        cut = {units: _selected(weight, own, ranked, statistics, units, width) for units in levels}
+    else:
+        cut = _solved(weight, own, site, statistics, levels, damping)
+    uncut = Removal(torch.arange(site.units), weight.float(), own.float().clone())
+    made = {}
+    for option in options:
+        removal, error = (uncut, 0.0) if option.units is None else cut[option.units]
+        if option.form != "dense":
+            removal, more = forms.treat(model, site, option, removal, statistics, damping)
+            error = 1 - (1 - min(error, 1.0)) * (1 - min(more, 1.0))
+        made[option.key] = (removal, error)
+    return made
+
+
+def _solved(
+    weight: Tensor, own: Tensor, site: Site, statistics: Statistics, levels: Sequence[int], damping: float
+) -> dict[int, Candidate]:
+    """Structured removal at every level, with the writer refitted."""
+    found: dict[int, Candidate] = {}
+    width = site.column.width
+    for level in obs.solve(weight, statistics.second, statistics.mean, levels, width=width, damping=damping):
+        bias = (own + level.shift).float()
+        found[len(level.kept)] = (Removal(level.kept, level.weight.float(), bias), level.error)
+    return found
 
 
 def _selected(
@@ -150,7 +185,8 @@ def _selected(
     # Nothing makes up for the mean here, so the lost mean is damage too.
     damage = float(((lost @ statistics.second) * lost).sum())
     total = float(((weight @ centered) * weight).sum())
-    return Candidate(kept, weight[:, stay].float(), own.float().clone(), damage / total if total > 0 else 0.0)
+    removal = Removal(kept, weight[:, stay].float(), own.float().clone())
+    return removal, damage / total if total > 0 else 0.0
 
 
 def _taylor(_: Tensor, statistics: Statistics, width: int) -> Tensor:

@@ -84,7 +84,8 @@ class Site(Document):
 
     `writer` is the state-dict name of the weight whose input columns the units own (attention output
     projection, second feed-forward matrix): the one matrix that is updated, all others are sliced.
-    `bias` is the writer's bias, or None. `batch` and `tokens` are those of the example inputs.
+    `bias` is the writer's bias, or None. `batch` and `tokens` are those of the example inputs; `past` is
+    how many tokens more a cache holds that attention looks at.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Site(Document):
     drop: Drop | None = None
     batch: int = Field(default=1, ge=1)
     tokens: int = Field(default=1, ge=1)
+    past: int = Field(default=0, ge=0)
     head_dim: int = Field(default=0, ge=0)
     queries: int = Field(default=1, ge=1)
     gated: bool = False
@@ -125,6 +127,12 @@ class Site(Document):
                 total += product.inner_per_unit * product.out
         return total
 
+    def step(self) -> "Site":
+        """The site in decoding: one new token for every sequence, after as many as the example has."""
+        matmuls = tuple(m.model_copy(update={"rows": self.batch}) for m in self.matmuls)
+        past = self.tokens if self.kind == "heads" else 0
+        return self.model_copy(update={"matmuls": matmuls, "tokens": 1, "past": past})
+
     @property
     def shape(self) -> str:
         """A key shared by sites that cost the same: everything that sets the time, no names."""
@@ -132,17 +140,84 @@ class Site(Document):
             f"{m.rows}x{m.out}x{m.inner}:{m.out_per_unit}:{m.inner_per_unit}:{int(m.bias)}"
             for m in self.matmuls
         )
-        heads = f"{self.batch}x{self.tokens}:{self.head_dim}:{self.queries}:{int(self.causal)}"
+        seen = f"{self.tokens}+{self.past}" if self.past else f"{self.tokens}"
+        heads = f"{self.batch}x{seen}:{self.head_dim}:{self.queries}:{int(self.causal)}"
         return f"{self.kind}|{self.units}|{products}|{heads}|{self.activation}:{int(self.gated)}"
 
 
 class Option(Document):
-    """What may be done to a site; the default leaves it dense. `units` None keeps all, 0 drops it."""
+    """What may be done to a site; the default leaves it dense. `units` None keeps all, 0 drops it.
+
+    `pattern` says where weights of the site's products are zero ("dense", "2:4", or
+    "block:32x128@0.25": blocks of 32 outputs x 128 inputs, a quarter of them kept), `rank` adds a product
+    of two thin factors, `precision` is what the products run in.
+    """
 
     units: int | None = Field(default=None, ge=0)
     pattern: str = "dense"
     rank: int = Field(default=0, ge=0)
     precision: str = "fp32"
+
+    @property
+    def form(self) -> str:
+        """How the products run, whatever the units; "dense" when nothing but units is taken.
+
+        >>> Option(units=4, pattern="block:32x32@0.5", rank=8).form
+        'block:32x32@0.5+rank:8'
+        """
+        parts = [
+            *([self.pattern] if self.pattern != "dense" else []),
+            *([f"rank:{self.rank}"] if self.rank else []),
+            *([self.precision] if self.precision != "fp32" else []),
+        ]
+        return "+".join(parts) or "dense"
+
+    @property
+    def key(self) -> str:
+        """Units and form in one word, for files.
+
+        >>> Option(units=4).key, Option(precision="int8-dynamic").key
+        ('4 dense', 'all int8-dynamic')
+        """
+        return f"{'all' if self.units is None else self.units} {self.form}"
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that the pattern keeps.
+
+        >>> Option(pattern="2:4").density, Option(pattern="block:32x32@0.25").density
+        (0.5, 0.25)
+        """
+        if self.pattern == "dense":
+            return 1.0
+        return 0.5 if self.pattern == "2:4" else float(self.pattern.rpartition("@")[2])
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Outputs and inputs of one block of the pattern.
+
+        >>> Option(pattern="block:32x128@0.25").block
+        (32, 128)
+        """
+        rows, _, columns = self.pattern.removeprefix("block:").partition("@")[0].partition("x")
+        return int(rows), int(columns)
+
+    @classmethod
+    def of(cls, form: str, units: int | None) -> "Option":
+        """The option of a form at some units: what `form` and `units` of it were.
+
+        >>> Option.of("block:32x32@0.5+rank:8", 4) == Option(units=4, pattern="block:32x32@0.5", rank=8)
+        True
+        """
+        found: dict[str, str | int] = {}
+        for part in form.split("+"):
+            if part.startswith("rank:"):
+                found["rank"] = int(part.removeprefix("rank:"))
+            elif part.startswith("block:") or part in ("2:4", "dense"):
+                found["pattern"] = part
+            else:
+                found["precision"] = part
+        return cls.model_validate({"units": units, **found})
 
 
 class Candidate(Document):

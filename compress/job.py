@@ -1,17 +1,22 @@
 """What every stage of a compilation needs: the request, the model, its sites, and where results go."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from torch import nn
+
 from compress import analyze, artifact, profiles
 from compress.analyze import Sites
 from compress.errors import CompressError
+from compress.export import decoder
 from compress.export.place import Place, place_of
+from compress.export.runners import Array
 from compress.ir import Site
 from compress.recipe import Recipe, to_toml
 from compress.report import Stage
@@ -48,7 +53,10 @@ class Stages:
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation. `model_key` names the model and shapes, `key` also data and options."""
+    """One compilation. `model_key` names the model and shapes, `key` also data and options.
+
+    `sites` are at the shape of the phase that was asked for, so that they cost what a run of it costs.
+    """
 
     recipe: Recipe
     task: Task
@@ -67,9 +75,13 @@ class Job:
         found = place_of(self.profile, self.recipe.bench.threads)
         if found is None:
             return None
-        task, shapes = self.task, self.recipe.shapes
-        inputs = {name: value.numpy() for name, value in task.example(shapes.batch, shapes.tokens).items()}
-        return found.suited(task.model, task.logits, task.output_name, inputs)
+        return found.suited(self.task.model, self.task.logits, self.task.output_name, self.prompt)
+
+    @property
+    def prompt(self) -> dict[str, Array]:
+        """The inputs that are timed, as arrays."""
+        example = self.task.example(self.recipe.shapes.batch, self.recipe.shapes.tokens)
+        return {name: tensor.numpy() for name, tensor in example.items()}
 
     @property
     def here(self) -> bool:
@@ -77,9 +89,25 @@ class Job:
         return self.place is not None
 
     @property
+    def file(self) -> Path:
+        """The file that ships."""
+        return Path(self.recipe.out) / "model.onnx"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether files of this job hold a key-value cache, and two phases are timed."""
+        return decodes(self.task)
+
+    @property
     def asked(self) -> float | None:
         """The speedup that was asked for, None for a budget of another kind."""
         return self.recipe.budget.speedup
+
+    def on(self, model: nn.Module) -> "Job":
+        """The same job with another model of the same shapes in the place of the dense one."""
+        task = copy.copy(self.task)
+        task.model = model
+        return replace(self, task=task, key=artifact.digest(self.key, *fingerprint(model)))
 
 
 def prepare(recipe: Recipe, progress: Progress) -> Job:
@@ -104,7 +132,12 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
             tokens=recipe.shapes.tokens if recipe.task == "text-generation" else None,
         )
         batches = tuple(task.batches("calibration", wanted.batch, wanted.samples))
-    model_key = artifact.digest(*_fingerprint(task), recipe.shapes)
+    model_key = artifact.digest(*fingerprint(task.model), recipe.shapes)
+    if recipe.shapes.phase == "decode" and not decodes(task):
+        raise CompressError(
+            f"--phase decode asks for the time of a token after others, but {task.name} with "
+            f"{type(task.model).__name__} has no key-value cache to decode with; leave out --phase"
+        )
     example = task.example(recipe.shapes.batch, recipe.shapes.tokens)
     with stages("find sites"):
         found = artifact.saved(
@@ -119,20 +152,27 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
             f"  {found.fallback or '; '.join(reasons) or nothing}\n"
             "  `compress inspect MODEL` lists what was looked at."
         )
-    content = [_content(batch) for batch in batches]
-    key = artifact.digest(model_key, wanted, recipe.options, *content)
+    if recipe.shapes.phase == "decode":
+        sites = tuple(site.step() for site in sites)
+    seen = [content(batch) for batch in batches]
+    key = artifact.digest(model_key, wanted, recipe.options, *seen)
     artifact.write_text(folder / "recipe.toml", to_toml(recipe))
     return Job(recipe, task, profile, folder, stages, model_key, key, found, sites, batches)
 
 
-def _fingerprint(task: Task) -> list[bytes | str]:
+def decodes(task: Task) -> bool:
+    """Whether the files of a task hold a key-value cache."""
+    return task.name == "text-generation" and decoder.takes_cache(task.model)
+
+
+def fingerprint(model: nn.Module) -> list[bytes | str]:
     """The names and contents of the model's tensors."""
-    parts: list[bytes | str] = [type(task.model).__name__]
-    for name, tensor in task.model.state_dict().items():
+    parts: list[bytes | str] = [type(model).__name__]
+    for name, tensor in model.state_dict().items():
         parts += [name, str(tuple(tensor.shape)), tensor.detach().contiguous().numpy().tobytes()]
     return parts
 
 
-def _content(batch: Batch) -> str:
+def content(batch: Batch) -> str:
     """A hash of one batch as the model receives it."""
     return artifact.digest(*[t.contiguous().numpy().tobytes() for t in batch.inputs.values()])

@@ -2,21 +2,23 @@
 
 Predicted and measured time differ by what tables cannot know. The loop therefore times every plan it
 chooses and moves the budget by what it finds, until the measured speedup lies inside the window
-`[asked, 1.05 asked]`, or the cheapest plan there is was measured and found too slow.
+`[asked, 1.05 asked]`, or the cheapest plan there is was measured and found too slow. A machine whose
+timings differ by more than the window would turn it for ever: after three turns anything fast enough will do.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from compress import search
 from compress.errors import CompressError
-from compress.ir import Document, Whole
+from compress.ir import Document, Option, Whole
 from compress.search import Choices, Menu, UnreachableError
 
 WINDOW = 1.05
+PATIENT = 3  # turns after which a plan that is faster than the window asks for will do
 AIM = 1.022  # where in the window to aim: a timer's noise on either side stays inside
 Progress = Callable[[int, int], None]
 
@@ -31,11 +33,11 @@ class Timing(Document):
 
 
 class Round(Document):
-    """One turn of the loop. `limit_ms` bounds the predicted time of the plan, `choices` are units."""
+    """One turn of the loop. `limit_ms` bounds the predicted time of the plan, `choices` are by site."""
 
     limit_ms: float
     predicted_ms: float
-    units: dict[str, int | None]
+    choices: dict[str, Option]
     loss: float
     timing: Timing | None = None
 
@@ -60,16 +62,15 @@ class Rounds(Document):
 
 @dataclass(frozen=True)
 class Menus:
-    """The options of every site, thrice described: units kept, prior error, and loss.
+    """The options of every site with their costs, and with two views of what they damage.
 
-    `units[i][j]` is what option j of site i keeps (None: all), `prior[i]` holds costs with the layer
-    error, `scaled[i]` the same costs with the loss of the stitched model. `whole` makes of the sum of
-    costs the time of the model.
+    `prior[i]` holds the costs of `options[i]` with the layer error, `scaled[i]` the same costs with the
+    loss of the stitched model. `whole` makes of the sum of costs the time of the model.
     """
 
     names: tuple[str, ...]
     kinds: tuple[str, ...]
-    units: tuple[tuple[int | None, ...], ...]
+    options: tuple[tuple[Option, ...], ...]
     totals: tuple[int, ...]
     prior: tuple[Menu, ...]
     scaled: tuple[Menu, ...]
@@ -79,15 +80,20 @@ class Menus:
         """Predicted time of the whole model."""
         return self.whole.latency_ms(search.total(self.prior, choices)[0])
 
-    def indices(self, units: dict[str, int | None]) -> Choices:
-        """The choices that keep these units."""
-        return tuple(options.index(units[name]) for name, options in zip(self.names, self.units, strict=True))
+    @property
+    def dense(self) -> Choices:
+        """The choices that leave everything as it is."""
+        return tuple(options.index(Option()) for options in self.options)
 
-    def named(self, choices: Choices) -> dict[str, int | None]:
-        """Units kept by site name."""
-        return {
-            name: units[option] for name, units, option in zip(self.names, self.units, choices, strict=True)
-        }
+    def indices(self, choices: Mapping[str, Option]) -> Choices:
+        """The choices as positions in the menus."""
+        pairs = zip(self.names, self.options, strict=True)
+        return tuple(options.index(choices[name]) for name, options in pairs)
+
+    def named(self, choices: Choices) -> dict[str, Option]:
+        """The chosen options by site name."""
+        triples = zip(self.names, self.options, choices, strict=True)
+        return {name: options[choice] for name, options, choice in triples}
 
     def cheapest(self) -> Choices:
         """The fastest plan there is."""
@@ -124,8 +130,8 @@ def choose(
     room = menus.whole.room_ms(limit_ms)
     if effort.uniform:
         shares = [
-            np.array([1.0 if u is None else u / total for u in units])
-            for units, total in zip(menus.units, menus.totals, strict=True)
+            np.array([1.0 if option.units is None else option.units / total for option in options])
+            for options, total in zip(menus.options, menus.totals, strict=True)
         ]
         choices = search.uniform(menus.prior, shares, room)
         return choices, judge(choices)
@@ -150,7 +156,7 @@ def close(
     dense_ms: float,
     judge: Callable[[Choices], float],
     effort: Effort,
-    time_plan: Callable[[dict[str, int | None]], Timing],
+    time_plan: Callable[[dict[str, Option]], Timing],
     *,
     rounds: int,
     stored: Rounds,
@@ -165,7 +171,7 @@ def close(
         dense_ms: measured latency of the dense model, which the predictions refer to.
         judge: the stitched model's loss of a choice.
         effort: how hard to search; later turns search a third as long, from the last plan.
-        time_plan: builds a plan (units by site name) and times it against the dense model.
+        time_plan: builds a plan (options by site name) and times it against the dense model.
         rounds: turns at most.
         stored: turns of an interrupted run.
         keep: called after every turn with all turns so far.
@@ -175,8 +181,8 @@ def close(
         CompressError: the fastest plan was measured and is too slow; it says what is reachable.
     """
     history = stored
-    known = [menus.indices(turn.units) for turn in history.rounds]
-    while len(history.rounds) < rounds and not _inside(history, asked):
+    known = [menus.indices(turn.choices) for turn in history.rounds]
+    while len(history.rounds) < rounds and not _enough(history, asked):
         limit_ms = _limit_ms(history, asked, dense_ms)
         first = not history.rounds
         work = (
@@ -194,7 +200,7 @@ def close(
         turn = Round(
             limit_ms=limit_ms,
             predicted_ms=menus.latency_ms(choices),
-            units=menus.named(choices),
+            choices=menus.named(choices),
             loss=loss,
             timing=timing,
         )
@@ -208,8 +214,13 @@ def close(
     return history
 
 
-def _inside(history: Rounds, asked: float) -> bool:
-    return bool(history.rounds) and asked <= history.rounds[-1].speedup <= asked * WINDOW
+def _enough(history: Rounds, asked: float) -> bool:
+    """The last plan lies in the window; or several were tried, and one of them is fast enough."""
+    if not history.rounds:
+        return False
+    inside = asked <= history.rounds[-1].speedup <= asked * WINDOW
+    tried = len(history.rounds) >= PATIENT
+    return inside or (tried and any(turn.speedup >= asked for turn in history.rounds))
 
 
 def _limit_ms(history: Rounds, asked: float, dense_ms: float) -> float:

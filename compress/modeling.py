@@ -146,6 +146,10 @@ def restate_widths(model: nn.Module) -> None:
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.Embedding):
             module.num_embeddings, module.embedding_dim = module.weight.shape
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+            module.normalized_shape = tuple(module.weight.shape)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            module.out_channels = module.weight.shape[0]
         elif type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):
             for attribute, width in zip(("nx", "nf"), module.weight.shape, strict=True):
                 setattr(module, attribute, width)

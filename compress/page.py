@@ -191,6 +191,7 @@ def rows(report: Report) -> list[Row]:
     count = _percent(dense.parameters, now.parameters)
     return [
         *_latency_rows(report),
+        *_phase_rows(report),
         Row(metric, score_text(metric, dense.score), score_text(metric, now.score), _lost(report)),
         Row("parameters", f"{dense.parameters:,}", f"{now.parameters:,}", count),
         Row("weights", *_change(dense.weight_bytes / 1e6, now.weight_bytes / 1e6, "MB")),
@@ -233,6 +234,26 @@ def _latency_rows(report: Report) -> list[Row]:
         *table,
         Row("latency, deviation", *spread),
         Row("runs", f"{dense.runs:,}", f"{now.runs:,}", ""),
+    ]
+
+
+def _phase_rows(report: Report) -> list[Row]:
+    """Both phases of a decoder, whichever was asked for."""
+    found = report.phases
+    if found is None:
+        return []
+    told = (
+        ("time to first token", found.ttft, found.dense.ttft_ms, found.compressed.ttft_ms),
+        ("time per token", found.per_token, found.dense.per_token_ms, found.compressed.per_token_ms),
+    )
+    return [
+        Row(
+            f"{label}, median",
+            f"{digits(dense.p50)} ms",
+            f"{digits(now.p50)} ms",
+            "{:.2f}x [{:.2f}, {:.2f}]".format(ratio.speedup, *ratio.interval95),
+        )
+        for label, ratio, dense, now in told
     ]
 
 

@@ -1,20 +1,24 @@
 """The whole compilation as one readable function: what is asked, measured, chosen, built and proved.
 
-    job -> costs -> candidates -> (plan -> file -> timing)* -> refit -> file -> proof
+    job -> costs -> candidates -> (plan -> file -> timing)* -> refit -> file -> recovery -> file -> proof
 
 Every arrow leaves an artifact in `<out>/compression/`, stored with the hash of what it was made from:
 a second run takes up whatever is still valid, and a killed run loses at most the stage it was in.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from compress import artifact, choosing, page, power, proof, store, surgery, thrift
+from compress import artifact, choosing, files, page, power, proof, quantize, recovery, store, surgery, thrift
 from compress.bench import FINAL_BLOCKS, Comparison
 from compress.choosing import TimePlan
 from compress.errors import CompressError
-from compress.export import onnx
+from compress.export import forms
+from compress.export.place import Place
+from compress.ir import Option
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus, Round, Rounds, Timing
 from compress.power import Prices
@@ -28,51 +32,75 @@ from compress.surgery import Removal
 ATTEMPTS = 3
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A finished compilation: the report, the model that it is about, and the units kept by site."""
+
+    job: Job
+    report: Report
+    model: nn.Module
+    kept: dict[str, Tensor]
+
+
 def run(recipe: Recipe, progress: Progress) -> Report:
     """Compile the recipe's model to its budget on its target; everything lands in `recipe.out`.
 
     Raises:
         CompressError: the request cannot be carried out; the message says what can.
     """
-    job = prepare(recipe, progress)
+    return compiled(prepare(recipe, progress)).report
+
+
+def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
+    """Carry out a job; pruning begins at `start`, a model of the dense shapes, where one is given.
+
+    Costs, the teacher and the baseline of the proof are the dense model's whatever the start.
+    """
+    pruned = job if start is None else job.on(start)
     costs = price(job)
     asked = asked_speedup(job, costs)
-    prices = power.price(job, costs) if recipe.budget.name in power.ASKED else None
+    prices = power.price(job, costs) if job.recipe.budget.name in power.ASKED else None
     if prices is not None:
         power.limit_mj(job, costs, prices)  # what cannot be had is told before anything is computed
-    errors = choosing.candidates(job, costs)
-    menus = choosing.menus_of(job, costs, errors)
-    judge = choosing.judge_of(job, menus)
-    menus = choosing.weigh(job, menus, judge)
+    errors = choosing.candidates(pruned, costs)
+    menus = choosing.menus_of(pruned, costs, errors)
+    judge = choosing.judge_of(pruned, menus)
+    menus = choosing.weigh(pruned, menus, judge)
     rounds = Rounds()
     for _ in range(ATTEMPTS):
         if prices is not None:
-            turn = thrift.choose(job, costs, menus, judge, prices, meter_plan(job, prices))
+            turn = thrift.choose(pruned, costs, menus, judge, prices, meter_plan(pruned, prices))
             rounds = Rounds(rounds=(turn,))
         else:
-            rounds, turn = choose(job, costs, menus, judge, asked, rounds)
-        model, notes = build(job, turn, judge)
-        file = Path(recipe.out) / "model.onnx"
-        comparison = _proof_timing(job, model, file)
+            rounds, turn = choose(pruned, costs, menus, judge, asked, rounds)
+        model, removals, notes = build(pruned, turn, judge)
+        comparison = _proof_timing(job, model)
         if comparison is None or proof.timing(comparison).speedup >= asked:
             break
         rounds = _with_timing(rounds, turn, proof.timing(comparison))
+    if start is not None:
+        notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
+    if job.recipe.recovery.mode != "none":
+        notes += recovery.recover(job, model, removals)
+        save(job, turn, model, removals)
+        comparison = _proof_timing(job, model)
     result = proof.assemble(
         job,
         costs,
         menus,
         rounds,
         turn,
-        {"dense": (job.task.model, job.folder / "dense.onnx"), "compressed": (model, file)},
+        {"dense": (job.task.model, job.folder / "dense.onnx"), "compressed": (model, job.file)},
+        removals,
         comparison,
         notes,
         prices,
     )
     artifact.store(job.folder / "plan.json", job.key, choosing.plan_of(job, menus, turn))
     page.write(result, job.folder)
-    card = page.card(result, name=Path(recipe.model or "compress-demo").name)
-    artifact.write_text(Path(recipe.out) / "README.md", card)
-    return result
+    card = page.card(result, name=Path(job.recipe.model or "compress-demo").name)
+    artifact.write_text(Path(job.recipe.out) / "README.md", card)
+    return Compiled(job, result, model, {name: removal.kept for name, removal in removals.items()})
 
 
 def asked_speedup(job: Job, costs: Costs) -> float:
@@ -115,11 +143,8 @@ def meter_plan(job: Job, prices: Prices) -> thrift.Meter | None:
     if place is None or prices.source != "measured":
         return None
 
-    def act(units: dict[str, int | None]) -> float | None:
-        file = job.folder / "trial.onnx"
-        model = surgery.shrink(job.task.model, job.sites, choosing.removals_of(job, units))
-        if place.by_file:
-            export(job, model, file)
+    def act(choices: Mapping[str, Option]) -> float | None:
+        model, file = _trial(job, place, choices)
         used = power.metered(job, model, file)
         file.unlink(missing_ok=True)
         return None if used is None else used.energy_mj
@@ -127,16 +152,23 @@ def meter_plan(job: Job, prices: Prices) -> thrift.Meter | None:
     return act
 
 
+def _trial(job: Job, place: Place, choices: Mapping[str, Option]) -> tuple[nn.Module, Path]:
+    """A plan as a model, and as a file where it is the file that is timed."""
+    file = job.folder / "trial.onnx"
+    removals = choosing.removals_of(job, choices)
+    model = surgery.shrink(job.task.model, job.sites, removals)
+    if place.by_file:
+        export(job, model, file, removals)
+    return model, file
+
+
 def time_plan(job: Job) -> TimePlan:
-    """A function that builds a plan, as a file where files are timed, and times it against the dense one."""
+    """A function that builds a plan and times it against the dense model."""
     place = job.place
     assert place is not None, "only what is here is timed"
 
-    def act(units: dict[str, int | None]) -> Timing:
-        file = job.folder / "trial.onnx"
-        model = surgery.shrink(job.task.model, job.sites, choosing.removals_of(job, units))
-        if place.by_file:
-            export(job, model, file)
+    def act(choices: dict[str, Option]) -> Timing:
+        model, file = _trial(job, place, choices)
         found = proof.timing(proof.compare(job, place, model, file, blocks=job.recipe.bench.blocks))
         file.unlink(missing_ok=True)
         job.stages.progress.say(f"measured {found.speedup:.2f}x")
@@ -145,27 +177,31 @@ def time_plan(job: Job) -> TimePlan:
     return act
 
 
-def export(job: Job, model: nn.Module, file: Path) -> None:
-    """Write one model of the job as ONNX."""
+def export(job: Job, model: nn.Module, file: Path, removals: Mapping[str, Removal]) -> None:
+    """Write one compressed model of the job as ONNX, its products in the forms of the plan."""
     with job.stages(f"export {file.stem}"):
-        example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-        onnx.export(model, example, file, output_name=job.task.output_name, logits=job.task.logits)
+        files.write(job, model, file, lower=lambda graph: forms.lower(graph, job.sites, removals))
 
 
-def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, list[str]]:
-    """The finished model, saved as a directory and as ONNX; and what is worth a note."""
-    removals = choosing.removals_of(job, turn.units)
+def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, dict[str, Removal], list[str]]:
+    """The finished model, saved as a directory and as ONNX; what was removed, and what is worth a note."""
+    removals = choosing.removals_of(job, turn.choices)
     notes = []
     if job.recipe.calibration.refit and job.recipe.options.score == "obs":
         removals, note = _refitted(job, removals, turn, judge)
         notes.append(note)
     model = surgery.shrink(job.task.model, job.sites, removals)
+    save(job, turn, model, removals)
+    return model, removals, notes
+
+
+def save(job: Job, turn: Round, model: nn.Module, removals: Mapping[str, Removal]) -> None:
+    """Write the finished model as a directory, and as the ONNX file that ships."""
     out = Path(job.recipe.out)
-    units = {name: kept for name, kept in turn.units.items() if kept is not None}
+    units = {name: option.units for name, option in turn.choices.items() if option.units is not None}
     store.save(model, job.sites, units, out)
     job.task.save_files(out)
-    export(job, model, out / "model.onnx")
-    return model, notes
+    export(job, model, job.file, removals)
 
 
 def _refitted(
@@ -181,7 +217,8 @@ def _refitted(
             damping=job.recipe.calibration.damping,
             progress=tick,
         )
-        found = judge.of(surgery.mask(job.task.model, job.sites, better))
+        small = surgery.shrink(job.task.model, job.sites, better)
+        found = judge.of(quantize.emulated(small, job.sites, better))
     if found < turn.loss:
         return (
             better,
@@ -190,11 +227,11 @@ def _refitted(
     return removals, f"Sequential refit not used: divergence {turn.loss:.4g} would become {found:.4g}"
 
 
-def _proof_timing(job: Job, model: nn.Module, file: Path) -> Comparison | None:
+def _proof_timing(job: Job, model: nn.Module) -> Comparison | None:
     """The shipped model against the dense one; None when this machine is not the target."""
     if job.place is None:
         return None
-    return proof.compare(job, job.place, model, file, blocks=FINAL_BLOCKS * job.recipe.bench.blocks)
+    return proof.compare(job, job.place, model, job.file, blocks=FINAL_BLOCKS * job.recipe.bench.blocks)
 
 
 def _with_timing(rounds: Rounds, turn: Round, timing: Timing) -> Rounds:

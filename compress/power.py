@@ -9,18 +9,20 @@ idle power and, above it, the energy of one run `rate_hz` times a second. A devi
 its full power whatever the model, so a power budget without a rate has no answer.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
-from compress import artifact, energy, roofline
+from compress import artifact, energy, files, roofline
 from compress.energy import Energy
 from compress.errors import CompressError
-from compress.ir import Document, Source
+from compress.ir import Document, Option, Site, Source
 from compress.job import Job
-from compress.loop import Menus
+from compress.loop import Menus, Round
 from compress.pricing import Costs
+from compress.profiles import Profile
 from compress.roofline import STALLED
 from compress.search import Menu
 
@@ -28,12 +30,12 @@ ASKED = ("energy_mj", "power_w")
 
 
 class Prices(Document):
-    """Energy above idle in millijoules: `rows[site][units]`, and `fixed_mj` outside every site.
+    """Energy above idle in millijoules: `rows[site][option.key]`, and `fixed_mj` outside every site.
 
     `idle_w` is what the device draws with nothing to do; None where nobody states it.
     """
 
-    rows: dict[str, dict[int, float]]
+    rows: dict[str, dict[str, float]]
     fixed_mj: float
     idle_w: float | None
     source: Source
@@ -42,13 +44,11 @@ class Prices(Document):
     @property
     def dense_mj(self) -> float:
         """One run of the dense model."""
-        return self.fixed_mj + sum(max(row.values()) for row in self.rows.values())
+        return self.fixed_mj + sum(row[Option().key] for row in self.rows.values())
 
-    def of(self, units: dict[str, int | None]) -> float:
+    def of(self, choices: Mapping[str, Option]) -> float:
         """One run of a plan."""
-        return self.fixed_mj + sum(
-            row[max(row) if units[name] is None else units[name] or 0] for name, row in self.rows.items()
-        )
+        return self.fixed_mj + sum(row[choices[name].key] for name, row in self.rows.items())
 
     def average_w(self, energy_mj: float, rate_hz: float) -> float | None:
         """Power at a rate of runs, None where idle is not known."""
@@ -57,16 +57,11 @@ class Prices(Document):
 
 def metered(job: Job, model: nn.Module, file: Path) -> Energy | None:
     """Energy of one run on this machine, where it was asked for and a counter exists."""
-    place, task = job.place, job.task
+    place = job.place
     if place is None or job.recipe.budget.name not in ASKED:
         return None
-    example = task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-    with (
-        job.stages(f"energy {file.stem}"),
-        place.runner(model, file, task.logits, task.output_name) as runner,
-    ):
-        run = runner.timed({name: tensor.numpy() for name, tensor in example.items()})
-        return energy.measure_energy(run, meter=place.meter())
+    with job.stages(f"energy {file.stem}"), files.opened(job, place, model, file) as runner:
+        return energy.measure_energy(files.timed(job, runner), meter=place.meter())
 
 
 def price(job: Job, costs: Costs) -> Prices:
@@ -96,8 +91,8 @@ def priced(job: Job, costs: Costs, used: Energy | None) -> Prices:
         )
     rows = {
         site.name: {
-            units: ms * _watts(roofline.above_idle_w(site, units, profile, threads=threads))
-            for units, ms in costs.rows[site.name].items()
+            option.key: costs.latency_ms(site, option) * _watts(_drawn_w(site, option, profile, threads))
+            for option in costs.options(site)
         }
         for site in job.sites
     }
@@ -114,12 +109,18 @@ def priced(job: Job, costs: Costs, used: Energy | None) -> Prices:
         return found
     level = used.energy_mj / found.dense_mj
     return Prices(
-        rows={name: {units: mj * level for units, mj in row.items()} for name, row in rows.items()},
+        rows={name: {key: mj * level for key, mj in row.items()} for name, row in rows.items()},
         fixed_mj=found.fixed_mj * level,
         idle_w=used.idle_w,
         source="measured",
         meter=used.meter,
     )
+
+
+def _drawn_w(site: Site, option: Option, profile: Profile, threads: int) -> float | None:
+    """Modelled power of a site; how a product is formed changes its time, hardly its power."""
+    units = site.units if option.units is None else option.units
+    return roofline.above_idle_w(site, units, profile, threads=threads)
 
 
 def _watts(modelled: float | None) -> float:
@@ -164,7 +165,8 @@ def _power_limit_mj(job: Job, prices: Prices) -> float:
 def _keeps_up(job: Job, costs: Costs) -> None:
     """Refuse a rate that the fastest plan there is cannot answer."""
     rate_hz = job.recipe.budget.rate_hz or 0.0
-    least_ms = costs.whole.latency_ms(sum(min(row.values()) for row in costs.rows.values()))
+    fastest = (min(costs.latency_ms(site, one) for one in costs.options(site)) for site in job.sites)
+    least_ms = costs.whole.latency_ms(sum(fastest))
     if least_ms * rate_hz > 1e3:
         raise CompressError(
             f"--rate-hz {rate_hz:g} leaves {1e3 / rate_hz:.3g} ms for a run; the fastest plan takes "
@@ -180,8 +182,29 @@ def _flag(job: Job) -> str:
 
 def menus(menus: Menus, prices: Prices) -> tuple[Menu, ...]:
     """The options of every site at their energies, with the losses of the model."""
-    totals = dict(zip(menus.names, menus.totals, strict=True))
     return tuple(
-        Menu(np.array([prices.rows[name][totals[name] if u is None else u] for u in units]), menu.error)
-        for name, units, menu in zip(menus.names, menus.units, menus.scaled, strict=True)
+        Menu(np.array([prices.rows[name][option.key] for option in options]), menu.error)
+        for name, options, menu in zip(menus.names, menus.options, menus.scaled, strict=True)
     )
+
+
+def average_w(used: Energy | None, rate_hz: float | None) -> float | None:
+    """Power that a counter's energy makes at a rate of runs, None without either."""
+    if used is None or used.idle_w is None or rate_hz is None:
+        return None
+    return used.idle_w + used.energy_mj * rate_hz / 1e3
+
+
+def predicted_mj(job: Job, turn: Round, prices: Prices | None) -> float | None:
+    """Energy of one run of a plan, an estimate: by its prices, or by the power envelope alone."""
+    if prices is not None:
+        return prices.of(turn.choices)
+    return energy.energy_above_idle_mj(turn.predicted_ms, job.profile, job.recipe.bench.threads)
+
+
+def predicted_w(job: Job, turn: Round, prices: Prices | None) -> float | None:
+    """Average power at the rate that was asked for, an estimate."""
+    rate_hz = job.recipe.budget.rate_hz
+    if prices is None or rate_hz is None:
+        return None
+    return prices.average_w(prices.of(turn.choices), rate_hz)

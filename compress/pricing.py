@@ -4,26 +4,32 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import Field
 from torch import nn
 
-from compress import anchor, artifact, bench, cost, profiles, roofline
+from compress import anchor, artifact, bench, cost, files, forms, profiles, roofline
 from compress.cost import Rows, Table
-from compress.export import blocks, cuda, onnx, runners
+from compress.export import blocks, cuda, runners
 from compress.export.place import Place
-from compress.ir import Document, Site, Source, Whole
+from compress.ir import Document, Option, Site, Source, Whole
 from compress.job import Job
 from compress.profiles import Profile
+
+FORM_LEVELS = 6  # widths timed in a form; between them its time is a line
+PAYS = 0.97  # of the plain site's time, above which a form is not worth its damage
 
 
 class Costs(Document):
     """Latencies in milliseconds on the target at the recipe's shapes.
 
-    `rows[site][units]` is the time that a site adds to a small model, `whole` makes of their sum the
-    time of the model: both measured when `source` says so.
+    `rows[site][form][units]` is the time that a site adds to a small model, `whole` makes of their sum
+    the time of the model: both measured when `source` says so. Only what pays is in `rows`;
+    `gains[site][form]` is the speedup of the uncut site in every form that was looked at.
     """
 
     whole: Whole
-    rows: dict[str, dict[int, float]]
+    rows: dict[str, dict[str, dict[int, float]]]
+    gains: dict[str, dict[str, float]] = Field(default_factory=dict)
     source: Source
 
     @property
@@ -36,16 +42,28 @@ class Costs(Document):
         """Time that lies outside every site."""
         return self.whole.fixed_ms
 
+    def latency_ms(self, site: Site, option: Option) -> float:
+        """What the site takes with the option."""
+        return self.rows[site.name][option.form][site.units if option.units is None else option.units]
+
+    def options(self, site: Site) -> tuple[Option, ...]:
+        """Everything that a site may become, the dense one first."""
+        return tuple(
+            Option.of(form, None if units == site.units else units)
+            for form, row in self.rows[site.name].items()
+            for units in sorted(row, reverse=True)
+        )
+
 
 def price(job: Job) -> Costs:
     """The costs of a job, measured on this machine or looked up for another one."""
     export_dense(job)
     levels = {site.name: wanted_levels(job, site) for site in job.sites}
-    machine = job.profile.name if job.place is None else job.place.fingerprint
+    place = job.place
+    machine = job.profile.name if place is None else place.fingerprint
     made_from = artifact.digest(job.model_key, machine, job.recipe.bench.threads, levels)
-    path, place = job.folder / "costs.json", job.place
     return artifact.saved(
-        path,
+        job.folder / "costs.json",
         Costs,
         made_from,
         lambda: _estimated(job, levels) if place is None else _measured(job, place, levels),
@@ -59,14 +77,7 @@ def export_dense(job: Job) -> Path:
     if path.is_file() and _stamp(path, job.model_key) == _read(stamp):
         return path
     with job.stages("export dense"):
-        example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-        onnx.export(
-            job.task.model,
-            example,
-            path,
-            output_name=job.task.output_name,
-            logits=job.task.logits,
-        )
+        files.write(job, job.task.model, path)
     artifact.write_text(stamp, json.dumps(_stamp(path, job.model_key)))
     return path
 
@@ -82,50 +93,84 @@ def _read(path: Path) -> object:
         return None
 
 
-def wanted_levels(job: Job, site: Site) -> list[int]:
-    """Units to price for one site, dense first; the recipe's fractions replace the grid."""
-    fractions = job.recipe.options.units
+def wanted_levels(job: Job, site: Site) -> dict[str, list[int]]:
+    """Units to price for one site by form, dense first; the recipe's fractions replace the grid."""
+    options = job.recipe.options
+    fractions = options.units
     align = job.profile.align_units if site.kind == "ffn" else 1
     if fractions is None:
         levels = cost.grid(site, align)
     else:
         levels = sorted({site.units, *(round(f * site.units) for f in fractions)}, reverse=True)
-    droppable = site.drop is not None and job.recipe.options.drop
-    return [units for units in levels if units > 0 or droppable]
+    droppable = site.drop is not None and options.drop
+    levels = [units for units in levels if units > 0 or droppable]
+    if "structure" not in options.moves:
+        levels = levels[:1]
+    wanted = {"dense": levels}
+    if job.place is not None and not job.place.by_file:
+        return wanted  # in torch only structure is built
+    for form in forms.of(site, options.moves, job.profile):
+        wanted[form] = forms.levels(site, form, levels)
+    return wanted
 
 
-def table_of(job: Job, place: Place, levels: Mapping[str, list[int]]) -> Table:
+def table_of(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]]) -> Table:
     """This machine's table; widths between the timed ones are interpolated."""
-    threads = place.threads
     sites = {site.shape: site for site in job.sites}
-    wanted = {site.shape: blocks.sample(levels[site.name]) for site in job.sites}
+    wanted = {
+        cost.row_key(site, form): blocks.sample(units, blocks.LEVELS if form == "dense" else FORM_LEVELS)
+        for site in job.sites
+        for form, units in levels[site.name].items()
+    }
 
     def measure(missing: dict[str, list[int]]) -> Rows:
         with job.stages("time sites") as tick:
             return blocks.measure(
-                list(sites.values()), missing, threads=threads, progress=tick, rig=place.rig()
+                list(sites.values()), missing, threads=place.threads, progress=tick, rig=place.rig()
             )
 
     return cost.obtain(place.empty_table(), wanted, measure)
 
 
-def _measured(job: Job, place: Place, levels: Mapping[str, list[int]]) -> Costs:
+def _measured(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
     """Times on this machine: a table of sites, brought to the level of whole models."""
     bench.check_threads(place.threads)
     table = table_of(job, place, levels)
     alone = {
         site.name: {
-            units: cost.price(site, units, profile=job.profile, table=table, threads=place.threads).latency_ms
-            for units in levels[site.name]
+            form: {
+                units: cost.price(
+                    site, Option.of(form, units), profile=job.profile, table=table, threads=place.threads
+                ).latency_ms
+                for units in row
+            }
+            for form, row in levels[site.name].items()
+            if form == "dense" or cost.row_key(site, form) in table.rows
         }
         for site in job.sites
     }
-    factor, whole = anchor.measure(job, place, alone)
-    rows = {
-        name: cost.thin({units: ms * factor for units, ms in prices.items()})
-        for name, prices in alone.items()
-    }
-    return Costs(whole=whole, rows=rows, source="measured")
+    factor, whole = anchor.measure(job, place, {name: rows["dense"] for name, rows in alone.items()})
+    return _costs(job, alone, factor, whole, "measured")
+
+
+def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
+    """The costs without what does not pay: a form that is no faster than the plain site at its units."""
+    rows: dict[str, dict[str, dict[int, float]]] = {}
+    gains: dict[str, dict[str, float]] = {}
+    for site in job.sites:
+        plain = alone[site.name]["dense"]
+        kept = {"dense": cost.thin({units: ms * factor for units, ms in plain.items()})}
+        gains[site.name] = {}
+        for form, row in alone[site.name].items():
+            if form == "dense" or not row:
+                continue
+            most = max(row)
+            gains[site.name][form] = plain[most] / row[most]
+            paying = {units: ms * factor for units, ms in row.items() if ms < PAYS * plain[units]}
+            if paying:
+                kept[form] = cost.thin(paying)
+        rows[site.name] = kept
+    return Costs(whole=whole, rows=rows, gains=gains, source=source)
 
 
 def shipped(profile: Profile) -> Table | None:
@@ -137,21 +182,26 @@ def shipped(profile: Profile) -> Table | None:
     return None
 
 
-def _estimated(job: Job, levels: Mapping[str, list[int]]) -> Costs:
+def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
     """Times for a device that is not here: from its shipped table where that knows a shape, else roofline."""
     profile, table = job.profile, shipped(job.profile)
     threads = 1 if table is None else table.threads
-    rows = {}
-    for site in job.sites:
-        prices = {
-            units: cost.price(site, units, profile=profile, table=table, threads=threads).latency_ms
-            for units in levels[site.name]
+    alone = {
+        site.name: {
+            form: {
+                units: cost.price(
+                    site, Option.of(form, units), profile=profile, table=table, threads=threads
+                ).latency_ms
+                for units in row
+            }
+            for form, row in levels[site.name].items()
         }
-        rows[site.name] = cost.thin(prices)
-    inside = sum(rows[site.name][site.units] for site in job.sites)
+        for site in job.sites
+    }
+    inside = sum(alone[site.name]["dense"][site.units] for site in job.sites)
     fixed_ms = _outside_ms(job)
     whole = Whole(inside_ms=(inside,), whole_ms=(inside + fixed_ms,))
-    return Costs(whole=whole, rows=rows, source="estimated")
+    return _costs(job, alone, 1.0, whole, "estimated")
 
 
 def _outside_ms(job: Job) -> float:

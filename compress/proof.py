@@ -1,5 +1,6 @@
 """What the shipped file really does: its latency, its answers, its score; gathered into the report."""
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,20 +9,24 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compress import __version__, bench, energy, power, report, search
+from compress import __version__, bench, cost, files, power, quantize, report, search
 from compress.bench import Comparison
-from compress.export import device, runners, verify
+from compress.export import decode, runners, verify
 from compress.export.place import Place
+from compress.ir import Option
 from compress.job import Job
 from compress.loop import Menus, Round, Rounds, Timing
 from compress.power import Prices
 from compress.pricing import Costs
+from compress.recipe import Phase
 from compress.report import (
     Chosen,
     Figures,
     FrontPoint,
     Measured,
     Parity,
+    Phases,
+    PhaseTimes,
     Predicted,
     Report,
     Samples,
@@ -30,30 +35,34 @@ from compress.report import (
     Target,
     Verdict,
 )
+from compress.surgery import Removal
+
+FLOAT = "fp32"  # the precision of exported weights without a form
+STEPS = 16  # tokens that are read one by one when a cache is verified
 
 
-def compare(job: Job, place: Place, model: nn.Module, file: Path, *, blocks: int) -> Comparison:
-    """The dense model and another one, timed in turn on the job's example: files, or modules on a GPU."""
-    wanted, task = job.recipe.bench, job.task
-    inputs = _inputs(job)
+def compare(
+    job: Job, place: Place, model: nn.Module, file: Path, *, blocks: int, phase: Phase | None = None
+) -> Comparison:
+    """The dense model and another one, timed in turn on the job's example, in the phase asked for.
+
+    On this processor the files are timed, on a GPU the modules.
+    """
+    wanted = job.recipe.bench
+    named = f"time {file.stem}" if phase is None else f"time {phase}"
     with (
-        place.runner(task.model, job.folder / "dense.onnx", task.logits, task.output_name) as dense,
-        place.runner(model, file, task.logits, task.output_name) as quick,
-        job.stages(f"time {file.stem}") as tick,
+        files.opened(job, place, job.task.model, job.folder / "dense.onnx") as dense,
+        files.opened(job, place, model, file) as quick,
+        job.stages(named) as tick,
     ):
         return bench.compare(
-            {"dense": dense.timed(inputs), "compressed": quick.timed(inputs)},
+            {"dense": files.timed(job, dense, phase), "compressed": files.timed(job, quick, phase)},
             blocks=blocks,
             block_ms=wanted.block_ms,
             threads=wanted.threads,
             seed=job.recipe.search.seed,
             progress=tick,
         )
-
-
-def _inputs(job: Job) -> dict[str, runners.Array]:
-    example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-    return {name: tensor.numpy() for name, tensor in example.items()}
 
 
 def timing(comparison: Comparison) -> Timing:
@@ -68,7 +77,10 @@ def timing(comparison: Comparison) -> Timing:
 
 
 def parity(job: Job, model: nn.Module, file: Path) -> Parity:
-    """The torch model against the file that ships, at several shapes, with padding.
+    """The torch model, low precision emulated, against the file that ships, at several padded shapes.
+
+    A decoder must agree both in one run and when it reads its input token by token; in low precision
+    only in one run, since inputs are rounded by the range of all that is seen at once.
 
     Raises:
         CompressError: they disagree by more than the tolerance.
@@ -81,33 +93,46 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
         found = verify.parity(
             reference, runner, verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
         )
-    return Parity(**found.model_dump())
+        rounded = any(isinstance(module, quantize.QuantizedLinear) for module in model.modules())
+        if rounded or not job.decodes:
+            return Parity(**found.model_dump())
+        few = verify.padded_examples(job.task.example, min(STEPS, job.recipe.shapes.tokens))
+        steps = verify.parity(reference, decode.Stepwise(runner, job.task.output_name), few)
+    return Parity(
+        max_abs_difference=max(found.max_abs_difference, steps.max_abs_difference),
+        tolerance=max(found.tolerance, steps.tolerance),
+        agreement=min(found.agreement, steps.agreement),
+        inputs=found.inputs + steps.inputs,
+    )
 
 
-def agreement_there(job: Job, model: nn.Module, file: Path) -> list[str]:
-    """How far the model that was timed on a GPU is from float32, as a note; nothing to say of a file.
+def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None) -> Phases | None:
+    """Both phases of a decoder; the one that was not asked for is timed here, for a turn of the loop."""
+    place = job.place
+    if not job.decodes or comparison is None or place is None or not place.by_file:
+        return None
+    asked = job.recipe.shapes.phase
+    other: Phase = "prefill" if asked == "decode" else "decode"
+    taken = {
+        asked: comparison,
+        other: compare(job, place, model, file, blocks=job.recipe.bench.blocks, phase=other),
+    }
 
-    Raises:
-        CompressError: they disagree by more than the precision explains.
-    """
-    place, task = job.place, job.task
-    if place is None or place.by_file:
-        return []
-    with (
-        job.stages("verify on the GPU"),
-        runners.TorchRunner(model, task.logits, task.output_name) as reference,
-        place.runner(model, file, task.logits, task.output_name) as runner,
-    ):
-        found = verify.parity(
-            reference,
-            runner,
-            verify.padded_examples(task.example, job.recipe.shapes.tokens),
-            relative=device.TOLERANCES[place.precision],
-        )
-    return [
-        f"What was timed is the torch model in {place.precision} ({place.runtime}), not the ONNX file: its "
-        f"answers are at most {found.max_abs_difference:.2g} away from float32, {found.agreement:.1%} agree."
-    ]
+    def times(side: str) -> PhaseTimes:
+        return PhaseTimes(ttft_ms=taken["prefill"].latency(side), per_token_ms=taken["decode"].latency(side))
+
+    def faster(phase: Phase) -> Measured:
+        ratio = taken[phase].ratio("compressed")
+        return Measured(speedup=ratio.value, interval95=(ratio.low, ratio.high))
+
+    return Phases(
+        asked=asked,
+        tokens=job.task.example(1, job.recipe.shapes.tokens)["input_ids"].shape[1],
+        dense=times("dense"),
+        compressed=times("compressed"),
+        ttft=faster("prefill"),
+        per_token=faster("decode"),
+    )
 
 
 def score(job: Job, file: Path) -> float:
@@ -124,40 +149,53 @@ def score(job: Job, file: Path) -> float:
         return job.task.score(answer)
 
 
-def figures(job: Job, model: nn.Module, file: Path, comparison: Comparison | None, side: str) -> Figures:
-    """Everything measured about one artifact."""
+def figures(
+    job: Job, model: nn.Module, file: Path, comparison: Comparison | None, side: str, saved_bytes: int = 0
+) -> Figures:
+    """Everything measured about one artifact; `saved_bytes` is what forms take off its float weights."""
     parameters = sum(p.numel() for p in model.parameters())
     used = None if comparison is None else power.metered(job, model, file)
-    rate_hz = job.recipe.budget.rate_hz
-    average_w = None
-    if used is not None and used.idle_w is not None and rate_hz is not None:
-        average_w = used.idle_w + used.energy_mj * rate_hz / 1e3
     return Figures(
         latency_ms=None if comparison is None else comparison.latency(side),
         score=score(job, file),
         parameters=parameters,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()) - saved_bytes,
         file_bytes=file.stat().st_size,
         energy_mj=None if used is None else used.energy_mj,
         energy_source=None if used is None else used.source,
-        power_w=average_w,
+        power_w=power.average_w(used, job.recipe.budget.rate_hz),
     )
+
+
+def _saved_bytes(job: Job, turn: Round) -> int:
+    """How much smaller the weights are in the forms of a plan than as plain floats."""
+    saved = 0
+    for site in job.sites:
+        option = turn.choices[site.name]
+        plain = Option(units=option.units)
+        saved += cost.weight_bytes(site, plain, FLOAT) - cost.weight_bytes(site, option, FLOAT)
+    return saved
 
 
 def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[SiteReport, ...]:
     """What was done to every site, and what it costs now."""
     found = []
-    for site, options, menu in zip(job.sites, menus.units, menus.prior, strict=True):
-        units = turn.units[site.name]
-        kept = site.units if units is None else units
+    for site, options, menu in zip(job.sites, menus.options, menus.prior, strict=True):
+        option = turn.choices[site.name]
         found.append(
             SiteReport(
                 name=site.name,
                 kind=site.kind,
-                option=Chosen(units=kept, units_total=site.units),
-                error=float(menu.error[options.index(units)]),
-                latency_ms=costs.rows[site.name][kept],
-                dense_latency_ms=costs.rows[site.name][site.units],
+                option=Chosen(
+                    units=site.units if option.units is None else option.units,
+                    units_total=site.units,
+                    pattern=option.pattern,
+                    rank=option.rank,
+                    precision=option.precision,
+                ),
+                error=float(menu.error[options.index(option)]),
+                latency_ms=costs.latency_ms(site, option),
+                dense_latency_ms=costs.latency_ms(site, Option()),
                 source=costs.source,
             )
         )
@@ -173,7 +211,7 @@ def front(costs: Costs, menus: Menus, turn: Round) -> tuple[FrontPoint, ...]:
         choices = search.knapsack(menus.scaled, menus.whole.room_ms(budget_ms))
         chosen = budget_ms == turn.predicted_ms
         if chosen:
-            choices = menus.indices(turn.units)
+            choices = menus.indices(turn.choices)
         spent_ms = menus.latency_ms(choices)
         points.append(
             FrontPoint(
@@ -193,16 +231,20 @@ def assemble(
     menus: Menus,
     rounds: Rounds,
     turn: Round,
-    files: Mapping[str, tuple[nn.Module, Path]],
+    files_of: Mapping[str, tuple[nn.Module, Path]],
+    removals: Mapping[str, Removal],
     comparison: Comparison | None,
     notes: list[str],
     prices: Prices | None = None,
 ) -> Report:
     """Check, score and gather: the report of one finished compilation."""
-    agreement = parity(job, *files["compressed"])
-    notes = notes + agreement_there(job, *files["compressed"])
-    dense = figures(job, *files["dense"], comparison, "dense")
-    quick = figures(job, *files["compressed"], comparison, "compressed")
+    shrunk, shipped = files_of["compressed"]
+    agreement = parity(job, quantize.emulated(shrunk, job.sites, removals), shipped)
+    if job.place is not None:
+        examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
+        notes = notes + job.place.agreement(shrunk, job.task.logits, job.task.output_name, examples)
+    dense = figures(job, *files_of["dense"], comparison, "dense")
+    quick = figures(job, *files_of["compressed"], comparison, "compressed", _saved_bytes(job, turn))
     drop = _drop(job, dense, quick)
     measured = None
     if comparison is not None:
@@ -231,8 +273,8 @@ def assemble(
                 speedup=costs.dense_ms / predicted_ms,
                 latency_ms=predicted_ms,
                 baseline_latency_ms=costs.dense_ms,
-                energy_mj=_predicted_mj(job, turn, prices),
-                power_w=_predicted_w(job, turn, prices),
+                energy_mj=power.predicted_mj(job, turn, prices),
+                power_w=power.predicted_w(job, turn, prices),
                 source="measured table" if job.here else "roofline",
             ),
             score_drop=drop,
@@ -260,18 +302,26 @@ def assemble(
             compressed=report.thin(comparison.samples("compressed")),
         ),
         waterfall=steps,
+        phases=phases(job, *files_of["compressed"], comparison),
         fixed_ms=costs.fixed_ms,
-        attribution=tuple(_attribution(job, costs, menus)),
+        attribution=(*_attribution(job, costs), *_forms(costs, turn)),
         warnings=tuple(
-            notes + ([] if comparison is None else bench.doubts(comparison.drift, comparison.settled))
+            notes
+            + (
+                []
+                if comparison is None
+                else bench.doubts(comparison.drift, comparison.settled, comparison.elsewhere)
+            )
         ),
-        environment=bench.environment() | _gpu_facts(job) | {"compress": __version__},
+        environment=bench.environment()
+        | ({} if job.place is None else job.place.environment())
+        | {"compress": __version__},
         protocol={} if comparison is None else comparison.protocol.model_dump(),
         inputs={
             "model_and_shapes": job.model_key,
             "data_and_options": job.key,
-            "file_sha256": runners.sha256(files["compressed"][1]),
-            "dense_sha256": runners.sha256(files["dense"][1]),
+            "file_sha256": runners.sha256(files_of["compressed"][1]),
+            "dense_sha256": runners.sha256(files_of["dense"][1]),
         },
     )
 
@@ -289,29 +339,8 @@ def _target(job: Job) -> Target:
         threads=place.threads if place is not None and place.by_file else None,
         precision=job.profile.baseline_precision,
         shapes=dict(zip(names, shape, strict=False)),
+        phase=job.recipe.shapes.phase if job.decodes else None,
     )
-
-
-def _gpu_facts(job: Job) -> dict[str, report.Fact]:
-    """The GPU that timed, with its driver, clock and temperature just afterwards."""
-    if job.place is None or job.place.by_file:
-        return {}
-    facts = {key: value for key, value in job.place.facts().items() if value is not None}
-    return {"gpu": facts.pop("provider"), **{k: v for k, v in facts.items() if k != "version"}}
-
-
-def _predicted_mj(job: Job, turn: Round, prices: Prices | None) -> float | None:
-    if prices is not None:
-        return prices.of(turn.units)
-    return energy.energy_above_idle_mj(turn.predicted_ms, job.profile, job.recipe.bench.threads)
-
-
-def _predicted_w(job: Job, turn: Round, prices: Prices | None) -> float | None:
-    """Average power at the rate that was asked for."""
-    rate_hz = job.recipe.budget.rate_hz
-    if prices is None or rate_hz is None:
-        return None
-    return prices.average_w(prices.of(turn.units), rate_hz)
 
 
 def _drop(job: Job, dense: Figures, quick: Figures) -> float | None:
@@ -330,7 +359,7 @@ def _round(turn: Round, costs: Costs) -> report.Round:
     )
 
 
-def _attribution(job: Job, costs: Costs, menus: Menus) -> list[str]:
+def _attribution(job: Job, costs: Costs) -> list[str]:
     """Why it is not faster: what no move can touch, and what was not there to choose."""
     share = costs.fixed_ms / costs.dense_ms
     said = "" if costs.source == "measured" else " (estimate)"
@@ -346,4 +375,24 @@ def _attribution(job: Job, costs: Costs, menus: Menus) -> list[str]:
         f"{pattern} sparsity was not considered: {job.profile.name} gains no time from it."
         for pattern in missing
     ]
+    return lines
+
+
+def _forms(costs: Costs, turn: Round) -> list[str]:
+    """What every form that was looked at gains on the target, and where it was chosen."""
+    said = "" if costs.source == "measured" else " (estimate)"
+    chosen = Counter(option.form for option in turn.choices.values())
+    gains: dict[str, list[float]] = {}
+    for row in costs.gains.values():
+        for form, gain in row.items():
+            gains.setdefault(form, []).append(gain)
+    lines = []
+    for form, found in sorted(gains.items()):
+        count = chosen[form]
+        why = f"chosen at {count} of {len(turn.choices)} sites" if count else "not chosen"
+        if not count:
+            pays = any(form in row for row in costs.rows.values())
+            why += ": other moves cost less for the same time" if pays else ": it saves no time here"
+        span = f"{min(found):.2f}x" if len(found) == 1 else f"{min(found):.2f}x to {max(found):.2f}x"
+        lines.append(f"{form}: {span} on a whole site{said}; {why}.")
     return lines

@@ -4,32 +4,42 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from compress.errors import CompressError
 from compress.ir import Budget, Document
 
+Move = Literal["structure", "int8", "block", "lowrank", "2:4"]
 TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
+Phase = Literal["prefill", "decode"]
 UNITS = {"speedup": "x", "latency_ms": "ms", "energy_mj": "mJ", "power_w": "W", "size_mb": "MB"}
 
 
 class Shapes(Document):
-    """The input shape that is priced and timed; `tokens` is the sequence length of text models."""
+    """The input shape that is priced and timed; `tokens` is the sequence length of text models.
+
+    `phase` is what a budget of a decoder is about: reading a prompt of `tokens` ("prefill", the time to
+    first token), or one more token after `tokens` of past ("decode", the time per token).
+    """
 
     batch: int = Field(default=1, ge=1)
     tokens: int = Field(default=32, ge=1)
+    phase: Phase = "prefill"
 
 
 class Options(Document):
     """Which moves the search may use.
 
+    `moves` are the ways to make a site cheaper; the search mixes them, and one that does not pay on the
+    target is never chosen.
     `score` chooses how units are ranked and whether the writer is refitted ("obs" is ZipLM; the
     others are baselines without a refit). `units` fixes the fractions kept instead of the measured
     staircase. `uniform` gives every site the same fraction, the baseline of the search.
     """
 
+    moves: tuple[Move, ...] = Field(default=("structure",), min_length=1)
     kinds: tuple[Literal["heads", "ffn"], ...] = ("heads", "ffn")
     score: Literal["obs", "magnitude", "wanda", "taylor"] = "obs"
     units: tuple[float, ...] | None = None
@@ -56,6 +66,35 @@ class Search(Document):
     seed: int = 0
 
 
+class Recovery(Document):
+    """How quality is won back after pruning, by distilling from the dense model; time does not change.
+
+    `mode` "fast" tunes for one course of `epochs`; "full" goes on with further courses, each from the
+    best weights so far, until one no longer raises the score on the validation split, `courses` at most.
+    `task`, `logits`, `hidden` and `ranking` (embeddings only) weigh the losses; labels are used where
+    there are some. `cache_mb` bounds what the teacher's answers take on disk.
+    """
+
+    mode: Literal["none", "fast", "full"] = "none"
+    epochs: int = Field(default=4, ge=1)
+    courses: int = Field(default=6, ge=1)
+    samples: int = Field(default=16384, ge=1)
+    batch: int = Field(default=32, ge=1)
+    rate: float = Field(default=5e-4, ge=0)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0)
+    task: float = Field(default=0.1, ge=0)
+    logits: float = Field(default=1.0, ge=0)
+    hidden: float = Field(default=1.0, ge=0)
+    ranking: float = Field(default=1.0, ge=0)
+    validation: int = Field(default=4096, ge=1)
+    cache_mb: int = Field(default=1024, ge=0)
+    checkpoint_s: float = Field(default=60.0, ge=0)
+    seed: int = 0
+
+
 class Bench(Document):
     """The timing protocol: at least 30 interleaved blocks, threads up to the physical cores."""
 
@@ -66,7 +105,10 @@ class Bench(Document):
 
 
 class Recipe(Document):
-    """A whole request. Everything but the target and a budget has a default that works untouched."""
+    """A whole request. Everything but the target and a budget has a default that works untouched.
+
+    Several `speedups` ask for a family: one model for each, and `budget` is that of the first.
+    """
 
     model: str | None = None
     data: str | None = None
@@ -76,12 +118,14 @@ class Recipe(Document):
     label: str | None = None
     target: str
     budget: Budget
+    speedups: tuple[Annotated[float, Field(gt=1)], ...] = ()
     max_drop: float | None = Field(default=None, ge=0)
     out: str = "out"
     shapes: Shapes = Shapes()
     options: Options = Options()
     calibration: Calibration = Calibration()
     search: Search = Search()
+    recovery: Recovery = Recovery()
     bench: Bench = Bench()
 
 
@@ -179,6 +223,8 @@ def read(path: Path | None, overrides: dict[str, Any]) -> Recipe:
             values[key] = {**values[key], **value}
         else:
             values[key] = value
+    if values.get("speedups") and "budget" not in values:
+        values["budget"] = {"speedup": values["speedups"][0]}
     for key, ask in (("target", "--target cpu"), ("budget", "--speedup 2x")):
         if key not in values:
             raise CompressError(f"no {key} was given; add for example {ask}")

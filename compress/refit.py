@@ -48,7 +48,7 @@ def refit(
     for done, site in enumerate(sites, 1):
         removal = removals.get(site.name)
         if removal is not None:
-            if len(removal.kept):
+            if len(removal.kept) and removal.form == "dense":  # a form's zeros and codes are not to be lost
                 removal = _refit_site(model, compressed, site, removal, batches, damping)
             surgery.stitch(compressed, site, removal)
             result[site.name] = removal

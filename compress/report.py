@@ -13,7 +13,7 @@ from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from compress.errors import CompressError
 from compress.ir import SCHEMA_VERSION, Budget, Document, Kind, Latency, Source
-from compress.recipe import explain
+from compress.recipe import Phase, explain
 from compress.wording import amount, exact, score_text
 
 MOST_SAMPLES = 600
@@ -24,7 +24,10 @@ Fact = str | int | float | bool | None
 
 
 class Target(Document):
-    """Where the files run. `shapes` holds the input's sizes in order: batch, then tokens or pixels."""
+    """Where the files run. `shapes` holds the input's sizes in order: batch, then tokens or pixels.
+
+    `phase` is the one of a decoder that was asked for; in decode, `tokens` is the length of the past.
+    """
 
     name: str
     runtime: str
@@ -33,6 +36,7 @@ class Target(Document):
     threads: int | None = None
     precision: str = "fp32"
     shapes: dict[str, int]
+    phase: Phase | None = None
 
 
 class Measured(Document):
@@ -46,6 +50,24 @@ class Measured(Document):
         if not 0 < self.interval95[0] <= self.interval95[1]:
             raise ValueError(f"interval95 must be (low, high) above 0, not {self.interval95}")
         return self
+
+
+class PhaseTimes(Document):
+    """What one decoder takes: to the first token of a prompt, and for every token after it."""
+
+    ttft_ms: Latency
+    per_token_ms: Latency
+
+
+class Phases(Document):
+    """Both phases of a decoder: a prompt of `tokens`, and one token after a past of `tokens`."""
+
+    asked: Phase
+    tokens: int = Field(ge=1)
+    dense: PhaseTimes
+    compressed: PhaseTimes
+    ttft: Measured
+    per_token: Measured
 
 
 class Predicted(Document):
@@ -191,6 +213,7 @@ class Report(Document):
     front: tuple[FrontPoint, ...] = ()
     samples: Samples = Samples()
     waterfall: tuple[Step, ...] = ()
+    phases: Phases | None = None
     fixed_ms: float | None = None
     attribution: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -334,7 +357,9 @@ def device(target: Target) -> str:
     if target.threads is not None:
         facts.append(f"{target.threads} thread{'s' if target.threads > 1 else ''}")
     if target.shapes:
-        facts.append("batch " + " x ".join(map(str, target.shapes.values())))
+        sizes = list(map(str, target.shapes.values()))
+        told = {"prefill": "prompts of batch ", "decode": "one token after a past of batch "}
+        facts.append((told[target.phase] if target.phase else "batch ") + " x ".join(sizes))
     return f"{where} ({', '.join(facts)})"
 
 

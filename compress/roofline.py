@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from compress.errors import CompressError
-from compress.ir import Site
+from compress.ir import Option, Site
 from compress.profiles import Profile
 
+PLAIN = Option()
 BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
 # Rows, columns and relative speed of the output tiles that a GPU library chooses from: a larger tile
 # reuses more of what it loads, a smaller one wastes less of a narrow matrix.
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 64, 0.65), (64, 32, 0.4))
-
 
 STALLED = 0.35  # of the power above idle while a GPU waits for launches: an order of magnitude, no source
 
@@ -61,8 +61,12 @@ def product(batch: int, rows: int, out: int, inner: int, width_bytes: float) -> 
     return Kernel(moved, batch, rows, out, inner)
 
 
-def kernels(site: Site, units: int, width_bytes: float, *, fused: bool) -> list[Kernel]:
-    """What a site runs at `units`; nothing when it is dropped.
+def kernels(
+    site: Site, units: int, width_bytes: float, *, fused: bool, option: Option = PLAIN
+) -> list[Kernel]:
+    """What a site runs at `units` in the form of an option; nothing when it is dropped.
+
+    A pattern that the device executes shortens what is summed over; a rank adds two thin products.
 
     With `fused` (TensorRT) biases, activations and the inside of attention cost no traffic of their
     own; otherwise every elementwise operator reads and writes its tensor.
@@ -72,7 +76,10 @@ def kernels(site: Site, units: int, width_bytes: float, *, fused: bool) -> list[
     found: list[Kernel] = []
     for matmul in site.matmuls:
         out, inner = matmul.features(units)
-        found.append(product(1, matmul.rows, out, inner, width_bytes))
+        found.append(product(1, matmul.rows, out, max(1, round(inner * option.density)), width_bytes))
+        if option.rank:
+            found.append(product(1, matmul.rows, option.rank, inner, width_bytes))
+            found.append(product(1, matmul.rows, out, option.rank, width_bytes))
         if matmul.bias and not fused:
             found.append(Kernel(2 * matmul.rows * out * width_bytes))
     if site.kind == "heads" and site.head_dim:
@@ -89,15 +96,18 @@ def kernels(site: Site, units: int, width_bytes: float, *, fused: bool) -> list[
 def _attention(site: Site, units: int, width_bytes: float, *, fused: bool) -> list[Kernel]:
     """Scores, softmax and context of all kept heads."""
     heads, tokens, width = site.batch * units * site.queries, site.tokens, site.head_dim
-    scores = product(heads, tokens, tokens, width, width_bytes)
-    context = product(heads, tokens, width, tokens, width_bytes)
-    features = heads * tokens * width * width_bytes
+    seen = site.past + tokens
+    scores = product(heads, tokens, seen, width, width_bytes)
+    context = product(heads, tokens, width, seen, width_bytes)
+    features, held = heads * tokens * width * width_bytes, heads * seen * width * width_bytes
+    # The cache is copied to where one more token fits; a group of queries shares it.
+    copies = [Kernel(2 * held / site.queries) for _ in ("k", "v") if site.past]
     if fused:  # one kernel that keeps the scores on chip
-        return [Kernel(4 * features, 2 * heads, tokens, tokens, width)]
-    square = heads * tokens * tokens * width_bytes
+        return [Kernel(2 * (features + held), 2 * heads, tokens, seen, width), *copies]
+    square = heads * tokens * seen * width_bytes
     passes = [Kernel(2 * square) for _ in ("scale", "mask", "softmax")]
     transposes = [Kernel(2 * features) for _ in ("q", "k", "v", "context")]
-    return [scores, *passes, context, *transposes]
+    return [scores, *passes, context, *transposes, *copies]
 
 
 def kernel_ms(
@@ -150,6 +160,7 @@ def roofline(
     threads: int | None = None,
     fused: bool | None = None,
     constants: Constants = DEFAULT,
+    option: Option = PLAIN,
 ) -> float:
     """Estimated milliseconds that a site adds to the model at `units`.
 
@@ -161,15 +172,18 @@ def roofline(
         threads: cores used on a CPU; all when None.
         fused: whether elementwise operators disappear; by default they do in TensorRT.
         constants: what no data sheet states.
+        option: its pattern, rank and precision; its units are not read.
     """
     precision = precision or profile.baseline_precision
+    if option.precision != PLAIN.precision:
+        precision = option.precision.split("-")[0]
     fused = profile.runtime == "tensorrt" if fused is None else fused
     share = min(1.0, (threads or profile.processors) / profile.processors) if profile.kind == "cpu" else 1.0
     _peak(profile, precision)
     width_bytes = BYTES[precision.split()[0]]
     return sum(
         kernel_ms(kernel, profile, precision, constants, share=share)
-        for kernel in kernels(site, units, width_bytes, fused=fused)
+        for kernel in kernels(site, units, width_bytes, fused=fused, option=option)
     )
 
 

@@ -199,31 +199,46 @@ def sensitivities(
     dense: Choices,
     fitness: Fitness,
     *,
+    groups: Sequence[Sequence[str]] | None = None,
     count: int = 4,
     progress: Progress | None = None,
 ) -> list[Menu]:
     """Menus whose errors are the stitched model's own loss when that site alone is changed.
 
     Finite differences at `count` options of each site (methods 8.2), interpolated over the layer
-    error and made non-decreasing in it; an option without layer error keeps none.
+    error and made non-decreasing in it; an option without layer error keeps none. Where `groups` names
+    one for every option, each group of a site has a curve of its own, since equal layer errors of
+    different kinds are not equally bad; all but the dense option's group are asked at half as many.
     """
     base = fitness(dense)
-    plans = [(site, option) for site, menu in enumerate(menus) for option in probes(menu.error, count)]
-    losses: dict[tuple[int, int], float] = {}
-    for done, (site, option) in enumerate(plans, 1):
-        trial = (*dense[:site], option, *dense[site + 1 :])
-        losses[site, option] = max(fitness(trial) - base, 0.0)
+    named = groups or [[""] * len(menu.error) for menu in menus]
+    curves = {
+        (site, group): np.array([at for at, own in enumerate(row) if own == group])
+        for site, row in enumerate(named)
+        for group in dict.fromkeys(row)
+    }
+    asked: list[tuple[tuple[int, str], int]] = []
+    for (site, group), own in curves.items():
+        many = count if group == named[site][dense[site]] else max(1, count // 2)
+        asked += [((site, group), int(own[at])) for at in probes(menus[site].error[own], many)]
+    losses: dict[tuple[int, str], dict[int, float]] = {key: {} for key in curves}
+    for done, (key, option) in enumerate(asked, 1):
+        trial = (*dense[: key[0]], option, *dense[key[0] + 1 :])
+        losses[key][option] = max(fitness(trial) - base, 0.0)
         if progress is not None:
-            progress(done, len(plans))
-    scaled = []
-    for site, menu in enumerate(menus):
-        known = sorted((float(menu.error[o]), v) for (s, o), v in losses.items() if s == site)
-        xs = np.array([0.0] + [error for error, _ in known])
-        ys = np.maximum.accumulate(np.array([0.0] + [loss for _, loss in known]))
+            progress(done, len(asked))
+    errors = [menu.error.copy() for menu in menus]
+    for (site, group), own in curves.items():
+        menu = menus[site]
+        known = sorted((float(menu.error[o]), loss) for o, loss in losses[site, group].items())
+        if dense[site] in own:
+            known = [(0.0, 0.0), *known]
+        if not known:
+            continue
+        xs, ys = np.array([error for error, _ in known]), np.array([loss for _, loss in known])
         # A trace of the layer error breaks ties where the loss cannot tell two options apart.
-        own = np.interp(menu.error, xs, ys) + 1e-6 * menu.error
-        scaled.append(Menu(menu.cost, own))
-    return scaled
+        errors[site][own] = np.interp(menu.error[own], xs, np.maximum.accumulate(ys)) + 1e-6 * menu.error[own]
+    return [Menu(menu.cost, own) for menu, own in zip(menus, errors, strict=True)]
 
 
 def evolve(

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress import database, surgery
-from compress.ir import Site
+from compress import database, quantize, surgery
+from compress.ir import Option, Site
 from compress.surgery import Removal
 from compress.task import Batch, Task
 
@@ -16,7 +16,7 @@ from compress.task import Batch, Task
 class Stitched:
     """How far the model stitched from stored candidates is from the dense one.
 
-    Only the writers of sites that changed since the last call are swapped; the shape of the model
+    Only the products of sites that changed since the last call are swapped; the shape of the model
     never changes, because a unit whose writer columns are zero is gone (a masked model).
     """
 
@@ -25,7 +25,7 @@ class Stitched:
         task: Task,
         sites: Sequence[Site],
         directory: Path,
-        menus: Sequence[Sequence[int | None]],
+        menus: Sequence[Sequence[Option]],
         batches: Sequence[Batch],
     ) -> None:
         """Keep a copy of the model and the dense logits of `batches`.
@@ -34,7 +34,7 @@ class Stitched:
             task: gives the model, its logits and the divergence between two of them.
             sites: in the order of every choice.
             directory: where `database.build` stored the candidates.
-            menus: for every site the units kept by each of its options, None for all.
+            menus: the options of every site.
             batches: the calibration inputs that judge every choice.
         """
         self._task = task
@@ -44,15 +44,15 @@ class Stitched:
         self._batches = batches
         self._dense = list(logits(task, task.model, batches))
         self._model = copy.deepcopy(task.model).eval()
-        self._original = [surgery.writer_tensors(self._model, site) for site in sites]
-        self._now = tuple(units.index(None) for units in menus)
+        self._original = [surgery.products(self._model, site) for site in sites]
+        self._now = tuple(options.index(Option()) for options in menus)
 
     def removal(self, index: int, option: int) -> Removal | None:
         """The stored candidate of one site, None for the dense option."""
-        units = self._menus[index][option]
-        if units is None:
+        wanted = self._menus[index][option]
+        if wanted == Option():
             return None
-        return database.removal(self._directory, index, units)
+        return database.removal(self._directory, index, wanted)
 
     def __call__(self, choices: Sequence[int]) -> float:
         """The mean divergence from the dense model over the batches; deterministic."""
@@ -60,11 +60,18 @@ class Stitched:
             if option == self._now[index]:
                 continue
             removal = self.removal(index, option)
-            surgery.restore(self._model, site, self._original[index])
+            self._unstitch(index)
             if removal is not None:
                 surgery.stitch(self._model, site, removal)
+                quantize.insert(self._model, quantize.places(self._model, site, removal, masked=True))
         self._now = tuple(choices)
         return self.of(self._model)
+
+    def _unstitch(self, index: int) -> None:
+        """Put a site back as it was in the dense model."""
+        original = self._original[index]
+        quantize.remove(self._model, original.weights)
+        surgery.restore(self._model, self._sites[index], original)
 
     def of(self, model: nn.Module) -> float:
         """The mean divergence of any model with the same outputs."""

@@ -1,19 +1,20 @@
 """Removing units from a model: at full shape for the search (mask), and physically (shrink).
 
-A removal names the units that stay and the writer's new columns. `mask` zeroes what is gone, which is
-what the shrunk model computes, at the dense shape; `shrink` cuts every slice. A site that loses all
-its units loses its module: a stand-in gives the writer's bias, so that a post-norm model keeps
-`norm(residual + bias)` and a pre-norm model `residual + bias`.
+A removal names the units that stay, the writer's new columns, and new values of the site's other
+matrices. `mask` zeroes what is gone, which is what the shrunk model computes, at the dense shape; `shrink`
+cuts every slice. A site that loses all its units loses its module: a stand-in gives the writer's bias, so
+that a post-norm model keeps `norm(residual + bias)` and a pre-norm model `residual + bias`.
 """
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from compress.core.units import cut, index_of
+from compress.core.fakequant import Quantized
+from compress.core.units import cut, index_of, remaining
 from compress.errors import CompressError
 from compress.ir import Drop, Site, Slice
 from compress.modeling import Bias, owner, replace, restate_widths, set_count
@@ -29,11 +30,21 @@ class Removal:
         kept: sorted indices of the units that stay, int64.
         weight: the writer's kept columns, [out, kept * width] whatever the storage; None keeps its own.
         bias: the writer's new bias, [out]; None keeps its own. A writer without one gains it.
+        readers: new values of the site's other matrices by name, stored and shaped as they are after
+            the cut; a matrix without an entry keeps its own.
+        form: how the products are to run, as `ir.Option.form` says it.
+        factors: where the form has a rank: [out, rank] and [rank, in] by name of the matrix; what they
+            do not give of its values is sparse.
+        codes: where the form has a low precision: what the values stand for, by name of the matrix.
     """
 
     kept: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
+    readers: Mapping[str, Tensor] = field(default_factory=dict)
+    form: str = "dense"
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    codes: Mapping[str, Quantized] = field(default_factory=dict)
 
 
 def mask(model: nn.Module, sites: Sites, removals: Mapping[str, Removal]) -> nn.Module:
@@ -71,7 +82,7 @@ def shrink_in_place(model: nn.Module, sites: Sites, removals: Mapping[str, Remov
 
 
 def stitch(model: nn.Module, site: Site, removal: Removal) -> None:
-    """Write one removal into the writer of `model`, in place; nothing else is read or written."""
+    """Write one removal into the products of `model`, in place; nothing else is read or written."""
     weight = writer_columns(model, site)
     _check_removal(site, removal, weight)
     everything = index_of(site.column, torch.arange(site.units, device=weight.device))
@@ -81,20 +92,52 @@ def stitch(model: nn.Module, site: Site, removal: Removal) -> None:
     weight[:, stay] = values
     if removal.bias is not None:
         _set_bias(model, site, removal.bias)
+    for name, new in removal.readers.items():
+        dims = {part.dim for part in site.slices if part.tensor == name}
+        stay = staying(model, site, name, removal.kept)
+        model.get_parameter(name).detach().index_copy_(dims.pop(), stay, new.to(weight))
 
 
-def writer_tensors(model: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
-    """Copies of a writer's weight, as it is stored, and bias, for `restore`."""
+def readers(site: Site) -> list[str]:
+    """Names of a site's matrices besides the writer's, each once."""
+    return list(dict.fromkeys(m.weight for m in site.matmuls if m.weight != site.writer))
+
+
+def reader_rows(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
+    """What the kept units leave of one reader's weight, stored as it is."""
+    dim = next(part.dim for part in site.slices if part.tensor == name)
+    return model.get_parameter(name).detach().index_select(dim, staying(model, site, name, kept))
+
+
+def staying(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
+    """Positions along the owned dimension of one tensor that stay."""
+    parts = [part for part in site.slices if part.tensor == name]
+    value = model.get_parameter(name)
+    return remaining(parts, kept.to(value.device), units=site.units, length=value.shape[parts[0].dim])
+
+
+@dataclass(frozen=True, eq=False)
+class Products:
+    """Copies of a site's matrices, as they are stored, and of the writer's bias, for `restore`."""
+
+    weights: Mapping[str, Tensor]
+    bias: Tensor | None
+
+
+def products(model: nn.Module, site: Site) -> Products:
+    """What `stitch` may change of a site."""
     bias = _bias(model, site)
-    weight = model.get_parameter(site.writer)
-    return weight.detach().clone(), None if bias is None else bias.detach().clone()
+    return Products(
+        {name: model.get_parameter(name).detach().clone() for name in (site.writer, *readers(site))},
+        None if bias is None else bias.detach().clone(),
+    )
 
 
-def restore(model: nn.Module, site: Site, tensors: tuple[Tensor, Tensor | None]) -> None:
-    """Put a writer back as `writer_tensors` found it; a bias it has gained since is taken away."""
-    weight, bias = tensors
-    with torch.no_grad():
-        model.get_parameter(site.writer).copy_(weight)
+def restore(model: nn.Module, site: Site, found: Products) -> None:
+    """Put a site back as `products` found it; a bias its writer has gained since is taken away."""
+    for name, value in found.weights.items():
+        model.get_parameter(name).detach().copy_(value)
+    bias = found.bias
     if bias is not None:
         _set_bias(model, site, bias)
     elif _bias(model, site) is not None:

@@ -1,6 +1,7 @@
 """What can be said without compiling: the sites of a model, what is reachable, how fast files are."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,9 +10,10 @@ import numpy as np
 
 from compress import analyze, bench, choosing, demo, profiles, search
 from compress.errors import CompressError
-from compress.export import cuda, runners
+from compress.export import cuda, decode, runners
+from compress.export.cache import PAST, POSITIONS
 from compress.export.place import place_of
-from compress.ir import Site
+from compress.ir import Option, Site
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus
 from compress.pretrained import example_inputs
@@ -98,12 +100,18 @@ def _row(job: Job, costs: Costs, menus: Menus, speedup: float) -> dict[str, obje
         "latency_ms_estimate": round(menus.latency_ms(choices), 4),
         "mean_layer_error": round(search.total(menus.prior, choices)[1] / len(choices), 4),
     }
-    units = menus.named(choices)
+    chosen = menus.named(choices)
     for kind in sorted(set(menus.kinds)):
         own = [site for site in job.sites if site.kind == kind]
-        kept = sum(site.units if units[site.name] is None else units[site.name] or 0 for site in own)
+        kept = sum(_kept(site, chosen[site.name]) for site in own)
         row[f"{kind}_kept"] = round(kept / sum(site.units for site in own), 3)
+    counted = Counter(option.form for option in chosen.values())
+    row["forms"] = ", ".join(f"{count} x {form}" for form, count in sorted(counted.items()))
     return row
+
+
+def _kept(site: Site, option: Option) -> int:
+    return site.units if option.units is None else option.units
 
 
 def time_files(
@@ -153,7 +161,11 @@ def _inputs(runner: runners.OrtRunner, shapes: Shapes) -> dict[str, np.ndarray]:
     """Inputs that suit a file: ones where integers are wanted, noise for real numbers."""
     random = np.random.default_rng(0)
     made = {}
-    for name, (kind, shape) in runner.inputs().items():
+    known = runner.inputs()
+    decoder = any(name.startswith(PAST) for name in known)
+    for name, (kind, shape) in known.items():
+        if decoder and (name.startswith(PAST) or name == POSITIONS):
+            continue
         free = iter((shapes.batch, shapes.tokens))
         sizes = [size if isinstance(size, int) else next(free, shapes.tokens) for size in shape]
         made[name] = (
@@ -161,6 +173,10 @@ def _inputs(runner: runners.OrtRunner, shapes: Shapes) -> dict[str, np.ndarray]:
             if np.issubdtype(kind, np.floating)
             else np.ones(sizes, kind)
         )
+    if decoder:
+        return decode.inputs_of(runner, made, shapes.phase)
+    if shapes.phase == "decode":
+        raise CompressError(f"{runner.path} has no key-value cache to decode with; leave out --phase")
     return made
 
 

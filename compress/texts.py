@@ -165,14 +165,14 @@ class FeatureExtraction(_Text):
     def divergence(self, logits: Tensor, dense: Tensor, batch: Batch) -> Tensor:
         """Mean of 1 - cosine between sentence embeddings."""
         real = batch.real
-        return 1 - F.cosine_similarity(_pooled(logits, real), _pooled(dense, real), dim=-1).mean()
+        return 1 - F.cosine_similarity(pooled(logits, real), pooled(dense, real), dim=-1).mean()
 
     def _embed(self, run: Run, split: Split, limit: int | None) -> NDArray[Any]:
         """[texts, hidden] embeddings of unit length, in the order of the rows."""
         found: dict[int, Tensor] = {}
         for rows, batch in self.indexed(split, SCORE_BATCH, limit):
             hidden = torch.from_numpy(answer(run, batch))
-            found.update(zip(rows, F.normalize(_pooled(hidden, batch.real), dim=-1), strict=True))
+            found.update(zip(rows, F.normalize(pooled(hidden, batch.real), dim=-1), strict=True))
         return torch.stack([found[row] for row in range(len(found))]).numpy()
 
     def _run_dense(self, inputs: dict[str, NDArray[Any]]) -> NDArray[Any]:
@@ -193,7 +193,7 @@ class FeatureExtraction(_Text):
         return float((self._embed(run, split, limit) * self._dense[key]).sum(-1).mean())
 
 
-def _pooled(hidden: Tensor, real: Tensor | None) -> Tensor:
+def pooled(hidden: Tensor, real: Tensor | None) -> Tensor:
     """[batch, hidden] mean over the real tokens of [batch, tokens, hidden]."""
     if real is None:
         return hidden.mean(1)

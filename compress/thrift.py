@@ -1,10 +1,10 @@
 """From a budget of energy or average power to the plan: searched in millijoules, metered where it can be."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from compress import choosing, power, search
 from compress.errors import CompressError
-from compress.ir import Budget
+from compress.ir import Budget, Option
 from compress.job import Job
 from compress.loop import Menus, Round
 from compress.power import Prices
@@ -14,7 +14,7 @@ from compress.stitch import Stitched
 NEAR = 0.95  # of what is allowed: close enough to stop
 AIM = 0.98
 KEEP_UP = 0.97  # of the time between two runs
-Meter = Callable[[dict[str, int | None]], float | None]
+Meter = Callable[[Mapping[str, Option]], float | None]
 
 
 def choose(
@@ -29,13 +29,13 @@ def choose(
     if meter is None:
         return _once(job, costs, menus, judge, prices, limit, limit)
     aim, kept, least = limit, None, None
-    seen: list[dict[str, int | None]] = []
+    seen: list[dict[str, Option]] = []
     for _ in range(job.recipe.bench.rounds):
         turn = _once(job, costs, menus, judge, prices, limit, aim)
-        if turn.units in seen:
+        if turn.choices in seen:
             break
-        seen.append(turn.units)
-        found = meter(turn.units)
+        seen.append(turn.choices)
+        found = meter(turn.choices)
         if found is None:
             return turn
         job.stages.progress.say(f"measured {found:.3g} mJ, {limit:.3g} mJ are allowed")
@@ -47,7 +47,7 @@ def choose(
             break
         aim *= AIM * limit / found
         if found > limit:  # never the same plan again
-            aim = min(aim, (1 - 1e-6) * prices.of(turn.units))
+            aim = min(aim, (1 - 1e-6) * prices.of(turn.choices))
     if kept is not None:
         return kept
     assert least is not None, "the first round always measures"
@@ -66,7 +66,7 @@ def _once(
     turn = Round(
         limit_ms=costs.dense_ms,
         predicted_ms=menus.latency_ms(choices),
-        units=menus.named(choices),
+        choices=menus.named(choices),
         loss=loss,
     )
     rate_hz = job.recipe.budget.rate_hz

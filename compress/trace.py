@@ -6,6 +6,7 @@ else flowing in but constants, masks and positions: the attention of one layer, 
 No name of any model family is known here.
 """
 
+import inspect
 import logging
 import operator
 import sys
@@ -344,6 +345,26 @@ def _broadcast(function: Callable[..., Tensor], bh_indices: bool = True) -> Call
         return function(*indices).expand(*(vector.shape[0] for vector in given))
 
     return mask
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards every module in the mode it was in."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def without_cache(model: nn.Module, example: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The example, asking a decoder not to return its keys and values."""
+    asked: dict[str, Tensor | bool] = dict(example)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        asked.setdefault("use_cache", False)
+    return asked  # type: ignore[return-value]
 
 
 @contextmanager

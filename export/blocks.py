@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import bench
-from compress.cost import Rows, Table, grid, obtain
+from compress.core.fakequant import PRECISIONS
+from compress.cost import FORM, Rows, Table, grid, obtain
 from compress.errors import CompressError
+from compress.export import quantized
 from compress.export.chains import chain as chain  # part of this module's face
-from compress.ir import Site
+from compress.ir import Option, Site
 
 COPIES = 4
 COPIES_MB = 96  # weights of one graph
@@ -37,13 +39,13 @@ class Rig:
     """How chains are run, where it is not onnxruntime on this processor.
 
     Attributes:
-        make: a call that runs the chain of a site at some units, with so many copies, once.
+        make: a call that runs the chain of a site at some units, with so many copies, in a form, once.
         clock: seconds.
         least_mb: float32 weights of a chain of dense sites, at least, so that no cache holds them.
         group_mb: weights of all chains that are loaded at once.
     """
 
-    make: Callable[[Site, int, int], bench.Runner]
+    make: Callable[[Site, int, int, str], bench.Runner]
     clock: bench.Clock = time.perf_counter
     least_mb: float = 0.0
     group_mb: float = 0.0
@@ -68,10 +70,15 @@ def session(file: bytes, site: Site, threads: int) -> bench.Runner:
     hidden = next(m.inner for m in site.matmuls if m.out_per_unit)
     random = np.random.default_rng(0)
     feeds = {"x": random.standard_normal((rows, hidden)).astype(np.float32)}
-    if len(loaded.get_inputs()) > 1:
-        feeds["mask"] = np.zeros((batch, 1, tokens, tokens), dtype=np.float32)
-        if site.causal:
-            feeds["mask"] += np.triu(np.full((tokens, tokens), -1e9, dtype=np.float32), 1)
+    for value in loaded.get_inputs()[1:]:
+        if value.name == "mask":
+            feeds["mask"] = np.zeros((batch, 1, tokens, site.past + tokens), dtype=np.float32)
+            if site.causal:
+                later = np.triu(np.full((tokens, tokens), -1e9, dtype=np.float32), 1)
+                feeds["mask"][..., site.past :] += later
+        else:
+            held = (batch, value.shape[1], site.past, site.head_dim)
+            feeds[value.name] = random.standard_normal(held).astype(np.float32)
     return lambda: loaded.run(None, feeds)
 
 
@@ -105,25 +112,27 @@ def measure(
 
     Args:
         sites: one of every shape is timed.
-        levels: units to time by shape; the dense width is always timed.
+        levels: units to time by row (`cost.row_key`); the dense width is always timed.
         threads: of onnxruntime.
-        progress: called with cycles done and cycles in all, of all shapes.
-        seconds: about how long one shape may take.
+        progress: called with cycles done and cycles in all, of all rows.
+        seconds: about how long one row may take.
         clock: seconds; the thread's processor time or the wall clock when None.
         rig: how chains are run; by onnxruntime on this processor unless given.
     """
     bench.check_threads(threads)
     rig = rig or on_processor(threads, clock)
-    shapes = {site.shape: site for site in sites if levels.get(site.shape)}
+    shapes = {site.shape: site for site in sites}
+    wanted = {key: units for key, units in levels.items() if units and key.partition(FORM)[0] in shapes}
     rows: Rows = {}
-    for done, (shape, site) in enumerate(shapes.items()):
+    for done, (key, units) in enumerate(wanted.items()):
+        shape, _, form = key.partition(FORM)
 
         def tick(part: int, whole: int, before: int = done) -> None:
             if progress is not None:
-                progress(before * 1000 + 1000 * part // whole, 1000 * len(shapes))
+                progress(before * 1000 + 1000 * part // whole, 1000 * len(wanted))
 
         try:
-            rows[shape] = measure_site(site, levels[shape], rig, tick, seconds=seconds)
+            rows[key] = measure_site(shapes[shape], units, rig, tick, form=form or "dense", seconds=seconds)
         except CompressError:
             continue
     return rows
@@ -132,33 +141,43 @@ def measure(
 def on_processor(threads: int, clock: bench.Clock | None = None) -> Rig:
     """ONNX chains in onnxruntime on this processor."""
 
-    def make(site: Site, units: int, copies: int) -> bench.Runner:
-        return session(chain(site, units, copies), site, threads)
+    def make(site: Site, units: int, copies: int, form: str) -> bench.Runner:
+        return session(_formed(site, units, copies, form), site, threads)
 
     return Rig(make, clock or clock_for(threads), group_mb=GROUP_MB)
 
 
 def measure_site(
-    site: Site, levels: Iterable[int], rig: Rig, progress: Tick, *, seconds: float
+    site: Site,
+    levels: Iterable[int],
+    rig: Rig,
+    progress: Tick,
+    *,
+    form: str = "dense",
+    seconds: float,
 ) -> dict[int, float]:
-    """The row of one site: every level and the dense width, in groups that fit into memory."""
-    wanted = sorted({*levels, site.units} - {0}, reverse=True)
+    """The row of one site: every level and the dense width, in groups that fit into memory.
+
+    Whatever the form, all times are relative to the plain site at its dense width.
+    """
+    wanted = sorted({*levels, *([site.units] if form == "dense" else [])} - {0}, reverse=True)
     dense_mb = weights_mb(site, site.units)
     if dense_mb > LARGEST_MB:
         raise CompressError(f"{site.name}: {dense_mb:.0f} MB of weights are too many to time alone")
     copies = _copies(site, rig.least_mb)
-    groups = _groups(site, [u for u in wanted if u != site.units], copies, rig.group_mb)
-    ratios: dict[int, float] = {site.units: 1.0}
+    others = [units for units in wanted if form != "dense" or units != site.units]
+    groups = _groups(site, others, copies, rig.group_mb)
+    ratios: dict[int, float] = {site.units: 1.0} if form == "dense" else {}
     dense_ms: list[float] = []
     around: list[float] = []
     for number, group in enumerate(groups):
-        order = [site.units, 0, *group]
-        runners = [rig.make(site, units, copies) for units in order]
+        runners = [rig.make(site, units, copies, "dense") for units in (site.units, 0)]
+        runners += [rig.make(site, units, copies, form) for units in group]
 
         def tick(part: int, whole: int, before: int = number) -> None:
             progress(before * whole + part, len(groups) * whole)
 
-        times = _cycles(runners, seconds / len(groups), rig.clock, tick)  # [cycles, graphs]
+        times = cycles(runners, seconds / len(groups), rig.clock, tick)  # [cycles, graphs]
         against = np.median(times / times[:, :1], axis=0)
         dense_ms.append(float(np.median(times[:, 0])))
         around.append(float(against[1]))
@@ -167,6 +186,16 @@ def measure_site(
     site_ms = (1 - float(np.median(around))) * float(np.median(dense_ms)) / copies
     # Noise can make a tiny site look free or better than free; it never is.
     return {units: max(ratios[units], 1e-4) * site_ms for units in wanted}
+
+
+def _formed(site: Site, units: int, copies: int, form: str) -> bytes:
+    """A chain whose products run in a form."""
+    if form == "dense":
+        return chain(site, units, copies)
+    option = Option.of(form, units)
+    if option.precision == "fp32":
+        return chain(site, units, copies, pattern=option.pattern, rank=option.rank)
+    return quantized.lower_chain(chain(site, units, copies), PRECISIONS[option.precision])
 
 
 def _groups(site: Site, levels: Sequence[int], copies: int, group_mb: float) -> list[list[int]]:
@@ -184,7 +213,7 @@ def _groups(site: Site, levels: Sequence[int], copies: int, group_mb: float) -> 
     return groups
 
 
-def _cycles(
+def cycles(
     runners: Sequence[bench.Runner], seconds: float, clock: bench.Clock, progress: Tick
 ) -> NDArray[np.float64]:
     """Milliseconds of every runner in every cycle, [cycles, runners]; the order alternates."""

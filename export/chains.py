@@ -2,18 +2,23 @@
 
 A chain holds a few copies of the site, each with its own weights, so that caches do not flatter it and
 the cost of a call divides out. Residual sums and norms stand between the copies; with 0 units only they
-are left, so that the difference of two chains is what the site costs.
+are left, so that the difference of two chains is what the site costs. With a pattern or a rank the products
+are lowered as those of the exported file are (see `lowering`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from compress.errors import CompressError
+from compress.export import sparse
+from compress.export.lowering import Lowering, lower
+from compress.export.sparse import Blocks
 from compress.ir import Matmul, Site
 
 if TYPE_CHECKING:
@@ -21,6 +26,12 @@ if TYPE_CHECKING:
 
 OPSET = 20
 IR_VERSION = 10
+Choose = Callable[[int, int, Blocks], str]  # out, inner and blocks of a product -> one of `sparse.LAYOUTS`
+
+
+def plainest(out: int, inner: int, blocks: Blocks) -> str:
+    """The layout that takes blocks of every shape."""
+    return "concat"
 
 
 @dataclass
@@ -31,6 +42,8 @@ class Graph:
     nodes: list["onnx.NodeProto"] = field(default_factory=list)
     weights: list["onnx.TensorProto"] = field(default_factory=list)
     known: dict[tuple[int, ...], str] = field(default_factory=dict)
+    pasts: dict[str, str] = field(default_factory=dict)
+    products: dict[str, tuple[int, int]] = field(default_factory=dict)  # out and inner by weight
 
     def node(self, operator: str, *inputs: str, **attributes: int | float | str | list[int]) -> str:
         """Add an operator; gives the name of its output."""
@@ -63,6 +76,7 @@ class Graph:
         scale = 1 / math.sqrt(inner)
         weight = (self.random.standard_normal((out, inner)) * scale).astype(np.float32)
         parts = [x, self.constant(weight)]
+        self.products[parts[1]] = out, inner
         if bias:
             parts.append(self.vector(out))
         return self.node("Gemm", *parts, transB=1)
@@ -70,6 +84,12 @@ class Graph:
     def vector(self, length: int) -> str:
         """Small random numbers: a bias."""
         return self.constant((self.random.standard_normal(length) * 0.1).astype(np.float32))
+
+    def extended(self, part: str) -> str:
+        """Keys or values [batch, heads, past + tokens, width], after those of an input of its own."""
+        name = f"past{len(self.pasts)}"
+        self.pasts[name] = self.node("Concat", name, part, axis=2)
+        return self.pasts[name]
 
     def split(self, x: str, widths: Sequence[int]) -> list[str]:
         """The parts of the last axis."""
@@ -79,14 +99,32 @@ class Graph:
         return [first, *others]
 
 
-def chain(site: Site, units: int, copies: int) -> bytes:
+def chain(
+    site: Site,
+    units: int,
+    copies: int,
+    *,
+    pattern: str = "dense",
+    rank: int = 0,
+    choose: Choose = plainest,
+) -> bytes:
     """An ONNX file: `copies` times the site at `units`, each followed by residual sum and norm.
 
     Everything works on `[rows, features]` and sizes are symbolic, as in the exported model (see
-    `flatten`); units 0 leaves only what is around.
+    `flatten`); units 0 leaves only what is around. A site with a past reads a cache of its own in every
+    copy and gives it back longer by the new tokens.
+
+    Args:
+        site: whose products are written.
+        units: units kept.
+        copies: how often, each with weights of its own.
+        pattern: "dense", or blocks such as "block:64x64@0.25", which are drawn at random.
+        rank: of low-rank factors beside the blocks, or in the place of dense weights.
+        choose: the layout of a product in blocks.
 
     Raises:
-        CompressError: the site has no products, or an attention whose parts are not understood.
+        CompressError: the site has no products, or an attention whose parts are not understood, or the
+            pattern is none that can be lowered.
     """
     from onnx import TensorProto, helper
 
@@ -112,14 +150,45 @@ def chain(site: Site, units: int, copies: int) -> bytes:
         stream = graph.node("LayerNormalization", total, *norm, axis=-1, epsilon=1e-5)
     names = ["rows", hidden]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, names)]
+    outputs = [helper.make_tensor_value_info(stream, TensorProto.FLOAT, names)]
     if site.kind == "heads" and units:
-        square = ["batch", 1, "tokens", "tokens"]
-        inputs.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, square))
-    output = helper.make_tensor_value_info(stream, TensorProto.FLOAT, names)
-    body_graph = helper.make_graph(graph.nodes, "site", inputs, [output], graph.weights)
+        seen = ["batch", 1, "tokens", "whole" if site.past else "tokens"]
+        inputs.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, seen))
+    for past, present in graph.pasts.items():
+        held = ["batch", units, "past", site.head_dim]
+        inputs.append(helper.make_tensor_value_info(past, TensorProto.FLOAT, held))
+        held = ["batch", units, "whole", site.head_dim]
+        outputs.append(helper.make_tensor_value_info(present, TensorProto.FLOAT, held))
+    body_graph = helper.make_graph(graph.nodes, "site", inputs, outputs, graph.weights)
     opset = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(body_graph, opset_imports=opset, ir_version=IR_VERSION)
+    if pattern != "dense" or rank:
+        model = _lowered(model, graph, pattern, rank, choose)
     return bytes(model.SerializeToString())
+
+
+def _lowered(
+    model: "onnx.ModelProto", graph: Graph, pattern: str, rank: int, choose: Choose
+) -> "onnx.ModelProto":
+    """The chain with its products in blocks, of low rank, or both; all values are random."""
+    found = {}
+    for name, (out, inner) in graph.products.items():
+        factors = min(rank, out, inner)
+        left, right = (
+            (graph.random.standard_normal(shape) * 0.1).astype(np.float32) if factors else None
+            for shape in ((out, factors), (factors, inner))
+        )
+        if pattern == "dense":
+            found[name] = Lowering(left=left, right=right)
+            continue
+        blocks = sparse.random(pattern, out, inner, graph.random)
+        values = (graph.random.standard_normal((out, inner)) * 0.1).astype(np.float32)
+        values *= blocks.mask(out, inner)
+        layout = choose(out, inner, blocks)
+        found[name] = Lowering(blocks, layout, left=left, right=right, sparse=values)
+    opened = ir.serde.deserialize_model(model)
+    lower(opened, found)
+    return ir.serde.serialize_model(opened)
 
 
 def _feed_forward(graph: Graph, x: str, site: Site, readers: Sequence[Matmul], units: int) -> str:
@@ -169,6 +238,9 @@ def _attention(graph: Graph, x: str, site: Site, readers: Sequence[Matmul], unit
     query, key, value = (
         graph.node("Transpose", graph.node("Reshape", out, split), perm=[0, 2, 1, 3]) for out in outs
     )
+    if site.past:
+        key, value = (graph.extended(part) for part in (key, value))
+        place[1] = graph.node("Slice", shape, graph.integers(3), graph.integers(4))
     if site.queries > 1:
         key, value = (_repeated(graph, part, place, site, units) for part in (key, value))
     key = graph.node("Transpose", key, perm=[0, 1, 3, 2])

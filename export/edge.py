@@ -17,7 +17,7 @@ import onnx
 
 from compress import __version__, bench, profiles
 from compress.errors import CompressError
-from compress.export import device, ort, runners
+from compress.export import cache, device, ort, runners
 from compress.export.finished import Finished, parts
 from compress.export.runners import Array, OrtRunner
 from compress.measurement import Bundle, BundledModel, Device, Pair, identity
@@ -39,6 +39,11 @@ def export(output: Finished, destination: Path, *, with_ort: bool = False) -> li
     Raises:
         CompressError: one of the models does not answer to the inputs that are made for it.
     """
+    if output.report.target.phase == "decode":
+        raise CompressError(
+            "an edge bundle times one run of the same inputs on both models, which a step over caches of "
+            "different widths is not; compress with --phase prefill for a device that is not here"
+        )
     models = {"dense": output.dense, "compressed": output.compressed}
     entries = {}
     files: list[Path] = []
@@ -100,10 +105,12 @@ def write_examples(output: Finished, models: dict[str, Path], path: Path) -> Non
         OrtRunner(models["dense"], threads=threads) as dense,
         OrtRunner(models["compressed"], threads=threads) as compressed,
     ):
-        for number, inputs in enumerate(examples(output.compressed, compressed, output.report.target.shapes)):
+        for number, inputs in enumerate(examples(output.dense, dense, output.report.target.shapes)):
             arrays |= {f"{number}.in.{name}": value for name, value in inputs.items()}
             for side, runner in (("dense", dense), ("compressed", compressed)):
-                for name, answer in runner.infer(inputs).items():
+                answers = runner.infer(inputs)
+                for name in [name for name in answers if not name.startswith(cache.PRESENT)]:
+                    answer = answers[name]
                     if not np.isfinite(answer).all():
                         raise CompressError(
                             f"the {side} model answers {name!r} with numbers that are not finite; no device "
@@ -126,6 +133,8 @@ def examples(path: Path, runner: OrtRunner, shapes: dict[str, int]) -> Iterator[
     for items, tokens, padded in wanted:
         inputs = {}
         for name, (kind, shape) in runner.inputs().items():
+            if name.startswith(cache.PAST) or name == cache.POSITIONS:
+                continue
             free = (items, *[tokens] * len(shape))
             # The first size is the batch; every other one that is free is a length.
             full = [
@@ -136,7 +145,7 @@ def examples(path: Path, runner: OrtRunner, shapes: dict[str, int]) -> Iterator[
             if padded and name == "attention_mask" and len(full) == 2:
                 for row in range(1, full[0]):
                     inputs[name][row, max(1, full[1] - row * full[1] // 3) :] = 0
-        yield inputs
+        yield cache.complete(inputs, runner.inputs(), runner.outputs())
 
 
 def _values(

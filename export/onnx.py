@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,20 +21,20 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
-from onnxscript import opset20 as op
 from onnxscript import optimizer
 from torch import Tensor, nn
 
 from compress import __version__
 from compress.errors import CompressError
+from compress.export.attention import attention
 from compress.export.flatten import flatten, linear
 from compress.ir import Document
 from compress.trace import plain_attention
 
 OPSET = 20  # Gelu came with it; onnxruntime 1.17 and later run it
 ONE_FILE_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GB; the rest is for the graph
-SMALLEST = -3.4028234663852886e38  # finite, so that a row that is masked throughout stays a number
 Names = Mapping[str, Mapping[int, str]]
+Lower = Callable[[ir.Model], object]
 Program = torch.export.ExportedProgram
 
 
@@ -75,6 +75,7 @@ def export(
     output_name: str,
     logits: Callable[[object], Tensor] | None = None,
     dynamic: Names | None = None,
+    lower: Lower | None = None,
 ) -> Exported:
     """Write `model` to `path`; inputs are named as the model's arguments are.
 
@@ -86,27 +87,57 @@ def export(
         logits: the tensor to keep of what the model returns; `output_name` of it by default.
         dynamic: free dimensions, by input: `{"input_ids": {0: "batch", 1: "tokens"}}`. By default
             the first of every input, and the second of matrices of integers.
+        lower: changes the finished graph before it is written (see `lowering.lower`).
 
     Raises:
         CompressError: neither exporter can; names the operator and the module where it can be told.
     """
-    began = time.perf_counter()
     free = free_dimensions(example) if dynamic is None else dynamic
-    inputs = {name: _widened(tensor, free.get(name, {})) for name, tensor in example.items()}
-    answer = _Answer(model, tuple(inputs), logits or _named(output_name))
-    with _evaluating(model), _quiet(), torch.no_grad(), plain_attention():
+    answer = _Answer(model, tuple(example), logits or _named(output_name))
+    return write(answer, example, path, outputs=(output_name,), dynamic=free, lower=lower)
+
+
+def write(
+    answer: nn.Module,
+    example: Mapping[str, Tensor],
+    path: Path,
+    *,
+    outputs: Sequence[str],
+    dynamic: Names,
+    loose: Names | None = None,
+    lower: Lower | None = None,
+) -> Exported:
+    """Write a module that takes its inputs in order and gives the outputs in order.
+
+    Args:
+        answer: `forward(*tensors)`; names of weights lose the prefix `model.`.
+        example: its inputs by the names that they get in the file.
+        path: as in `export`.
+        outputs: names of what it returns, a tensor or a tuple of them.
+        dynamic: free dimensions, by input.
+        loose: dimensions that the file takes any number for, though the model knows theirs.
+        lower: as in `export`.
+
+    Raises:
+        CompressError: as in `export`.
+    """
+    began = time.perf_counter()
+    inputs = {name: _widened(tensor, dynamic.get(name, {})) for name, tensor in example.items()}
+    with _evaluating(answer), _quiet(), torch.no_grad(), plain_attention():
         try:
-            graph, exporter, note = _exported(answer, inputs, free), "torch.export", None
+            graph, exporter, note = _exported(answer, inputs, dynamic), "torch.export", None
         except CompressError as error:
             try:
-                graph = _traced(answer, inputs, free)
+                graph = _traced(answer, inputs, dynamic, outputs)
             except Exception as second:
                 raise CompressError(
                     f"{error}\n  torch's older exporter fails as well: {_first_line(second)}"
                 ) from error
             exporter, note = "torchscript", str(error)
-    fixed = _finish(graph, inputs, free, output_name)
-    files = _save(graph, path)
+    fixed = _finish(graph, inputs, dynamic, outputs, loose or {})
+    if lower is not None:
+        lower(graph)
+    files = save(graph, path)
     return Exported(
         exporter=exporter,
         opset=graph.opset_imports[""],
@@ -132,72 +163,13 @@ def free_dimensions(example: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     return free
 
 
-def attention(
-    query: ir.Value,
-    key: ir.Value,
-    value: ir.Value,
-    attn_mask: ir.Value | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> ir.Value:
-    """The ONNX form of `scaled_dot_product_attention`; arguments and shapes are torch's."""
-    width = _length(query, -1)
-    rank = len(_shape(key))
-    if enable_gqa:
-        times = _length(query, -3) // _length(key, -3)
-        key, value = (_repeated(part, times) for part in (key, value))
-    scores = op.MatMul(query, op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2]))
-    factor = width**-0.5 if scale is None else scale
-    scores = op.Mul(scores, op.Constant(value_float=float(factor)))
-    if is_causal:
-        sides = [op.Shape(part, start=-2, end=-1) for part in (query, key)]
-        square = op.Expand(op.Constant(value_float=1.0), op.Concat(*sides, axis=0))
-        attn_mask = op.Cast(op.Trilu(square, upper=0), to=ir.DataType.BOOL.value)
-    if attn_mask is not None:
-        if is_causal or attn_mask.dtype == ir.DataType.BOOL:
-            zero, never = (op.Constant(value_float=number) for number in (0.0, SMALLEST))
-            attn_mask = op.Where(attn_mask, zero, never)
-        scores = op.Add(scores, attn_mask)
-    context: ir.Value = op.MatMul(op.Softmax(scores, axis=-1), value)
-    return context
-
-
-def _repeated(part: ir.Value, times: int) -> ir.Value:
-    """[batch, groups, tokens, width] -> [batch, groups * times, tokens, width]."""
-    wide = op.Unsqueeze(part, op.Constant(value_ints=[2]))
-    wide = op.Expand(wide, op.Constant(value_ints=[1, 1, times, 1, 1]))
-    ends = [op.Shape(part, start=0, end=1), op.Shape(part, start=2, end=4)]
-    heads = op.Constant(value_ints=[_length(part, 1) * times])
-    repeated: ir.Value = op.Reshape(wide, op.Concat(ends[0], heads, ends[1], axis=0))
-    return repeated
-
-
-def _shape(value: ir.Value) -> ir.Shape:
-    if value.shape is None:
-        raise CompressError("an attention of unknown shape cannot be written as ONNX")
-    return value.shape
-
-
-def _length(value: ir.Value, dim: int) -> int:
-    """A size that is a number: heads and features, never batch or tokens."""
-    size = _shape(value)[dim]
-    if not isinstance(size, int):
-        raise CompressError(
-            f"an attention with {size} heads or features cannot be written as ONNX; only batch and tokens "
-            "may be free"
-        )
-    return size
-
-
 TRANSLATIONS: dict[Callable[..., object], Callable[..., object]] = {
     torch.ops.aten.linear.default: linear,
     torch.ops.aten.scaled_dot_product_attention.default: attention,
 }
 
 
-def _exported(answer: _Answer, inputs: Mapping[str, Tensor], free: Names) -> ir.Model:
+def _exported(answer: nn.Module, inputs: Mapping[str, Tensor], free: Names) -> ir.Model:
     """Through `torch.export`, in the fast form."""
     auto = torch.export.Dim.AUTO
     shapes = tuple(dict.fromkeys(free.get(name, {}), auto) for name in inputs)
@@ -233,7 +205,7 @@ def _exported(answer: _Answer, inputs: Mapping[str, Tensor], free: Names) -> ir.
     return graph
 
 
-def _traced(answer: _Answer, inputs: Mapping[str, Tensor], free: Names) -> ir.Model:
+def _traced(answer: nn.Module, inputs: Mapping[str, Tensor], free: Names, outputs: Sequence[str]) -> ir.Model:
     """Through the older exporter: one run is recorded."""
     # It writes its graph down when it fails; standard output is for one document.
     torch._C._jit_set_onnx_log_output_stream("stderr")
@@ -246,13 +218,15 @@ def _traced(answer: _Answer, inputs: Mapping[str, Tensor], free: Names) -> ir.Mo
             dynamo=False,
             opset_version=OPSET,
             input_names=list(inputs),
-            output_names=["answer"],
+            output_names=list(outputs),
             dynamic_axes={name: dict(axes) for name, axes in free.items()},
         )
         return ir.serde.deserialize_model(onnx.load(file))
 
 
-def _finish(model: ir.Model, inputs: Mapping[str, Tensor], free: Names, output_name: str) -> tuple[str, ...]:
+def _finish(
+    model: ir.Model, inputs: Mapping[str, Tensor], free: Names, outputs: Sequence[str], loose: Names
+) -> tuple[str, ...]:
     """Names, constants and traces in order; the sizes that stayed fixed though they should be free."""
     graph = model.graph
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -276,18 +250,20 @@ def _finish(model: ir.Model, inputs: Mapping[str, Tensor], free: Names, output_n
             else:
                 symbols[str(sizes[dim])] = symbol
                 sizes[dim] = symbol
+        for dim, symbol in loose.get(name, {}).items():
+            sizes[dim] = symbol
         value.shape, value.name = ir.Shape(sizes), name
     if any(": batch = " in words for words in fixed):
         raise CompressError(
             f"the model works for one batch size only ({'; '.join(fixed)}); its forward must not write "
             "the batch size down as a number"
         )
-    output = graph.outputs[0]
-    output.name = output_name
-    if output.shape is not None:
-        numbers = [_number(size) for size in output.shape]
-        known = [size if isinstance(size, int) else symbols.get(str(size)) for size in numbers]
-        output.shape = ir.Shape(known)
+    for output, name in zip(graph.outputs, outputs, strict=True):
+        output.name = name
+        if output.shape is not None:
+            numbers = [_number(size) for size in output.shape]
+            known = [size if isinstance(size, int) else symbols.get(str(size)) for size in numbers]
+            output.shape = ir.Shape(known)
     passes.ClearMetadataAndDocStringPass()(model)
     for name in [name for name in graph.initializers if name.startswith("model.")]:
         weight = graph.initializers.pop(name)
@@ -304,8 +280,12 @@ def _number(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
     return int(words) if words.isdecimal() else size
 
 
-def _save(model: ir.Model, path: Path) -> tuple[str, ...]:
-    """Write the file, check it, and only then give it its name."""
+def save(model: ir.Model, path: Path) -> tuple[str, ...]:
+    """Write the file, check it, and only then give it its name.
+
+    Raises:
+        CompressError: the graph is not valid ONNX.
+    """
     weight_bytes = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
     )

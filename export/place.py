@@ -1,7 +1,7 @@
 """Where a compilation is timed: on this processor by the exported file, or on its GPU by the torch model."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,9 +16,9 @@ from compress.artifact import digest
 from compress.cost import Table
 from compress.energy import Meter, Rapl
 from compress.errors import CompressError
-from compress.export import blocks, cuda, modules, runners
+from compress.export import blocks, cuda, modules, runners, verify
 from compress.export.cuda import CudaRunner
-from compress.export.device import Nvml
+from compress.export.device import TOLERANCES, Nvml
 from compress.export.runners import Array, OrtRunner
 from compress.ir import Site
 from compress.profiles import Profile
@@ -97,6 +97,38 @@ class Place:
             return replace(self, graphs=False)
         return self
 
+    def agreement(
+        self,
+        model: nn.Module,
+        logits: Callable[[object], Tensor],
+        name: str,
+        batches: Sequence[dict[str, Array]],
+    ) -> list[str]:
+        """How far a model on a GPU is from float32, as a note; of a file, others say that.
+
+        Raises:
+            CompressError: they disagree by more than the precision explains.
+        """
+        if self.by_file:
+            return []
+        with (
+            runners.TorchRunner(model, logits, name) as reference,
+            self.runner(model, Path(), logits, name) as runner,
+        ):
+            found = verify.parity(reference, runner, batches, relative=TOLERANCES[self.precision])
+        return [
+            f"What was timed is the torch model in {self.precision} ({self.runtime}), not the ONNX file: "
+            f"its answers are at most {found.max_abs_difference:.2g} away from float32, "
+            f"{found.agreement:.1%} agree."
+        ]
+
+    def environment(self) -> dict[str, Fact]:
+        """The GPU that timed, with its driver, clock and temperature now; nothing of a processor."""
+        if self.by_file:
+            return {}
+        facts = {key: value for key, value in self.facts().items() if value is not None}
+        return {"gpu": facts.pop("provider"), **{key: v for key, v in facts.items() if key != "version"}}
+
     def rig(self) -> blocks.Rig:
         """How chains of single sites are run here."""
         if self.by_file:
@@ -147,8 +179,9 @@ class Place:
             **(cuda.conditions() if found is not None else {}),
         }
 
-    def _chain(self, site: Site, units: int, copies: int) -> bench.Runner:
-        """A chain of one site on the GPU, as a call that waits for it."""
+    def _chain(self, site: Site, units: int, copies: int, form: str) -> bench.Runner:
+        """A chain of one site on the GPU, as a call that waits for it; in torch only structure is built."""
+        assert form == "dense", "other forms are not offered here"
         dtype = cuda.DTYPES[self.precision]
         x, mask = (
             None if part is None else part.to(self.device, dtype) for part in modules.inputs(site, units)

@@ -18,6 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.export import cache
 
 Array = NDArray[Any]
 CPU = "CPUExecutionProvider"
@@ -95,8 +96,14 @@ class OrtRunner:
             for value in self._open().get_inputs()
         }
 
+    def outputs(self) -> dict[str, tuple[int | str | None, ...]]:
+        """Shape of every output; free sizes are names."""
+        return {value.name: tuple(value.shape) for value in self._open().get_outputs()}
+
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; inputs that the file does not take are left out.
+
+        A decoder with a cache needs no more than ids and mask: the past is empty then.
 
         Raises:
             CompressError: an input is missing, or the file does not accept a shape or type.
@@ -149,6 +156,8 @@ class OrtRunner:
 
     def _feed(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         names = [value.name for value in self._open().get_inputs()]
+        if any(name not in inputs for name in names):
+            inputs = cache.complete(inputs, dict.fromkeys(names), self.outputs())
         missing = [name for name in names if name not in inputs]
         if missing:
             raise CompressError(

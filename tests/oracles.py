@@ -160,3 +160,22 @@ def masked_attention(query, key, value, mask, units, queries, width):
                         p * value[b * tokens + j][group * width + k] for j, p in enumerate(softmax(scores))
                     )
     return found
+
+
+def supported(x, weight, mask, pull=None):
+    """Least squares of every row on its own inputs: `mask` is a list of lists of input numbers.
+
+    Gives the weight with zeros in place, the change of the bias, and the mean squared output error.
+    """
+    found = np.zeros_like(weight)
+    for row, kept in enumerate(mask):
+        if len(kept):
+            found[row, kept] = refitted(x, weight[[row]], list(kept), pull)[0][0]
+    middle = x - x.mean(0)
+    lost = middle @ (weight - found).T
+    return found, (x @ (weight - found).T).mean(0), float((lost**2).sum(1).mean())
+
+
+def penalized(x, change, pull):
+    """The mean squared output of a change of weight, and what the change itself costs."""
+    return float((((x - x.mean(0)) @ change.T) ** 2).sum(1).mean()) + float((change**2 @ pull).sum())

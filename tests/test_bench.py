@@ -1,5 +1,8 @@
 import gc
 import math
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -264,3 +267,23 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
     assert bench.physical_cores() == 3
     monkeypatch.setattr(bench.psutil, "cpu_count", lambda logical: None)
     assert bench.physical_cores() == 1
+
+
+def test_what_other_programs_take_is_told_from_what_this_one_takes():
+    burn = "import time; end = time.perf_counter() + 0.6\nwhile time.perf_counter() < end: pass"
+    others = bench.elsewhere()
+    process = subprocess.Popen([sys.executable, "-c", burn])
+    process.wait()
+    crowded = others()
+    others = bench.elsewhere()
+    end = time.perf_counter() + 0.6
+    while time.perf_counter() < end:
+        pass
+    # The machine may be busy with other things in both halves; the difference is the program's own.
+    assert crowded - others() > 0.2 or crowded > 0.6
+
+
+def test_a_crowded_machine_is_said_to_be_one():
+    assert bench.doubts(0.0, {"dense": True}) == []
+    (line,) = bench.doubts(0.0, {"dense": True}, elsewhere=0.84)
+    assert "0.8 cores" in line

@@ -62,7 +62,7 @@ def test_counting_padding_would_be_noticed(tmp_path):
 
 
 def test_a_large_mean_costs_no_digits():
-    own = calibrate._Moments()
+    own = calibrate.Moments()
     rows = torch.randn(4096, 3, generator=torch.Generator().manual_seed(0)) + 1000
     for part in rows.split(100):
         own.add(part)

@@ -15,7 +15,7 @@ import click
 import pytest
 
 import compress
-from compress import cli, recipe, report
+from compress import cli, family, recipe, report
 from compress.errors import CompressError
 from compress.ir import Budget, Latency
 
@@ -101,7 +101,8 @@ def test_without_a_model_the_default_is_compiled_with_default_settings(pipeline)
 
 def test_every_option_reaches_its_place_in_the_recipe(pipeline):
     words = "m --target a100 --latency-ms 5 --data d --test t --task text-generation --text q --label l"
-    words += " --max-drop 0.01 -o place --batch 2 --tokens 64 --threads 3 --seed 7"
+    words += " --max-drop 0.01 -o place --batch 2 --tokens 64 --phase decode --threads 3 --seed 7"
+    words += " --recover full"
     found = asked(pipeline, words.split())
     expected = recipe.Recipe(
         model="m",
@@ -114,8 +115,9 @@ def test_every_option_reaches_its_place_in_the_recipe(pipeline):
         budget=Budget(latency_ms=5.0),
         max_drop=0.01,
         out="place",
-        shapes=recipe.Shapes(batch=2, tokens=64),
+        shapes=recipe.Shapes(batch=2, tokens=64, phase="decode"),
         search=recipe.Search(seed=7),
+        recovery=recipe.Recovery(mode="full"),
         bench=recipe.Bench(threads=3),
     )
     assert found == expected
@@ -132,6 +134,41 @@ def test_every_option_reaches_its_place_in_the_recipe(pipeline):
 )
 def test_each_budget_has_its_flag(pipeline, flag, words, budget):
     assert asked(pipeline, ["--target", "cpu", flag, words]).budget == budget
+
+
+def test_several_speedups_ask_for_a_family_and_one_for_a_model(tmp_path):
+    def request(*words):
+        return cli.request(cli.app.commands["run"].make_context("run", list(words)).params)
+
+    found = request("--target", "cpu", "--speedup", "1.5x,2,4x")
+    assert (found.budget, found.speedups) == (Budget(speedup=1.5), (1.5, 2.0, 4.0))
+    path = tmp_path / "r.toml"
+    path.write_text('target = "cpu"\nspeedups = [2, 3]\n')
+    found = request("--recipe", str(path))
+    assert (found.budget, found.speedups) == (Budget(speedup=2.0), (2.0, 3.0))
+    assert recipe.read(written(tmp_path, recipe.to_toml(found)), {}) == found
+    assert request("--recipe", str(path), "--speedup", "4x").speedups == ()
+    assert request("--recipe", str(path), "--latency-ms", "4").budget == Budget(latency_ms=4.0)
+    with pytest.raises(CompressError, match="asks for no gain"):
+        request("--target", "cpu", "--speedup", "2x,1x")
+
+
+def written(folder, text):
+    path = folder / "written.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_family_is_answered_by_its_table_and_its_worst_member(pipeline, monkeypatch, capfd):
+    members = family.of(a_report(), [family.member("2x", a_report()), family.member("3x", a_report(1.9))])
+    fake = types.ModuleType("compress.gradual")
+    fake.run = lambda asked, progress: members
+    monkeypatch.setitem(sys.modules, "compress.gradual", fake)
+    monkeypatch.setattr(compress, "gradual", fake, raising=False)
+    assert cli.perform(["--target", "cpu", "--speedup", "2x,3x"]) == 1
+    assert capfd.readouterr().out == family.text(members) + "\n"
+    assert cli.perform(["--target", "cpu", "--speedup", "2x,3x", "--json"]) == 1
+    assert family.Family.model_validate_json(capfd.readouterr().out) == members
 
 
 def test_words_are_laid_over_the_recipe_and_replace_its_budget(pipeline, tmp_path):
@@ -165,11 +202,14 @@ def test_inspect_and_bench_pass_on_what_they_were_given(pipeline, capfd):
     assert cli.perform(["inspect"]) == 0
     assert cli.perform(["bench", "a", "b", "--batch", "3", "--threads", "2", "--blocks", "50"]) == 0
     assert cli.perform(["bench", "a"]) == 0
+    assert cli.perform(["bench", "a", "--phase", "decode"]) == 0
+    assert cli.perform(["bench", "a", "--phase", "sideways"]) == 2
     assert pipeline.calls == [
         ("inspect", "m", recipe.Shapes(tokens=9)),
         ("inspect", None, recipe.Shapes()),
         ("bench", ["a", "b"], recipe.Shapes(batch=3), 2, 50),
         ("bench", ["a"], recipe.Shapes(), 1, 40),
+        ("bench", ["a"], recipe.Shapes(phase="decode"), 1, 40),
     ]
     assert "parameters: 5" in capfd.readouterr().out
     assert cli.perform(["inspect", "--json"]) == 0
@@ -587,17 +627,18 @@ def test_the_options_of_each_verb_are_frozen():
         "--text",
         "--label",
         "--recipe",
+        "--recover",
         "--max-drop",
         "--out",
         "-o",
         "--seed",
     }
-    request |= shapes | {"--threads"}
+    request |= shapes | {"--phase", "--threads"}
     expected = {
         "run": request,
         "plan": request,
         "inspect": shapes,
-        "bench": shapes | {"--threads", "--blocks"},
+        "bench": shapes | {"--phase", "--threads", "--blocks"},
         "export": {"--to", "--out", "-o", "--archive"},
         "report": {"--merge", "--device-is-target"},
         "targets": shapes | {"--target", "--model"},

@@ -8,7 +8,7 @@ import pytest
 from compress import cost, profiles
 from compress.cost import Table
 from compress.errors import CompressError
-from compress.ir import Drop, Matmul, Site
+from compress.ir import Drop, Matmul, Option, Site
 from compress.roofline import BYTES, Constants, Kernel, kernel_ms, kernels, roofline
 
 EXACT = Constants(compute=1.0, bandwidth=1.0)
@@ -65,6 +65,25 @@ def test_the_products_of_attention_are_those_counted_by_hand(units, queries):
     fused = kernels(site, units, 4.0, fused=True)
     assert sum(2 * k.batch * k.rows * k.out * k.inner for k in fused) == scores + projections
     assert len(fused) == 5
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_step_looks_at_its_past_and_moves_the_cache_once(queries):
+    site = heads(queries=queries, batch=2).step()
+    assert (site.tokens, site.past) == (1, 32)
+    found = kernels(site, 4, 4.0, fused=False)
+    scores = 2 * 2 * (2 * 4 * queries) * 1 * 33 * 16  # both products, over 33 tokens
+    projections = 2 * 2 * sum(m.features(4)[0] * m.features(4)[1] for m in site.matmuls)
+    assert sum(2 * k.batch * k.rows * k.out * k.inner for k in found) == scores + projections
+    copies = [k for k in found if k.moved_bytes == 2 * (2 * 4) * 33 * 16 * 4.0 and not k.rows]
+    assert len(copies) == 2
+    fused = kernels(site, 4, 4.0, fused=True)
+    assert sum(2 * k.batch * k.rows * k.out * k.inner for k in fused) == scores + projections
+    inside = next(k for k in fused if k.rows and k.out == 33)
+    assert inside.moved_bytes == 2 * (2 * 4 * queries * 16 * (1 + 33)) * 4.0
+    longer = site.model_copy(update={"past": 320})
+    profile = profiles.load("a100")
+    assert roofline(longer, 4, profile) > roofline(site, 4, profile)
 
 
 def test_separate_operators_cost_what_they_read_and_write():
@@ -213,20 +232,20 @@ def test_a_table_survives_json():
 def test_a_price_is_measured_where_the_table_knows_and_estimated_elsewhere():
     profile, site = profiles.load("cpu-avx2"), ffn()
     known = table(site, {256: 4.0, 64: 1.0})
-    found = cost.price(site, 64, profile=profile, table=known, error=0.25)
+    found = cost.price(site, Option(units=64), profile=profile, table=known, error=0.25)
     assert (found.latency_ms, found.source, found.error, found.site) == (1.0, "measured", 0.25, "ffn")
-    assert (found.option.units, found.option.precision) == (64, "fp32")
+    assert found.option == Option(units=64)
     assert found.energy_mj == pytest.approx((95 - 15) / 8 * 1.0)
     assert found.weight_bytes == 64 * (64 + 1 + 64) * 4
-    assert cost.price(site, 256, profile=profile).option.units is None
+    assert cost.price(site, Option(units=256), profile=profile).option.units is None
     for other in (None, table(heads(), {4: 1.0}), known.model_copy(update={"threads": 2})):
-        guess = cost.price(site, 64, profile=profile, table=other)
+        guess = cost.price(site, Option(units=64), profile=profile, table=other)
         assert guess.source == "estimated"
         assert guess.latency_ms == roofline(site, 64, profile, threads=1)
     half = known.model_copy(update={"precision": "fp16"})
-    assert cost.price(site, 64, profile=profile, table=half).source == "estimated"
-    assert cost.price(site, 64, profile=profiles.load("a100")).weight_bytes == 64 * 129 * 2
-    assert cost.price(site, 0, profile=profile).weight_bytes == 0
+    assert cost.price(site, Option(units=64), profile=profile, table=half).source == "estimated"
+    assert cost.price(site, Option(units=64), profile=profiles.load("a100")).weight_bytes == 64 * 129 * 2
+    assert cost.price(site, Option(units=0), profile=profile).weight_bytes == 0
 
 
 def test_calibration_finds_the_constants_that_made_a_table():

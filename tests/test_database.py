@@ -4,8 +4,17 @@ from classifier import padded
 
 from compress import calibrate, database, surgery
 from compress.errors import CompressError
+from compress.ir import Option
 
 LEVELS = {"heads": [3, 2, 1, 0], "ffn": [30, 18, 6, 0]}
+
+
+def kept(units):
+    return Option(units=units)
+
+
+def options_of(levels):
+    return {name: [kept(units) for units in row] for name, row in levels.items()}
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +26,9 @@ def built(tmp_path_factory):
     calibrate.collect(task, sites, batches, folder / "statistics", taylor=True)
     levels = {site.name: LEVELS[site.kind] for site in sites}
     errors = {
-        score: database.build(task.model, sites, folder / "statistics", levels, folder / score, score=score)
+        score: database.build(
+            task.model, sites, folder / "statistics", options_of(levels), folder / score, score=score
+        )
         for score in ("obs", "magnitude", "wanda", "taylor")
     }
     return folder, levels, errors
@@ -45,21 +56,21 @@ def test_errors_are_those_of_the_layer_on_the_data_itself(built, score):
         bias = task.model.get_parameter(site.bias).detach().double()
         dense = x @ weight.T + bias
         for units in levels[site.name]:
-            made = database.removal(folder / score, index, units)
+            made = database.removal(folder / score, index, kept(units))
             stay = (made.kept[:, None] * site.column.width + torch.arange(site.column.width)).reshape(-1)
             answer = x[:, stay] @ made.weight.double().T + made.bias.double()
             lost = float((answer - dense).square().sum() / (dense - dense.mean(0)).square().sum())
-            assert errors[score][site.name][units] == pytest.approx(lost, rel=2e-3, abs=1e-6)
+            assert errors[score][site.name][kept(units).key] == pytest.approx(lost, rel=2e-3, abs=1e-6)
 
 
 def test_refitted_candidates_lose_less_than_any_choice_without_a_refit(built):
     _, levels, errors = built
     for name, row in levels.items():
         for units in row:
-            others = [errors[score][name][units] for score in ("magnitude", "wanda", "taylor")]
-            assert errors["obs"][name][units] <= min(others) * (1 + 1e-9)
-        assert errors["obs"][name][0] == pytest.approx(1, abs=1e-9)
-        own = [errors["obs"][name][units] for units in row]
+            others = [errors[score][name][kept(units).key] for score in ("magnitude", "wanda", "taylor")]
+            assert errors["obs"][name][kept(units).key] <= min(others) * (1 + 1e-9)
+        assert errors["obs"][name][kept(0).key] == pytest.approx(1, abs=1e-9)
+        own = [errors["obs"][name][kept(units).key] for units in row]
         assert own == sorted(own)
 
 
@@ -69,29 +80,29 @@ def test_the_mean_output_is_exactly_kept(built):
     x = rows_of(task, sites[1])
     weight = surgery.writer_columns(task.model, sites[1]).double()
     dense = x @ weight.T + task.model.get_parameter(sites[1].bias).double()
-    made = database.removal(folder / "obs", 1, 6)
+    made = database.removal(folder / "obs", 1, kept(6))
     answer = x[:, made.kept] @ made.weight.double().T + made.bias.double()
     assert torch.allclose(answer.mean(0), dense.mean(0), atol=1e-5)
-    plain = database.removal(folder / "magnitude", 1, 6)
+    plain = database.removal(folder / "magnitude", 1, kept(6))
     assert torch.equal(plain.bias, task.model.get_parameter(sites[1].bias))
 
 
 def test_a_second_build_reads_and_a_damaged_file_is_built_again(built, tmp_path):
     folder, levels, errors = built
     task, sites = padded()
-    again = database.build(task.model, sites, tmp_path / "nowhere", levels, folder / "obs")
+    again = database.build(task.model, sites, tmp_path / "nowhere", options_of(levels), folder / "obs")
     assert again == errors["obs"]
     path = folder / "obs" / "001.safetensors"
     good = path.read_bytes()
     path.write_bytes(good[:100])
     with pytest.raises(CompressError, match="missing or damaged"):
-        database.removal(folder / "obs", 1, 6)
-    rebuilt = database.build(task.model, sites, folder / "statistics", levels, folder / "obs")
+        database.removal(folder / "obs", 1, kept(6))
+    rebuilt = database.build(task.model, sites, folder / "statistics", options_of(levels), folder / "obs")
     assert rebuilt == errors["obs"]
     assert path.read_bytes() == good
     more = {name: [*row, 1] for name, row in levels.items()}
-    wider = database.build(task.model, sites, folder / "statistics", more, tmp_path / "wider")
-    assert set(wider[sites[1].name]) == {30, 18, 6, 1, 0}
+    wider = database.build(task.model, sites, folder / "statistics", options_of(more), tmp_path / "wider")
+    assert set(wider[sites[1].name]) == {kept(units).key for units in (30, 18, 6, 1, 0)}
     calibrate.collect(task, sites, list(task.batches("calibration", 48)), tmp_path / "s")
     with pytest.raises(CompressError, match="no first-order scores"):
-        database.build(task.model, sites, tmp_path / "s", levels, tmp_path / "t", score="taylor")
+        database.build(task.model, sites, tmp_path / "s", options_of(levels), tmp_path / "t", score="taylor")

@@ -17,27 +17,35 @@ ROWS = (
     "ir profiles",
     "artifact recipe",
     "wording tables svg",
-    "core.obs core.scores core.units search report data trace modeling",
-    "charts loop pretrained probe bench energy roofline surgery measurement export.device",
-    "page quality named trial store cost console published export.engine",
-    "analyze images texts devices doctor session merge export.chains export.flatten export.runners "
-    "export.products export.modules",
-    "task export.onnx export.blocks export.finished export.tensorrt export.cuda",
-    "calibrate export.verify export.ort export.place",
-    "database job refit export.edge",
-    "stitch anchor",
+    "core.budget core.fakequant core.obs core.rotation core.scores core.smooth core.units "
+    "search report data trace modeling",
+    "core.gptq core.ranges core.support",
+    "core.block core.lowrank core.nm core.permute core.sltrain",
+    "sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
+    "export.flatten export.sparse",
+    "page family quality named trial store cost console export.engine export.streams "
+    "export.attention export.cache published export.products export.modules",
+    "expand analyze stream images texts devices doctor session merge export.lowering export.runners",
+    "task export.onnx export.chains export.finished export.tensorrt export.decode export.cuda",
+    "calibrate export.quantized export.verify export.ort export.decoder",
+    "forms export.blocks export.forms",
+    "export.place",
+    "database distill job quantize refit residual streaming export.edge export.layouts",
+    "files",
+    "stitch anchor pat tune",
     "pricing",
     "power",
-    "choosing proof",
+    "choosing proof recovery",
     "thrift",
     "pipeline survey export.deliver",
+    "gradual",
     "cli",
     "__main__",
 )
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
     "errors ir profiles artifact recipe wording tables svg search report data charts loop bench energy "
-    "roofline page cost console published devices doctor session measurement merge cli export.device"
+    "roofline page published family cost console devices doctor session measurement merge cli export.device"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from compress.errors import CompressError
-from compress.ir import Whole
+from compress.ir import Option, Whole
 from compress.loop import Effort, Menus, Rounds, Timing, choose, close
 from compress.search import Menu
 
@@ -10,13 +10,13 @@ EFFORT = Effort(generations=6, offspring=4, seed=0)
 
 
 def menus(sites=6, fixed_ms=1.0):
-    units = (None, 6, 4, 3, 2, 1, 0)
+    options = tuple(Option(units=units) for units in (None, 6, 4, 3, 2, 1, 0))
     kept = np.array([8, 6, 4, 3, 2, 1, 0]) / 8
     menu = Menu(kept, (1 - kept) ** 2)
     return Menus(
         names=tuple(f"site{i}" for i in range(sites)),
         kinds=("heads", "ffn") * (sites // 2),
-        units=(units,) * sites,
+        options=(options,) * sites,
         totals=(8,) * sites,
         prior=(menu,) * sites,
         scaled=(menu,) * sites,
@@ -36,9 +36,9 @@ class Device:
     def dense_ms(self):
         return self.table.whole.fixed_ms + len(self.table.names)
 
-    def __call__(self, units):
-        self.timed.append(units)
-        kept = [8 if u is None else u for u in units.values()]
+    def __call__(self, choices):
+        self.timed.append(choices)
+        kept = [8 if option.units is None else option.units for option in choices.values()]
         lean = sum(k / 8 for k in kept)
         found = self.fixed_ms + self.factor * lean + (len(kept) - lean) * 0
         true_dense = self.fixed_ms + self.factor * len(kept)
@@ -110,8 +110,8 @@ def test_a_noisy_machine_does_not_make_the_loop_swing():
     table = menus(sites=24)
 
     class Noisy(Device):
-        def __call__(self, units):
-            found = super().__call__(units)
+        def __call__(self, choices):
+            found = super().__call__(choices)
             off = 0.9 if len(self.timed) % 2 else 1 / 0.9
             return found.model_copy(update={"speedup": found.speedup * off})
 
@@ -141,6 +141,23 @@ def test_a_plan_that_comes_again_ends_the_loop():
     device = Device(table, 1.0, 1.05)
     history = turn(table, device, 1.405)
     assert not 1.405 <= history.rounds[-1].speedup <= 1.405 * 1.05
-    plans = [tuple(units.values()) for units in device.timed]
+    plans = [tuple(choices.values()) for choices in device.timed]
     assert len(plans) < 8
     assert len(plans) - len(set(plans)) <= 1
+
+
+def test_after_three_turns_a_plan_that_is_faster_than_the_window_will_do():
+    table = menus(sites=24)
+
+    class Wild(Device):
+        """Every plan seems a fifth too slow or a fifth too fast, in turn."""
+
+        def __call__(self, choices):
+            found = super().__call__(choices)
+            off = 0.8 if len(self.timed) % 2 else 1 / 0.8
+            return found.model_copy(update={"speedup": found.speedup * off})
+
+    history = turn(table, Wild(table), 2.0)
+    assert len(history.rounds) == 3
+    assert history.chosen(2.0).speedup > 2.0 * 1.05
+    assert len(turn(table, Wild(table), 2.0, rounds=2).rounds) == 2

@@ -4,12 +4,12 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from reports import CPU, matches, report, whole
+from reports import CPU, TIMED, latency, matches, report, whole
 
 from compress import charts, page
 from compress.errors import CompressError
 from compress.ir import Budget
-from compress.report import Figures, Measured, Parity, Predicted, SiteReport, read
+from compress.report import Figures, Measured, Parity, Phases, PhaseTimes, Predicted, SiteReport, read
 
 EVIL = "<script>alert(1)</script>\"'|`[x](javascript:y)"
 AWAY = Predicted(speedup=3.17, latency_ms=77.7, baseline_latency_ms=246.3, energy_mj=88.8, power_w=66.6)
@@ -328,3 +328,24 @@ def test_a_directory_that_cannot_be_written_is_one_clear_message(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(CompressError, match=r"report cannot be written.*--out"):
         page.write(report(), tmp_path / "file")
+
+
+def test_a_decoder_shows_both_phases_and_which_one_was_asked_for():
+    phases = Phases(
+        asked="decode",
+        tokens=64,
+        dense=PhaseTimes(ttft_ms=latency(40.5), per_token_ms=latency(4.12)),
+        compressed=PhaseTimes(ttft_ms=latency(30.5), per_token_ms=latency(2.0)),
+        ttft=Measured(speedup=1.33, interval95=(1.31, 1.35)),
+        per_token=TIMED,
+    )
+    target = CPU.model_copy(update={"phase": "decode", "shapes": {"batch": 1, "tokens": 64}})
+    found = report(target=target, phases=phases)
+    shown = blocks(page.html(found))
+    assert "time to first token, median 40.5 ms 30.5 ms 1.33x [1.31, 1.35]" in shown
+    assert "time per token, median 4.12 ms 2.00 ms 2.06x [2.03, 2.09]" in shown
+    for text in (page.html(found), page.markdown(found), page.card(found, name="demo")):
+        assert "one token after a past of batch 1 x 64" in " ".join(text.split())
+    prompt = target.model_copy(update={"phase": "prefill"})
+    assert "prompts of batch 1 x 64" in page.markdown(report(target=prompt))
+    assert "time per token" not in page.html(report())

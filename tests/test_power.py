@@ -8,12 +8,13 @@ from sites import ffn, heads
 from compress import power, profiles, roofline
 from compress.energy import Energy
 from compress.errors import CompressError
-from compress.ir import Budget, Whole
+from compress.ir import Budget, Option, Whole
 from compress.pricing import Costs
 from compress.roofline import STALLED
 
 SITES = (ffn(), heads())
-ROWS = {"ffn": {12: 4.0, 6: 2.0, 0: 0.0}, "heads": {3: 3.0, 1: 1.0}}
+ROWS = {"ffn": {"dense": {12: 4.0, 6: 2.0, 0: 0.0}}, "heads": {"dense": {3: 3.0, 1: 1.0}}}
+ALL = Option()
 
 
 def costs(fixed_ms=1.0):
@@ -35,9 +36,10 @@ def test_an_estimate_is_time_times_modelled_power():
     found = power.priced(job(Budget(energy_mj=1.0)), costs(), None)
     profile = profiles.load("a100")
     for site in SITES:
-        for units, ms in ROWS[site.name].items():
+        for units, ms in ROWS[site.name]["dense"].items():
             watts = roofline.above_idle_w(site, units, profile, threads=1)
-            assert found.rows[site.name][units] == pytest.approx(ms * watts)
+            key = Option(units=None if units == site.units else units).key
+            assert found.rows[site.name][key] == pytest.approx(ms * watts)
     assert found.fixed_mj == pytest.approx(1.0 * STALLED * (400 - 45))
     assert (found.source, found.idle_w, found.meter) == ("estimated", 45.0, "power envelope of a100")
 
@@ -46,19 +48,21 @@ def test_a_counter_sets_the_level_and_the_model_the_shares():
     guess = power.priced(job(Budget(energy_mj=1.0)), costs(), None)
     found = power.priced(job(Budget(energy_mj=1.0)), costs(), used(500.0))
     assert found.dense_mj == pytest.approx(500.0)
-    assert found.rows["ffn"][6] / found.dense_mj == pytest.approx(guess.rows["ffn"][6] / guess.dense_mj)
+    assert found.rows["ffn"]["6 dense"] / found.dense_mj == pytest.approx(
+        guess.rows["ffn"]["6 dense"] / guess.dense_mj
+    )
     assert (found.source, found.idle_w, found.meter) == ("measured", 30.0, "NVML")
 
 
 def test_without_an_envelope_a_counter_shares_energy_out_by_time():
     found = power.priced(job(Budget(energy_mj=1.0), "cpu"), costs(), used(80.0))
     assert found.rows == {
-        "ffn": pytest.approx({12: 40.0, 6: 20.0, 0: 0.0}),
-        "heads": pytest.approx({3: 30.0, 1: 10.0}),
+        "ffn": pytest.approx({"all dense": 40.0, "6 dense": 20.0, "0 dense": 0.0}),
+        "heads": pytest.approx({"all dense": 30.0, "1 dense": 10.0}),
     }
     assert found.fixed_mj == pytest.approx(10.0)
-    assert found.of({"ffn": None, "heads": 1}) == pytest.approx(60.0)
-    assert found.of({"ffn": 0, "heads": None}) == pytest.approx(40.0)
+    assert found.of({"ffn": ALL, "heads": Option(units=1)}) == pytest.approx(60.0)
+    assert found.of({"ffn": Option(units=0), "heads": ALL}) == pytest.approx(40.0)
     assert found.average_w(found.dense_mj, 100.0) == pytest.approx(30.0 + 8.0)
 
 

@@ -26,9 +26,9 @@ def test_a_shipped_table_prices_the_shapes_that_it_knows(monkeypatch):
     shipped(monkeypatch, "torch-cuda", {known.shape: {12: 5.0, 6: 3.0}})
     monkeypatch.setattr(pricing, "_outside_ms", lambda job: 1.0)
     job = SimpleNamespace(profile=H100, sites=(known, unknown))
-    costs = pricing._estimated(job, {"ffn": [12, 6], "heads": [3, 1]})
-    assert costs.rows["ffn"] == {12: 5.0, 6: 3.0}
-    assert costs.rows["heads"][3] == roofline.roofline(unknown, 3, H100)
+    costs = pricing._estimated(job, {"ffn": {"dense": [12, 6]}, "heads": {"dense": [3, 1]}})
+    assert costs.rows["ffn"]["dense"] == {12: 5.0, 6: 3.0}
+    assert costs.rows["heads"]["dense"][3] == roofline.roofline(unknown, 3, H100)
     assert costs.source == "estimated"  # the model as a whole was not timed
 
 

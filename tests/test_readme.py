@@ -68,7 +68,7 @@ def test_the_recipe_holds_every_table_and_only_defaults(tmp_path):
     assert found == plain
     assert found.budget.speedup == 2.0
     tables = [name for name in recipe.Recipe.model_fields if f"[{name}]" in text]
-    assert tables == ["budget", "shapes", "options", "calibration", "search", "bench"]
+    assert tables == ["budget", "shapes", "options", "calibration", "search", "recovery", "bench"]
 
 
 def test_every_flag_and_verb_that_is_mentioned_exists():

@@ -3,6 +3,7 @@ import torch
 from classifier import padded
 
 from compress import calibrate, database, surgery
+from compress.ir import Option
 from compress.refit import refit
 from compress.stitch import Stitched, divergence, logits
 
@@ -14,10 +15,11 @@ def half(tmp_path_factory):
     task, sites = padded()
     batches = list(task.batches("calibration", 16))
     calibrate.collect(task, sites, batches, folder / "s")
-    levels = {site.name: [site.units // 2, 1, 0] for site in sites}
-    database.build(task.model, sites, folder / "s", levels, folder / "c")
+    options = {site.name: [Option(units=u) for u in (site.units // 2, 1, 0)] for site in sites}
+    database.build(task.model, sites, folder / "s", options, folder / "c")
     removals = {
-        site.name: database.removal(folder / "c", index, site.units // 2) for index, site in enumerate(sites)
+        site.name: database.removal(folder / "c", index, Option(units=site.units // 2))
+        for index, site in enumerate(sites)
     }
     return folder, batches, removals
 
@@ -25,7 +27,7 @@ def half(tmp_path_factory):
 def test_the_stitched_model_is_the_masked_model_whatever_came_before(half):
     folder, batches, removals = half
     task, sites = padded()
-    menus = [(None, site.units // 2, 0) for site in sites]
+    menus = [tuple(Option(units=u) for u in (None, site.units // 2, 0)) for site in sites]
     judge = Stitched(task, sites, folder / "c", menus, batches)
     dense = logits(task, task.model, batches)
     everything = divergence(task, surgery.mask(task.model, sites, removals), batches, dense)
@@ -44,7 +46,7 @@ def test_judging_leaves_the_dense_model_alone(half):
     folder, batches, _ = half
     task, sites = padded()
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
-    judge = Stitched(task, sites, folder / "c", [(None, 1)] * len(sites), batches)
+    judge = Stitched(task, sites, folder / "c", [(Option(), Option(units=1))] * len(sites), batches)
     judge((1,) * len(sites))
     assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
 
@@ -100,7 +102,7 @@ def test_the_refit_brings_the_model_nearer_to_the_dense_one_and_keeps_the_struct
 def test_dropped_and_untouched_sites_pass_through(half):
     folder, batches, _ = half
     task, sites = padded()
-    gone = {sites[0].name: database.removal(folder / "c", 0, 0)}
+    gone = {sites[0].name: database.removal(folder / "c", 0, Option(units=0))}
     better = refit(task.model, sites, gone, batches, damping=1e-2)
     assert set(better) == {sites[0].name}
     assert len(better[sites[0].name].kept) == 0

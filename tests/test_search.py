@@ -136,6 +136,26 @@ def test_sensitivities_find_the_sites_that_matter():
     assert choices[0] < min(choices[1:5]) <= max(choices[1:5]) < choices[5]
 
 
+def test_a_group_has_a_curve_of_its_own():
+    """Two forms of one layer error, one of them harmless: only a curve a group can tell."""
+    error = np.array([0.0, 0.25, 1.0, 0.25, 1.0])
+    menu = Menu(np.array([5.0, 3.0, 1.0, 2.5, 0.5]), error)
+    harm = np.array([0.0, 0.5, 2.0, 0.01, 0.04])
+    groups = [["units", "units", "units", "codes", "codes"]]
+    (scaled,) = sensitivities([menu], (0,), lambda choices: float(harm[choices[0]]), groups=groups)
+    assert np.allclose(scaled.error, harm, atol=1e-5)
+    (mixed,) = sensitivities([menu], (0,), lambda choices: float(harm[choices[0]]))
+    assert not np.allclose(mixed.error, harm, atol=1e-2)
+
+
+def test_a_group_without_a_lossless_option_promises_none():
+    menu = Menu(np.array([5.0, 3.0, 2.0]), np.array([0.0, 0.5, 0.1]))
+    losses = [0.0, 1.0, 0.8]
+    groups = [["units", "units", "codes"]]
+    (scaled,) = sensitivities([menu], (0,), lambda choices: losses[choices[0]], groups=groups)
+    assert scaled.error[2] == pytest.approx(0.8, abs=1e-5)
+
+
 def test_sensitivities_never_fall_when_the_layer_error_rises():
     menus = [Menu(np.linspace(1, 0, 9), np.linspace(0, 1, 9))]
     scaled = sensitivities(menus, (0,), lambda choices: float(np.sin(choices[0])))

@@ -1,5 +1,6 @@
 """Plans within an energy: searched by price, corrected by the meter, and what is out of reach."""
 
+import itertools
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from compress import energy as energy_module
 from compress.console import Quiet
 from compress.errors import CompressError
 from compress.export.place import Place
-from compress.ir import Budget, Whole
+from compress.ir import Budget, Option, Whole
 from compress.job import Stages, prepare
 from compress.loop import Menus, Round
 from compress.power import Prices
@@ -20,21 +21,27 @@ from compress.pricing import Costs
 from compress.recipe import Bench, Options, Recipe, Search
 from compress.search import Menu
 
-UNITS = ((None, 8, 4, 2, 0), (None, 8, 4, 2, 0))
+UNITS = (12, 8, 4, 2, 0)
+OPTIONS = (Option(), *(Option(units=units) for units in UNITS[1:]))
 MS = {12: 4.0, 8: 3.0, 4: 2.0, 2: 1.5, 0: 0.0}
 MJ = {12: 400.0, 8: 260.0, 4: 120.0, 2: 60.0, 0: 0.0}  # falls faster than time
 ERRORS = np.array([0.0, 0.1, 0.3, 0.5, 1.0])
 
 
 def menus():
-    ms = np.array([MS[12 if u is None else u] for u in UNITS[0]])
+    ms = np.array([MS[units] for units in UNITS])
     whole = Whole(inside_ms=(8.0,), whole_ms=(9.0,))
     both = (Menu(ms, ERRORS), Menu(ms, 2 * ERRORS))
-    return Menus(("a", "b"), ("ffn", "ffn"), UNITS, (12, 12), both, both, whole)
+    return Menus(("a", "b"), ("ffn", "ffn"), (OPTIONS, OPTIONS), (12, 12), both, both, whole)
 
 
-COSTS = Costs(whole=Whole(inside_ms=(8.0,), whole_ms=(9.0,)), rows={"a": MS, "b": MS}, source="estimated")
-PRICES = Prices(rows={"a": MJ, "b": MJ}, fixed_mj=50.0, idle_w=10.0, source="estimated", meter="a model")
+ROW = {option.key: MJ[units] for option, units in zip(OPTIONS, UNITS, strict=True)}
+COSTS = Costs(
+    whole=Whole(inside_ms=(8.0,), whole_ms=(9.0,)),
+    rows={"a": {"dense": MS}, "b": {"dense": MS}},
+    source="estimated",
+)
+PRICES = Prices(rows={"a": ROW, "b": ROW}, fixed_mj=50.0, idle_w=10.0, source="estimated", meter="a model")
 
 
 def job(budget, rounds=6):
@@ -57,24 +64,23 @@ def chosen(budget, meter=None, prices=PRICES, rounds=6):
     return thrift.choose(job(budget, rounds), COSTS, menus(), judge, prices, meter)
 
 
-def energy(units):
-    return PRICES.of(units)
+def energy(choices):
+    return PRICES.of(choices)
 
 
 def best(limit):
     """The least loss within a limit of energy, by trying every plan."""
     found = []
-    for first in UNITS[0]:
-        for second in UNITS[1]:
-            if energy({"a": first, "b": second}) <= limit:
-                found.append(judge((UNITS[0].index(first), UNITS[1].index(second))))
+    for first, second in itertools.product(range(5), range(5)):
+        if energy({"a": OPTIONS[first], "b": OPTIONS[second]}) <= limit:
+            found.append(judge((first, second)))
     return min(found)
 
 
 @pytest.mark.parametrize("limit", [840.0, 500.0, 340.0, 111.0, 50.0])
 def test_the_least_compressed_plan_within_the_energy_is_found(limit):
     turn = chosen(Budget(energy_mj=limit))
-    assert energy(turn.units) <= limit
+    assert energy(turn.choices) <= limit
     assert turn.loss == pytest.approx(best(limit))
     assert turn.timing is None
 
@@ -83,33 +89,33 @@ def test_time_would_have_chosen_another_plan():
     """A control: the same share of the time is a milder plan than that share of the energy."""
     by_energy = chosen(Budget(energy_mj=0.5 * PRICES.dense_mj))
     by_time = choosing.choose_once(job(Budget(speedup=2.0)), menus(), judge, 4.5, 2.0)
-    assert by_energy.units != by_time.units
-    assert energy(by_time.units) < energy(by_energy.units)
+    assert by_energy.choices != by_time.choices
+    assert energy(by_time.choices) < energy(by_energy.choices)
 
 
 def test_average_power_is_energy_at_a_rate():
     # 100 runs a second: 44 W less 10 W idle leave 340 mJ for each.
     at_rate = chosen(Budget(power_w=44.0, rate_hz=100.0))
-    assert at_rate.units == chosen(Budget(energy_mj=340.0)).units
+    assert at_rate.choices == chosen(Budget(energy_mj=340.0)).choices
 
 
 def test_a_plan_also_answers_in_time():
     # 150 runs a second leave 6.67 ms; 800 mJ would allow a plan that takes 8 ms.
     turn = chosen(Budget(power_w=130.0, rate_hz=150.0))
     assert turn.predicted_ms <= 1e3 / 150
-    assert energy(turn.units) <= 800.0
-    assert menus().latency_ms(menus().indices(chosen(Budget(energy_mj=800.0)).units)) > 1e3 / 150
+    assert energy(turn.choices) <= 800.0
+    assert menus().latency_ms(menus().indices(chosen(Budget(energy_mj=800.0)).choices)) > 1e3 / 150
 
 
 def test_plans_are_metered_until_the_budget_is_kept():
     seen = []
 
-    def meter(units):
-        seen.append(units)
-        return 1.3 * energy(units)
+    def meter(choices):
+        seen.append(choices)
+        return 1.3 * energy(choices)
 
     turn = chosen(Budget(energy_mj=500.0), meter)
-    assert 1.3 * energy(turn.units) <= 500.0
+    assert 1.3 * energy(turn.choices) <= 500.0
     assert energy(seen[0]) > 500.0 / 1.3
     assert 1 < len(seen) <= 6
     assert turn.loss == pytest.approx(best(500.0 / 1.3))
@@ -117,25 +123,26 @@ def test_plans_are_metered_until_the_budget_is_kept():
 
 def test_a_plan_that_keeps_the_budget_is_kept_though_later_ones_do_not():
     answers = iter([400.0, 600.0, 600.0, 600.0, 600.0, 600.0])
-    turn = chosen(Budget(energy_mj=500.0), lambda units: next(answers))
-    assert turn.units == chosen(Budget(energy_mj=500.0)).units
+    turn = chosen(Budget(energy_mj=500.0), lambda choices: next(answers))
+    assert turn.choices == chosen(Budget(energy_mj=500.0)).choices
 
 
 def test_a_budget_that_no_round_kept_ends_with_the_thriftiest():
     measured = {}
 
-    def meter(units):
-        measured[tuple(units.items())] = 600.0 + energy(units) / 10
-        return measured[tuple(units.items())]
+    def meter(choices):
+        key = choices["a"].key, choices["b"].key
+        measured[key] = 600.0 + energy(choices) / 10
+        return measured[key]
 
     turn = chosen(Budget(energy_mj=500.0), meter, rounds=2)
-    assert measured[tuple(turn.units.items())] == min(measured.values())
+    assert measured[turn.choices["a"].key, turn.choices["b"].key] == min(measured.values())
 
 
 def test_a_counter_that_falls_silent_leaves_the_estimate():
-    turn = chosen(Budget(energy_mj=500.0), lambda units: None)
+    turn = chosen(Budget(energy_mj=500.0), lambda choices: None)
     assert isinstance(turn, Round)
-    assert turn.units == chosen(Budget(energy_mj=500.0)).units
+    assert turn.choices == chosen(Budget(energy_mj=500.0)).choices
 
 
 def test_out_of_reach_says_what_can_be_had():

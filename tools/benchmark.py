@@ -2,8 +2,13 @@
 
     python tools/benchmark.py demo                      the embedded default at 1.5x, 2x and 3x, three times
     python tools/benchmark.py methods --model DIR       ZipLM with search against uniform baselines
+    python tools/benchmark.py moves --model DIR         every move alone, and all of them in one search
     python tools/benchmark.py database --model DIR      time and memory of the candidates
     python tools/benchmark.py prediction --model DIR    predicted against measured time of random plans
+    python tools/benchmark.py precision                 our 8 and 4 bits against onnxruntime's own quantizer
+    python tools/benchmark.py blocks                    block-sparse products against their dense Gemm
+    python tools/benchmark.py encoder                   an encoder with all its products in blocks
+    python tools/benchmark.py pat --data DIR            the hidden width, pruned while tuning or before
 
 DIR is what `tools/finetune_sst2.py` wrote: a Hugging Face directory beside `train.csv` and `dev.csv`.
 """
@@ -23,13 +28,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from benchmarks import blocks, hidden_width, precision
 from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
 
-from compress import analyze, artifact, bench, calibrate, choosing, cost, database, pipeline, surgery
+from compress import (
+    analyze,
+    artifact,
+    bench,
+    calibrate,
+    choosing,
+    cost,
+    database,
+    pipeline,
+    surgery,
+)
 from compress.core import obs
-from compress.ir import Site
+from compress.errors import CompressError
+from compress.ir import Option, Site
 from compress.job import Job, prepare
 from compress.loop import Timing
 from compress.pricing import price
@@ -38,12 +55,20 @@ from compress.report import Report
 from compress.task import Batch, Task
 
 Row = dict[str, object]
-METHODS = {
+METHODS: dict[str, dict[str, object]] = {
     "ZipLM + search": {"score": "obs"},
     "ZipLM + uniform": {"score": "obs", "uniform": True},
     "magnitude + uniform": {"score": "magnitude", "uniform": True},
     "Wanda + uniform": {"score": "wanda", "uniform": True},
     "Taylor + uniform": {"score": "taylor", "uniform": True},
+}
+MOVES: dict[str, dict[str, object]] = {
+    "structure": {"moves": ["structure"]},
+    "block": {"moves": ["block"]},
+    "lowrank": {"moves": ["lowrank"]},
+    "int8": {"moves": ["int8"]},
+    "structure + int8": {"moves": ["structure", "int8"]},
+    "all in one search": {"moves": ["structure", "block", "lowrank", "int8"]},
 }
 
 
@@ -91,22 +116,32 @@ def demo(arguments: argparse.Namespace, out: Path) -> list[Row]:
 
 
 def methods(arguments: argparse.Namespace, out: Path) -> list[Row]:
-    """Score lost at equal measured speed, without any training."""
+    """Score lost at equal measured speed, without any training: how units are ranked."""
+    return _compared(arguments, out, METHODS)
+
+
+def moves(arguments: argparse.Namespace, out: Path) -> list[Row]:
+    """Score lost at equal measured speed, without any training: what may be done to a site."""
+    return _compared(arguments, out, MOVES)
+
+
+def _compared(arguments: argparse.Namespace, out: Path, known: dict[str, dict[str, object]]) -> list[Row]:
+    """A row for every method and speedup; one that cannot be reached says so."""
     rows: list[Row] = []
-    chosen = arguments.methods.split(",") if arguments.methods else list(METHODS)
-    for name in chosen:
+    for name in arguments.methods.split(",") if arguments.methods else list(known):
         for speedup in arguments.speedups:
-            options = METHODS[name]
             recipe = recipe_of(
                 arguments,
                 out / name.replace(" ", ""),
                 speedup,
-                options=options,
+                options=known[name],
                 shapes={"tokens": arguments.tokens},
             )
             began = time.perf_counter()
-            report = pipeline.run(recipe, Plain())
-            rows.append(_outcome(name, speedup, report))
+            try:
+                rows.append(_outcome(name, speedup, pipeline.run(recipe, Plain())))
+            except CompressError as error:
+                rows.append({"method": name, "asked": speedup, "status": str(error).splitlines()[0]})
             rows[-1]["seconds"] = round(time.perf_counter() - began, 1)
             print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -197,12 +232,15 @@ def _built(what: str, task: Task, sites: Sequence[Site], batches: Sequence[Batch
     began = time.perf_counter()
     calibrate.collect(task, sites, batches, out / "statistics")
     calibrated = time.perf_counter()
-    levels = {site.name: [units for units in cost.grid(site, 8) if units < site.units] for site in sites}
-    database.build(task.model, sites, out / "statistics", levels, out / "candidates")
+    options = {
+        site.name: [Option(units=units) for units in cost.grid(site, 8) if units < site.units]
+        for site in sites
+    }
+    database.build(task.model, sites, out / "statistics", options, out / "candidates")
     return {
         "what": what,
         "sites": len(sites),
-        "levels": sum(len(row) for row in levels.values()),
+        "levels": sum(len(row) for row in options.values()),
         "statistics_s": round(calibrated - began, 1),
         "candidates_s": round(time.perf_counter() - calibrated, 1),
         "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
@@ -287,7 +325,7 @@ def prediction(arguments: argparse.Namespace, out: Path) -> list[Row]:
     act = pipeline.time_plan(job)
     random = np.random.default_rng(0)
     for number in range(10):
-        choices = tuple(int(random.integers(0, len(units))) for units in menus.units)
+        choices = tuple(int(random.integers(0, len(row))) for row in menus.options)
         found: Timing = act(menus.named(choices))
         predicted = costs.dense_ms / menus.latency_ms(choices)
         rows.append(
@@ -305,7 +343,17 @@ def prediction(arguments: argparse.Namespace, out: Path) -> list[Row]:
     return rows
 
 
-BENCHMARKS = {"demo": demo, "methods": methods, "database": build_database, "prediction": prediction}
+BENCHMARKS = {
+    "demo": demo,
+    "methods": methods,
+    "moves": moves,
+    "database": build_database,
+    "prediction": prediction,
+    "precision": precision.run,
+    "blocks": blocks.run,
+    "encoder": blocks.encoder,
+    "pat": hidden_width.run,
+}
 
 
 def main() -> None:
@@ -316,10 +364,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
-    parser.add_argument("--methods", help=f"comma list of {', '.join(METHODS)}")
+    parser.add_argument("--methods", help=f"comma list of {', '.join([*METHODS, *MOVES])}")
+    parser.add_argument("--products", default="3072x768,768x3072", help="comma list of OUTxIN, for blocks")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128], help="rows of x, for blocks")
+    parser.add_argument(
+        "--patterns", default=blocks.PATTERNS, help="comma list of block patterns, for blocks"
+    )
+    parser.add_argument("--data", type=Path, help="a directory with cifar10/ and tinyshakespeare/")
+    parser.add_argument("--dense-steps", type=int, default=600, help="training from scratch, for pat")
+    parser.add_argument("--steps", type=int, default=200, help="tuning, for pat")
+    parser.add_argument("--batch", type=int, default=64, help="inputs a step, for pat")
+    parser.add_argument("--threads", type=int, default=bench.physical_cores())
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()
-    torch.set_num_threads(bench.physical_cores())
+    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         rows = BENCHMARKS[arguments.benchmark](arguments, Path(folder))
     columns = list(dict.fromkeys(key for row in rows for key in row))

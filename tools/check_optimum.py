@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("optimum-onnx[onnxruntime]==0.1.0", "transformers>=4.57,<4.58")
+DECODERS = ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral")
 MOST = 1e-5  # of the largest difference to what the torch module gives
 
 
@@ -50,7 +51,7 @@ def write(folder: Path) -> list[Path]:
 
     from compress import store, surgery, task
     from compress.analyze import find_sites
-    from compress.export import onnx
+    from compress.export import decoder, onnx
 
     sys.path.insert(0, str(ROOT / "tests"))
     import families
@@ -58,7 +59,7 @@ def write(folder: Path) -> list[Path]:
     logging.set_verbosity_error()
     demo = task.load_task(None, None)
     models = {"demo": (demo.model, demo.example(2, 9))}
-    models |= {name: families.build(name) for name in ("roberta", "vit", "gpt2", "llama")}
+    models |= {name: families.build(name) for name in ("roberta", "vit", *DECODERS)}
     places = []
     for name, (model, example) in models.items():
         sites = find_sites(model, example).sites
@@ -75,7 +76,10 @@ def write(folder: Path) -> list[Path]:
         with torch.inference_mode():
             answer = smaller(**example)
         output = "logits" if "logits" in answer else "last_hidden_state"
-        onnx.export(smaller, example, place / "model.onnx", output_name=output)
+        if name in DECODERS:
+            decoder.export(smaller, place / "model.onnx", output_name=output)
+        else:
+            onnx.export(smaller, example, place / "model.onnx", output_name=output)
         inputs = {key: value.tolist() for key, value in example.items()}
         (place / "expected.json").write_text(
             json.dumps({"inputs": inputs, "output": output, "values": answer[output].tolist()})
@@ -86,7 +90,6 @@ def write(folder: Path) -> list[Path]:
 
 def load(place: Path) -> dict[str, object]:
     """Load one directory in every way, in the environment at hand; largest differences by loader."""
-    import onnxruntime
     import torch
     import transformers
     from optimum import onnxruntime as optimum
@@ -98,8 +101,12 @@ def load(place: Path) -> dict[str, object]:
     autos = [name for name in words["auto_map"] if hasattr(optimum, f"ORT{name.removeprefix('Auto')}")]
     kind = "AutoModel" if "AutoModel" in words["auto_map"] else autos[0]
     optimum_name = "ORTModelForFeatureExtraction" if kind == "AutoModel" else f"ORT{kind[4:]}"
-    session = onnxruntime.InferenceSession(place / "model.onnx")
-    names = [value.name for value in session.get_inputs()]
+    from compress.export.cache import PAST, POSITIONS
+    from compress.export.runners import OrtRunner
+
+    with OrtRunner(place / "model.onnx", 1) as runner:
+        names = [name for name in runner.inputs() if not name.startswith(PAST) and name != POSITIONS]
+        first = next(iter(runner.outputs()))
     known = place / "expected.json"
     if known.is_file():
         stored = json.loads(known.read_text())
@@ -109,14 +116,13 @@ def load(place: Path) -> dict[str, object]:
         inputs = {name: torch.randint(5, 90, (2, 9)) for name in names}
         inputs |= {name: torch.ones(2, 9, dtype=torch.int64) for name in names if name == "attention_mask"}
         inputs |= {name: torch.zeros(2, 9, dtype=torch.int64) for name in names if name == "token_type_ids"}
-        output = session.get_outputs()[0].name
+        output = first
         with torch.inference_mode():
             expected = compress.load(place)(**inputs)[output]
     feed = {key: value.numpy() for key, value in inputs.items() if key in names}
-    found = {"onnxruntime": torch.from_numpy(session.run([output], feed)[0])}
-    # model.onnx holds no key-value cache of the form that optimum expects, so generation runs without.
-    more = {"use_cache": False} if kind == "AutoModelForCausalLM" else {}
-    reader = getattr(optimum, optimum_name).from_pretrained(place, local_files_only=True, **more)
+    with OrtRunner(place / "model.onnx", 1) as runner:
+        found = {"onnxruntime": torch.from_numpy(runner.infer(feed)[output])}
+    reader = getattr(optimum, optimum_name).from_pretrained(place, local_files_only=True)
     found[optimum_name] = reader(**inputs)[output]
     failures = {}
     for name, call in {
@@ -130,7 +136,9 @@ def load(place: Path) -> dict[str, object]:
             failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     differences = {name: float((value - expected).abs().max()) for name, value in found.items()}
     if kind == "AutoModelForCausalLM":
-        prompt = {**inputs, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        assert reader.can_use_cache
+        inputs["attention_mask"][1, :3] = 0  # padding on the left
+        prompt = {**inputs, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         same = torch.equal(reader.generate(**prompt), compress.load(place).generate(**prompt))
         differences["generate"] = 0.0 if same else 1.0
     return {"differences": differences, "failures": failures, "transformers": transformers.__version__}

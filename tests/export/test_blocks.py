@@ -87,6 +87,38 @@ def test_an_attention_chain_computes_masked_attention(queries, units):
     assert np.abs(found - oracles.normalized(context @ out.T + d + x, scale, shift)).max() < 1e-4
 
 
+@pytest.mark.parametrize(("queries", "units"), [(1, 3), (3, 2)])
+def test_a_step_attends_to_the_cache_and_gives_it_back_longer(queries, units):
+    site = heads(queries=queries, bias=False).step()
+    random = np.random.default_rng(5)
+    x = random.standard_normal((BATCH, HIDDEN)).astype(np.float32)
+    mask = np.zeros((BATCH, 1, 1, TOKENS + 1), dtype=np.float32)
+    mask[1, :, :, :2] = -1e9
+    file = chains.chain(site, units, 1)
+    onnx.checker.check_model(onnx.load_from_string(file), full_check=True)
+    session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == ["x", "mask", "past0", "past1"]
+    keys, values = (
+        random.standard_normal((BATCH, units, TOKENS, WIDTH)).astype(np.float32) for _ in range(2)
+    )
+    found, *present = session.run(None, {"x": x, "mask": mask, "past0": keys, "past1": values})
+    weights = [numpy_helper.to_array(w) for w in onnx.load_from_string(file).graph.initializer]
+    scale, shift, query, key, value, out = (w for w in weights if w.dtype == np.float32 and w.size > 1)
+    context = np.zeros((BATCH, units * queries * WIDTH))
+    for item, unit in itertools.product(range(BATCH), range(units)):
+        own = slice(unit * WIDTH, (unit + 1) * WIDTH)
+        k = np.vstack([keys[item, unit], (x @ key.T)[item, own]])
+        v = np.vstack([values[item, unit], (x @ value.T)[item, own]])
+        for held, whole in zip(present, (k, v), strict=True):
+            assert np.allclose(held[item, unit], whole, atol=1e-5)
+        for place in range(unit * queries, (unit + 1) * queries):
+            q = (x @ query.T)[item, place * WIDTH : (place + 1) * WIDTH]
+            scores = k @ q / np.sqrt(WIDTH) + mask[item, 0, 0]
+            shares = np.exp(scores - scores.max())
+            context[item, place * WIDTH : (place + 1) * WIDTH] = shares @ v / shares.sum()
+    assert np.abs(found - oracles.normalized(context @ out.T + x, scale, shift)).max() < 1e-4
+
+
 @pytest.mark.parametrize("fused", [(3 * WIDTH,), (WIDTH, 2 * WIDTH)])
 def test_fused_projections_are_split_into_the_same_attention(fused):
     x, mask = inputs(3)
@@ -145,6 +177,11 @@ def test_a_session_runs_at_the_shape_of_the_site():
     (found,) = call()
     assert found.shape == (ROWS, HIDDEN)
     assert np.isfinite(found).all()
+    step = site.step()
+    answers = blocks.session(chains.chain(step, 2, 3), step, 1)()
+    assert [answer.shape for answer in answers] == [(BATCH, HIDDEN)] + [(BATCH, 2, TOKENS + 1, WIDTH)] * 6
+    assert np.isfinite(answers[0]).all()
+    assert answers[1][:, :, :-1].std() > 0.5
 
 
 # Timing, with graphs whose cost is known
@@ -248,15 +285,15 @@ def test_the_time_limit_ends_the_cycles_after_the_least_number(monkeypatch):
     monkeypatch.setattr(blocks, "CYCLES", (3, 50))
     clock = Machine(cost_ms=lambda units: 1.0)
     call = clock.session(1.0, ffn(), 1)
-    assert blocks._cycles([call, call], 0.0, clock.clock, lambda done, work: None).shape == (3, 2)
-    assert blocks._cycles([call, call], 1e9, clock.clock, lambda done, work: None).shape == (50, 2)
+    assert blocks.cycles([call, call], 0.0, clock.clock, lambda done, work: None).shape == (3, 2)
+    assert blocks.cycles([call, call], 1e9, clock.clock, lambda done, work: None).shape == (50, 2)
 
 
 def test_cycles_alternate_their_order_after_a_visit_to_each(monkeypatch):
     monkeypatch.setattr(blocks, "CYCLES", (2, 2))
     seen = []
     calls = [lambda k=k: seen.append(k) for k in range(3)]
-    blocks._cycles(calls, 1.0, lambda: float(len(seen)), lambda done, work: None)
+    blocks.cycles(calls, 1.0, lambda: float(len(seen)), lambda done, work: None)
     assert seen[::3] == [0, 1, 2, 0, 1, 2, 2, 1, 0]
 
 

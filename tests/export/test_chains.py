@@ -11,7 +11,7 @@ from onnx import TensorProto, numpy_helper
 
 from compress.analyze import find_sites
 from compress.errors import CompressError
-from compress.export import chains
+from compress.export import blocks, chains
 from compress.export.onnx import export
 
 
@@ -87,3 +87,69 @@ def test_readers_of_another_hidden_width_are_refused():
     odd = site.model_copy(update={"matmuls": (first.model_copy(update={"inner": 21}), *rest)})
     with pytest.raises(CompressError, match="different hidden widths"):
         chains.chain(odd, 2, 1)
+
+
+# Lowered products
+
+
+def floats(file):
+    """Numbers that the weights of a chain hold, without vectors and scalars."""
+    return sum(numpy_helper.to_array(w).size for w in file.graph.initializer if len(w.dims) == 2)
+
+
+@pytest.mark.parametrize("name", ["fused", "llama"])
+def test_a_chain_in_blocks_holds_what_the_pattern_keeps_and_runs(name):
+    _, _, sites = sites_of(name)
+    for site in sites[:2]:
+        dense = onnx.load_from_string(chains.chain(site, site.units, 2))
+        lowered = chains.chain(site, site.units, 2, pattern="block:4x2@0.5")
+        file = onnx.load_from_string(lowered)
+        onnx.checker.check_model(file, full_check=True)
+        inner = [dims for w in dense.graph.initializer if len(dims := list(w.dims)) == 2]
+        kept = sum(out * 2 * max(1, round(0.5 * inner / 2)) for out, inner in inner)
+        assert floats(file) == kept < floats(dense)
+        assert [value.name for value in file.graph.input] == [value.name for value in dense.graph.input]
+        assert blocks.session(lowered, site, 1)()[0].shape == (site.matmuls[0].rows, site.matmuls[0].inner)
+        assert chains.chain(site, site.units, 2, pattern="block:4x2@0.5") == lowered
+
+
+@pytest.mark.parametrize("units", [4, 3])
+def test_a_chain_of_low_rank_holds_two_factors_and_runs(units):
+    _, _, sites = sites_of("fused")
+    for site in sites[:2]:
+        count = min(units, site.units)
+        lowered = chains.chain(site, count, 1, rank=3)
+        file = onnx.load_from_string(lowered)
+        assert floats(file) == sum(3 * sum(m.features(count)) for m in site.matmuls)
+        both = onnx.load_from_string(chains.chain(site, count, 1, pattern="block:4x2@0.5", rank=3))
+        alone = onnx.load_from_string(chains.chain(site, count, 1, pattern="block:4x2@0.5"))
+        assert floats(both) == floats(alone) + floats(file)
+        blocks.session(both.SerializeToString(), site, 1)()
+
+
+def test_first_factors_of_query_key_and_value_are_one_product_in_a_chain():
+    _, _, sites = sites_of("llama")
+    heads = sites[0]
+    found = operators(onnx.load_from_string(chains.chain(heads, heads.units, 1, rank=2)))
+    assert found["Gemm"] == 1 + 3 + 2  # the first factors, three second ones, the writer's two
+
+
+def test_the_form_is_asked_for_with_the_product_and_its_blocks():
+    _, _, sites = sites_of("fused")
+    ffn = sites[1]
+    seen = []
+
+    def choose(out, inner, kept):
+        seen.append((out, inner, kept.rows, kept.columns, kept.widest))
+        return "sum"
+
+    file = onnx.load_from_string(chains.chain(ffn, ffn.units, 1, pattern="block:2x2@0.5", choose=choose))
+    assert seen == [(36, 20, 2, 2, 5), (20, 36, 2, 2, 9)]
+    assert "Concat" in operators(file)
+    assert operators(file)["Gemm"] == 18 * 5 + 10 * 9
+
+
+def test_a_pattern_that_cannot_be_lowered_is_refused():
+    _, _, sites = sites_of("fused")
+    with pytest.raises(CompressError, match="pattern '2:4' is no block pattern"):
+        chains.chain(sites[1], 4, 1, pattern="2:4")

@@ -5,16 +5,25 @@ import sys
 import tarfile
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
+import families
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from outputs import ROWS, write_model, write_output
+from reports import CPU
 
 from compress import cli, report
-from compress.export import deliver, device, edge, runners
+from compress.analyze import find_sites
+from compress.errors import CompressError
+from compress.export import decoder, deliver, device, edge, runners
+from compress.ir import Budget
 from compress.measurement import Bundle, identity
+from compress.recipe import Recipe
+from compress.surgery import Removal, shrink
 
 
 @pytest.fixture
@@ -175,3 +184,38 @@ def test_the_demo_is_measured_where_only_numpy_and_onnxruntime_are(tmp_path):
     flipped = subprocess.run([python, tmp_path / "edge" / "verify.py"], **common, **clean)
     assert flipped.returncode == 2
     assert "model.onnx is damaged" in flipped.stderr
+
+
+def test_a_decoder_is_bundled_with_prompts_that_fit_both_caches(tmp_path):
+    """The compressed model has fewer heads in one layer, and no attention in the other."""
+    model, example = families.build("llama")
+    sites = find_sites(model, example).sites
+    first, last = (site for site in sites if site.kind == "heads")
+    removals = {first.name: Removal(torch.arange(0)), last.name: Removal(torch.arange(1))}
+    files = {"dense": tmp_path / "dense.onnx", "compressed": tmp_path / "model.onnx"}
+    decoder.export(model, files["dense"])
+    decoder.export(shrink(model, sites, removals), files["compressed"])
+    target = CPU.model_copy(update={"shapes": {"batch": 2, "tokens": 6}, "phase": "prefill"})
+    output = SimpleNamespace(
+        **files,
+        recipe=Recipe(target="cpu", budget=Budget(speedup=2.0)),
+        report=SimpleNamespace(target=target),
+    )
+    edge.write_examples(output, files, tmp_path / "examples.npz")
+    found = device.read_examples(tmp_path / "examples.npz")
+    assert [example.inputs["input_ids"].shape for example in found] == [(2, 6), (3, 3), (3, 6)]
+    for side, path in files.items():
+        assert all(set(example.answers[side]) == {"logits"} for example in found)
+        loaded = device.OrtModel(path, 1, device.CPU)
+        assert device.agreement(loaded, side, found, 1e-5)["passed"]
+    other = device.OrtModel(files["dense"], 1, device.CPU)
+    assert not device.agreement(other, "compressed", found, 1e-5)["passed"]
+
+
+def test_a_step_is_not_bundled(out):
+    path = out / "compression" / "report.json"
+    words = json.loads(path.read_text())
+    words["target"]["phase"] = "decode"
+    path.write_text(json.dumps(words))
+    with pytest.raises(CompressError, match="compress with --phase prefill"):
+        deliver.deliver(out, "edge")

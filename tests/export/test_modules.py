@@ -135,7 +135,7 @@ def test_inputs_have_the_shape_of_the_site_and_its_mask():
 def test_a_rig_times_its_own_chains_with_enough_copies_to_leave_the_caches():
     built, now = [], [0.0]
 
-    def make(site, units, copies):
+    def make(site, units, copies, form):
         built.append((units, copies))
 
         def call():

@@ -1,0 +1,191 @@
+"""What besides removing units may be done to a site: the forms that a target can run, and their weights.
+
+A form says how the products of a site run: in blocks of zeros, with a low-rank part, in another
+precision. It is laid over whatever structure was kept, so every form may stand at every number of units
+whose shapes it fits. Errors are relative, as those of structure are; readers are matched about zero, since
+what comes after them is not linear, the writer about its mean, which its bias takes up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress import surgery
+from compress.calibrate import Statistics
+from compress.core import block, gptq, lowrank, obs
+from compress.core.fakequant import PRECISIONS, Quantized
+from compress.core.support import Block, Layer, prepare
+from compress.errors import CompressError
+from compress.ir import Option, Site
+from compress.profiles import Profile
+from compress.surgery import Removal
+
+BLOCKS = ("block:32x128@0.5", "block:32x128@0.25")
+RANKS = (0.25, 0.125)  # of the hidden width
+MIXED = ("block:32x128@0.25", 0.0625)
+LEVELS = 8  # numbers of units at which a site is offered in a form
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """One matrix in a form: [out, in] values, what its bias gains, its error, and what it is made of."""
+
+    values: Tensor
+    shift: Tensor
+    error: float
+    factors: tuple[Tensor, Tensor] | None = None
+    codes: Quantized | None = None
+
+
+def of(site: Site, moves: Sequence[str], profile: Profile) -> tuple[str, ...]:
+    """The forms in which a site is offered on a device."""
+    if _shared(site):
+        return ()
+    hidden = next(m.out for m in site.matmuls if m.weight == site.writer)
+    ranks = [max(1, round(share * hidden)) for share in (*RANKS, MIXED[1])]
+    by_move = {
+        "structure": (),
+        "int8": ("int8-dynamic",),
+        "block": BLOCKS,
+        "lowrank": tuple(f"rank:{rank}" for rank in ranks[: len(RANKS)]),
+    }
+    offered = [Option.of(form, None) for move in moves for form in by_move[move]]
+    if {"block", "lowrank"} <= set(moves):
+        offered.append(Option.of(f"{MIXED[0]}+rank:{ranks[-1]}", None))
+    # Codes stand for [out, in] weights; a matrix that is stored the other way round keeps its floats.
+    across = site.column.dim == 0
+    return tuple(o.form for o in offered if _runs(o, profile) and not (across and o.precision != "fp32"))
+
+
+def levels(site: Site, form: str, units: Sequence[int]) -> list[int]:
+    """Units at which a site is offered in a form, at most `LEVELS`, the most first.
+
+    They are those that structure offers, moved to where the form fits.
+    """
+    option = Option.of(form, None)
+    fitting = [count for count in range(site.units, 0, -1) if _fits(site, option, count)]
+    nearest = {min(fitting, key=lambda fit: abs(fit - count)) for count in units if count and fitting}
+    ordered = sorted(nearest, reverse=True)
+    if len(ordered) <= LEVELS:
+        return ordered
+    picked = {round(k * (len(ordered) - 1) / (LEVELS - 1)) for k in range(LEVELS)}
+    return [ordered[index] for index in sorted(picked)]
+
+
+def treat(
+    model: nn.Module,
+    site: Site,
+    option: Option,
+    removal: Removal,
+    statistics: Statistics,
+    damping: float,
+) -> tuple[Removal, float]:
+    """A structural removal with its matrices in the option's form, and the error that this adds.
+
+    Args:
+        model: the dense model.
+        site: where.
+        option: the form; its units are those of the removal.
+        removal: with the writer's weight and bias in it.
+        statistics: of the site, with those of the readers.
+        damping: relative to each diagonal entry of a second moment.
+
+    Raises:
+        CompressError: the statistics say nothing about the readers.
+    """
+    if statistics.reader is None or removal.weight is None or removal.bias is None:
+        raise CompressError(f"{site.name}: no statistics of its readers; calibrate with readers = true")
+    stay = obs.columns(removal.kept, site.column.width)
+    writer = shape(
+        option,
+        removal.weight.double(),
+        statistics.second[stay][:, stay],
+        statistics.mean[stay],
+        damping,
+    )
+    found = {site.writer: writer}
+    readers: dict[str, Tensor] = {}
+    nothing = torch.zeros(len(statistics.reader), dtype=torch.float64)
+    for name in surgery.readers(site):
+        stored = surgery.reader_rows(model, site, name, removal.kept)
+        across = next(part.dim for part in site.slices if part.tensor == name) == 1
+        weight = (stored.T if across else stored).double()
+        found[name] = shape(option, weight, statistics.reader, nothing, damping)
+        values = found[name].values
+        readers[name] = (values.T if across else values).to(stored.dtype)
+    mean = sum(found[name].error for name in readers) / len(readers)
+    return (
+        Removal(
+            removal.kept.clone(),  # a file stores no tensor twice under two names
+            writer.values.to(removal.weight.dtype),
+            removal.bias + writer.shift.to(removal.bias.dtype),
+            readers,
+            option.form,
+            {name: one.factors for name, one in found.items() if one.factors is not None},
+            {name: one.codes for name, one in found.items() if one.codes is not None},
+        ),
+        1 - (1 - min(writer.error, 1.0)) * (1 - min(mean, 1.0)),
+    )
+
+
+def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping: float) -> Shaped:
+    """One matrix in the option's form.
+
+    Args:
+        option: pattern, rank and precision; its units are not read.
+        weight: [out, in] float64.
+        second: [in, in] `E[x x^T]` of its inputs, not centered.
+        mean: [in] `E[x]`; zeros where the bias must not change.
+        damping: relative to each diagonal entry.
+    """
+    made = Shaped(weight, torch.zeros(len(weight), dtype=weight.dtype), 0.0)
+    if option.rank:
+        made = _split(option, prepare(weight, second, mean, damping))
+    elif option.pattern != "dense":
+        cut = block.solve(weight, second, mean, option.block, option.density, damping=damping)
+        made = Shaped(cut.values, cut.shift, cut.error)
+    if option.precision != "fp32":
+        rounded = gptq.quantize(made.values, second, mean, PRECISIONS[option.precision], damping=damping)
+        made = Shaped(
+            rounded.quantized.weight().double(),
+            made.shift + rounded.shift,
+            1 - (1 - min(made.error, 1.0)) * (1 - min(rounded.error, 1.0)),
+            codes=rounded.quantized,
+        )
+    return made
+
+
+def _split(option: Option, layer: Layer) -> Shaped:
+    """A low-rank matrix, or blocks and a low-rank part that were found together."""
+    if option.pattern == "dense":
+        split = lowrank.factor(layer, option.rank)
+    else:
+        split = lowrank.decompose(layer, Block(*option.block, option.density), option.rank)
+    values = split.values + split.left @ split.right
+    return Shaped(values, split.shift, split.error, (split.left.float(), split.right.float()))
+
+
+def _runs(option: Option, profile: Profile) -> bool:
+    """Whether a device can turn a form into time at all."""
+    if profile.measured_here:
+        return True
+    return option.pattern in profile.patterns and option.precision == "fp32"
+
+
+def _fits(site: Site, option: Option, units: int) -> bool:
+    """Whether every product of the site can take the form at this number of units."""
+    if not option.pattern.startswith("block:"):
+        return True
+    rows, columns = option.block
+    shapes = [matmul.features(units) for matmul in site.matmuls]
+    return all(out % rows == 0 and inner % columns == 0 for out, inner in shapes)
+
+
+def _shared(site: Site) -> bool:
+    """Whether a matrix of the site has rows that no unit owns, which a form would change as well."""
+    owned: dict[str, int] = {}
+    for part in site.slices:
+        owned[part.tensor] = owned.get(part.tensor, 0) + part.width
+    return any(matmul.out_per_unit not in (0, owned[matmul.weight]) for matmul in site.matmuls)

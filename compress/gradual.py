@@ -1,0 +1,52 @@
+"""A family from one run: pruned, recovered, and pruned further from the recovered weights.
+
+Budgets are taken from the mildest to the hardest. Every member is a whole output of its own, in a
+directory named after what was asked; statistics are collected again on the weights it starts from,
+while costs, the teacher and the baseline stay those of the dense model. A killed run goes on with the
+member that it was at.
+"""
+
+import shutil
+from pathlib import Path
+
+from compress import artifact, family, pipeline
+from compress.expand import expand
+from compress.family import Family
+from compress.ir import Budget
+from compress.job import Progress, prepare
+from compress.recipe import Recipe
+
+SHARED = ("sites.json", "dense.onnx", "dense.json", "costs.json")
+
+
+def run(recipe: Recipe, progress: Progress) -> Family:
+    """Compile one model for each of the recipe's speedups.
+
+    Raises:
+        CompressError: as for a single model; members that were finished before stay.
+    """
+    place = Path(recipe.out)
+    artifact.claim(place)
+    speedups = sorted(set(recipe.speedups))
+    start, before, members = None, None, []
+    for number, speedup in enumerate(speedups, 1):
+        name = f"{speedup:g}x"
+        progress.say(f"member {number} of {len(speedups)}: {name}")
+        if before is not None:
+            _share(before, place / name)
+        asked = {"budget": Budget(speedup=speedup), "speedups": (), "out": str(place / name)}
+        done = pipeline.compiled(prepare(recipe.model_copy(update=asked), progress), start)
+        start = expand(done.job.task.model, done.job.sites, done.kept, done.model)
+        before = place / name
+        members.append(family.member(name, done.report))
+        found = family.of(done.report, members)
+        family.write(found, place)
+    return found
+
+
+def _share(before: Path, after: Path) -> None:
+    """Give a member what was found out about the dense model; hashes say whether it still holds."""
+    source, folder = before / artifact.MARKER, artifact.claim(after)
+    for name in SHARED:
+        if not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)

@@ -1,0 +1,162 @@
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from graphs import answers, linear, values
+from onnx import numpy_helper
+
+from compress import cost
+from compress.errors import CompressError
+from compress.export import blocks as sites
+from compress.export import layouts, sparse
+from compress.export.layouts import Shape
+from compress.export.lowering import lower
+from compress.export.sparse import Blocks
+from compress.ir import Matmul, Site
+
+SHAPE = Shape(rows=5, out=8, inner=12, height=4, width=3, kept=2)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Times by layout in place of measurements; the shapes that were asked for."""
+    asked = []
+    times = {"dense": 2.0, "concat": 1.0, "gather": 0.8, "sum": 1.1, "batched": 0.5, "conv": 0.9}
+
+    def measured(shape, threads):
+        asked.append(shape)
+        return {layout: times[layout] * shape.kept for layout in shape.layouts}
+
+    monkeypatch.setattr(layouts, "measured", measured)
+    return asked
+
+
+def site():
+    up = Matmul(weight="up", rows=5, out=16, inner=12, out_per_unit=1, bias=True)
+    down = Matmul(weight="down", rows=5, out=12, inner=16, inner_per_unit=1, bias=True)
+    return Site(name="f", kind="ffn", units=16, slices=(), matmuls=(up, up, down), writer="down")
+
+
+def test_products_of_a_site_are_listed_once_in_every_pattern():
+    found = layouts.shapes_of(site(), ["block:4x4@0.5", "block:8x3@0.01"])
+    assert set(found) == {
+        Shape(5, 16, 12, 4, 4, 2), Shape(5, 16, 12, 8, 3, 1),
+        Shape(5, 12, 16, 4, 4, 2), Shape(5, 12, 16, 8, 3, 1),
+    }  # fmt: skip
+    assert len(found) == 4
+
+
+def test_only_forms_that_fit_are_timed():
+    assert SHAPE.layouts == ("dense", "concat", "gather", "sum", "batched", "conv")
+    assert SHAPE._replace(out=9).layouts == ("dense", "concat", "gather", "sum")
+    assert SHAPE._replace(inner=13).layouts == ("dense", "concat", "sum")
+
+
+def test_the_fastest_form_is_picked_from_what_was_timed(cache, timed):
+    ragged = SHAPE._replace(inner=13)
+    table = layouts.table([SHAPE, ragged])
+    assert layouts.best(table, SHAPE) == ("batched", 4.0)
+    assert layouts.best(table, ragged) == ("concat", 2.0)
+    assert table.rows[SHAPE.key("dense")] == {2: 4.0}
+
+
+def test_a_shape_is_timed_once_and_then_read_from_the_cache(cache, timed):
+    first = layouts.table([SHAPE, SHAPE])
+    more = SHAPE._replace(kept=3)
+    seen = []
+    second = layouts.table([SHAPE, more], progress=lambda done, work: seen.append((done, work)))
+    assert timed == [SHAPE, more]
+    assert seen == [(1, 1)]
+    assert second.rows[SHAPE.key("conv")] == {2: 1.8, 3: 2.7}
+    assert first.rows.keys() == second.rows.keys()
+
+
+def test_products_share_the_file_of_the_sites_and_leave_their_rows(cache, timed):
+    mine = {"f": {4: 1.0}}
+    cost.obtain(sites.empty_table(1), {"f": [4]}, lambda missing: mine)
+    layouts.table([SHAPE])
+    whole = cost.obtain(sites.empty_table(1), {"f": [4]}, lambda missing: {})
+    assert whole.rows["f"] == {4: 1.0}
+    assert SHAPE.key("sum") in whole.rows
+
+
+def test_a_shape_that_was_not_timed_is_refused(cache, timed):
+    with pytest.raises(CompressError, match="was not timed"):
+        layouts.best(layouts.table([SHAPE]), SHAPE._replace(kept=3))
+
+
+def test_a_product_gets_the_form_of_the_nearest_timed_shape(cache, monkeypatch):
+    small, large = SHAPE, Shape(5, 80, 120, 4, 3, 20)
+    winners = {small: "sum", large: "conv"}
+    monkeypatch.setattr(
+        layouts,
+        "measured",
+        lambda shape, threads: {f: 0.1 if f == winners[shape] else 1.0 for f in shape.layouts},
+    )
+    choose = layouts.chooser(layouts.table(winners), winners)
+    assert choose(8, 12, Blocks(4, 3, ((0, 1), (1, 2)))) == "sum"
+    assert choose(12, 15, Blocks(4, 3, ((0, 1), (1, 2), (0, 3)))) == "sum"
+    many = tuple(range(18))
+    assert choose(72, 108, Blocks(4, 3, (many,) * 18)) == "conv"
+    # Another block shape was not timed, and whole blocks are what the nearest layout needs.
+    assert choose(72, 108, Blocks(8, 3, (many,) * 9)) == "concat"
+    assert choose(73, 108, Blocks(4, 3, (many,) * 19)) == "concat"
+
+
+@pytest.mark.parametrize("layout", SHAPE.layouts)
+def test_a_timed_file_holds_its_copies_in_the_form_that_is_named(layout):
+    file = onnx.load_from_string(layouts.product(SHAPE, layout, 2))
+    onnx.checker.check_model(file, full_check=True)
+    kinds = {node.op_type for node in file.graph.node}
+    mark = {
+        "dense": "Gemm",
+        "concat": "Split",
+        "gather": "Gather",
+        "sum": "Split",
+        "batched": "MatMul",
+        "conv": "Conv",
+    }
+    assert mark[layout] in kinds
+    assert [value.name for value in file.graph.input] == ["x0", "x1"]
+    floats = [numpy_helper.to_array(w) for w in file.graph.initializer if w.data_type == 1]
+    assert sum(array.size for array in floats) == 2 * (8 * 12 if layout == "dense" else 4 * 12) + 2 * 8
+    session = ort.InferenceSession(file.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = values((5, 12))
+    one, two = session.run(None, {"x0": x, "x1": x})
+    assert one.shape == (5, 8)
+    assert not np.allclose(one, two)
+    layouts.runner(file.SerializeToString(), SHAPE, 1)()
+
+
+def test_times_are_those_of_one_product_and_ratios_are_paired(monkeypatch):
+    now, cost_ms = [0.0], {layout: 2.0 + k for k, layout in enumerate(SHAPE.layouts)}
+    monkeypatch.setattr(sites, "CYCLES", (4, 4))
+    monkeypatch.setattr(layouts, "product", lambda shape, layout, copies: (layout, copies))
+
+    def runner(file, shape, threads):
+        def call():
+            now[0] += file[1] * cost_ms[file[0]] / 1e3
+
+        return call
+
+    monkeypatch.setattr(layouts, "runner", runner)
+    assert layouts.measured(SHAPE, clock=lambda: now[0]) == pytest.approx(cost_ms)
+
+
+def test_a_masked_weight_becomes_a_lowering_in_the_chosen_form():
+    blocks = sparse.random("block:4x3@0.5", 8, 12, np.random.default_rng(0))
+    weight = (values((8, 12)) * blocks.mask(8, 12)).astype(np.float32)
+    found = layouts.lowering(
+        weight, "block:4x3@0.5", lambda out, inner, blocks: "gather" if out == 8 else "sum"
+    )
+    assert (found.blocks, found.layout) == (blocks, "gather")
+    model = linear(weight)
+    lower(model, {"w": found})
+    x = values((3, 12), 1)
+    assert np.abs(answers(model, x)[0] - x @ weight.T).max() < 1e-5

@@ -1,0 +1,207 @@
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from classifier import padded
+from torch import nn
+
+from compress import distill, surgery
+from compress.distill import Answers, Place, Teacher
+from compress.recipe import Recovery
+from compress.surgery import Removal
+from compress.task import Batch, load_task
+
+ALONE = {"task": 0.0, "logits": 0.0, "hidden": 0.0, "ranking": 0.0}
+
+
+def only(**weights):
+    return Recovery(**(ALONE | weights))
+
+
+def softmax(values):
+    weights = [math.exp(value) for value in values]
+    return [weight / sum(weights) for weight in weights]
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def said(task, model=None, batch=None, sites=()):
+    model = task.model if model is None else model
+    return distill.answers(task, model, batch, distill.places(task.model, sites))
+
+
+@pytest.fixture(scope="module")
+def job():
+    """A task, its sites, one batch with padding, and a student with half the units."""
+    task, sites = padded()
+    batch = next(task.batches("calibration", 16))
+    removals = {site.name: Removal(torch.arange(site.units // 2)) for site in sites}
+    return task, sites, batch, surgery.shrink(task.model, sites, removals)
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory):
+    """A task on sentence embeddings with texts of different lengths."""
+    folder = tmp_path_factory.mktemp("embeddings")
+    lines = ["text"] + ["red cat sees one dog", "two birds", "bird likes blue", "nine"] * 6
+    (folder / "data.csv").write_text("\n".join(lines) + "\n")
+    return load_task(str(tiny.encoder(folder / "model")), str(folder / "data.csv"), task="feature-extraction")
+
+
+@pytest.mark.parametrize("heat", [1.0, 2.5])
+def test_the_logits_loss_is_the_divergence_of_softened_distributions(job, heat):
+    task, _, batch, _ = job
+    ours, theirs = random(16, 3), 3 * random(16, 3, seed=1)
+    found = distill.loss(
+        task, batch, Answers(ours, ()), Answers(theirs, ()), only(logits=1.0, temperature=heat)
+    )
+    total = 0.0
+    for row in range(16):
+        p = softmax([value / heat for value in theirs[row].tolist()])
+        q = softmax([value / heat for value in ours[row].tolist()])
+        total += heat**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 16
+    assert found.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_hidden_loss_is_each_tokens_squared_distance_in_units_of_the_teachers_token():
+    ours, theirs = [random(5, 4), random(5, 4, seed=2)], [random(5, 4, seed=3), 9 * random(5, 4, seed=4)]
+    total = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        for token in range(5):
+            away = sum((float(x) - float(y)) ** 2 for x, y in zip(a[token], b[token], strict=True))
+            total += away / sum(float(y) ** 2 for y in b[token]) / 5 / 2
+    assert distill.hidden_loss(ours, theirs).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_margin_loss_is_the_mean_over_every_ordered_pair_of_documents():
+    ours, theirs = random(3, 4), random(3, 4, seed=5)
+    each = []
+    for i in range(3):
+        for j in range(4):
+            for k in range(4):
+                if j != k:
+                    each.append(float((ours[i, j] - ours[i, k]) - (theirs[i, j] - theirs[i, k])) ** 2)
+    assert distill.margin_loss(ours, theirs).item() == pytest.approx(np.mean(each), rel=1e-5)
+    shifted = theirs + random(3, 1, seed=6)
+    assert distill.margin_loss(ours, shifted).item() == pytest.approx(np.mean(each), rel=1e-5)
+    assert distill.margin_loss(shifted, theirs).item() == pytest.approx(0, abs=1e-12)
+    assert distill.margin_loss(ours[:, :1], theirs[:, :1]).item() == 0
+
+
+def test_embeddings_keep_directions_and_margins(embeddings):
+    batch = next(embeddings.batches("calibration", 6))
+    shape = (*batch.inputs["input_ids"].shape, 16)
+    ours, theirs = random(*shape), random(*shape, seed=7)
+    means = []
+    for hidden in (ours.numpy(), theirs.numpy()):
+        real = batch.real.numpy()
+        rows = [hidden[i][real[i]].mean(0) for i in range(len(hidden))]
+        means.append(np.array([row / np.linalg.norm(row) for row in rows]))
+    away = np.mean([1 - a @ b for a, b in zip(*means, strict=True)])
+    pair = Answers(ours, ()), Answers(theirs, ())
+    found = distill.loss(embeddings, batch, *pair, only(logits=1.0, temperature=4.0))
+    assert found.item() == pytest.approx(away, rel=1e-5)
+    scores = [torch.from_numpy(mean @ mean.T) for mean in means]
+    margins = distill.loss(embeddings, batch, *pair, only(ranking=1.0))
+    assert margins.item() == pytest.approx(distill.margin_loss(*scores).item(), rel=1e-5)
+    assert margins.item() > 0
+
+
+def test_a_teacher_has_nothing_to_teach_itself(job):
+    task, sites, batch, _ = job
+    model = surgery.mask(task.model, sites, {})
+    goal = said(task, None, batch, sites)
+    found = distill.loss(task, batch, said(task, model, batch, sites), goal, only(logits=1.0, hidden=1.0))
+    assert found.item() == 0
+    found.backward()
+    worst = max(float(value.grad.abs().max()) for value in model.parameters() if value.grad is not None)
+    assert worst < 1e-6
+
+
+def test_a_smaller_student_has_something_to_learn_from_every_loss(job):
+    task, sites, batch, student = job
+    goal, answer = said(task, None, batch, sites), said(task, student, batch, sites)
+    for name in ("task", "logits", "hidden"):
+        assert distill.loss(task, batch, answer, goal, only(**{name: 1.0})).item() > 1e-3
+    whole = only(task=0.2, logits=2.0, hidden=3.0)
+    parts = [only(task=0.2), only(logits=2.0), only(hidden=3.0)]
+    total = sum(distill.loss(task, batch, answer, goal, part).item() for part in parts)
+    assert distill.loss(task, batch, answer, goal, whole).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_padding_never_enters(job):
+    task, sites, batch, student = job
+    real = batch.real
+    assert not bool(real.all())
+    junk = batch.inputs["input_ids"] + 5 * (~real)
+    other = Batch({**batch.inputs, "input_ids": junk}, batch.labels, real)
+    wider = {name: nn.functional.pad(value, (0, 4)) for name, value in batch.inputs.items()}
+    padded_more = Batch(wider, batch.labels, nn.functional.pad(real, (0, 4)))
+    wanted = only(task=1.0, logits=1.0, hidden=1.0)
+    found = []
+    for one in (batch, other, padded_more):
+        goal, answer = said(task, None, one, sites), said(task, student, one, sites)
+        assert all(len(hidden) == int(real.sum()) for hidden in answer.hidden)
+        found.append(distill.loss(task, one, answer, goal, wanted).item())
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=1e-5)
+
+
+def test_without_labels_the_task_loss_is_left_out(job):
+    task, sites, batch, student = job
+    bare = Batch(batch.inputs, None, batch.real)
+    goal, answer = said(task, None, bare, sites), said(task, student, bare, sites)
+    found = distill.loss(task, bare, answer, goal, only(task=1.0, logits=1.0))
+    assert found.item() == distill.loss(task, bare, answer, goal, only(logits=1.0)).item()
+
+
+def test_a_layer_is_read_once_where_its_list_ends_also_when_its_sites_are_dropped(job):
+    task, sites, batch, _ = job
+    at = distill.places(task.model, sites)
+    assert at == tuple(Place(f"bert.encoder.layer.{k}") for k in range(len(at)))
+    assert 1 < len(at) < len(sites)
+    gone = {site.name: Removal(torch.arange(0)) for site in sites[:2]}
+    student = surgery.shrink(task.model, sites, gone)
+    hidden = distill.answers(task, student, batch, at).hidden
+    assert [tuple(value.shape) for value in hidden] == [
+        tuple(v.shape) for v in said(task, None, batch, sites).hidden
+    ]
+
+
+def test_a_cached_answer_is_the_computed_one_and_the_cache_keeps_its_bound(job, tmp_path):
+    task, sites, _, _ = job
+    at = distill.places(task.model, sites)
+    batches = list(task.batches("calibration", 8))
+    fresh = [distill.answers(task, task.model, batch, at) for batch in batches]
+    one = sum(v.numel() * 4 for v in (fresh[0].logits, *fresh[0].hidden)) + 4096
+    for room, least in ((2.5 * one / 1e6, 1), (0, 0), (100, len(batches))):
+        folder = tmp_path / f"{room:.3f}"
+        folder.mkdir()
+        teacher = Teacher(task, task.model, at, folder, room)
+        for _ in range(2):
+            for number, (batch, known) in enumerate(zip(batches, fresh, strict=True)):
+                found = teacher(number, batch)
+                assert torch.equal(found.logits, known.logits)
+                assert all(torch.equal(a, b) for a, b in zip(found.hidden, known.hidden, strict=True))
+                assert not found.logits.requires_grad
+        files = list(folder.iterdir())
+        assert sum(file.stat().st_size for file in files) <= room * 1e6
+        assert teacher.used_mb == sum(file.stat().st_size for file in files) / 1e6
+        assert least <= len(files) < (len(batches) if room < 100 else len(batches) + 1)
+        again = Teacher(task, None, at, folder, room)  # no model: it can only read
+        if room == 100:
+            assert torch.equal(again(3, batches[3]).logits, fresh[3].logits)
+
+
+def test_a_damaged_answer_is_computed_and_written_again(job, tmp_path):
+    task, sites, batch, _ = job
+    teacher = Teacher(task, task.model, distill.places(task.model, sites), tmp_path, 10)
+    first = teacher(0, batch)
+    path = tmp_path / "000000.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert torch.equal(teacher(0, batch).logits, first.logits)
+    assert path.read_bytes() == whole

@@ -1,0 +1,58 @@
+"""A whole compilation of a small decoder, to its time per token."""
+
+import json
+import random
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import tiny
+
+from compress import pipeline
+from compress.export.cache import MASK, PAST
+from compress.export.runners import OrtRunner
+from compress.ir import Budget
+from compress.recipe import Bench, Calibration, Recipe, Search, Shapes
+from compress.report import read
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    @contextmanager
+    def stage(self, name):
+        yield lambda done, work: None
+
+    def say(self, line):
+        pass
+
+
+@pytest.mark.slow
+def test_a_decoder_is_compiled_and_both_of_its_phases_are_told(tmp_path):
+    place = tiny.decoder(
+        tmp_path / "model", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=256, max_position_embeddings=64,
+    )  # fmt: skip
+    words = random.Random(0).choices(tiny.WORDS, k=6000)
+    lines = [" ".join(words[start : start + 12]) for start in range(0, len(words), 12)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    asked = Recipe(
+        model=str(place), data=str(tmp_path / "text.txt"), task="text-generation", target="cpu",
+        budget=Budget(size_mb=0.12), out=str(tmp_path / "out"),
+        shapes=Shapes(batch=1, tokens=16, phase="decode"),
+        calibration=Calibration(samples=64), search=Search(samples=32, generations=1),
+        bench=Bench(blocks=30, block_ms=2.0),
+    )  # fmt: skip
+    found = pipeline.run(asked, Silent())
+    assert found == read(tmp_path / "out")
+    assert (found.target.phase, found.phases.asked, found.phases.tokens) == ("decode", "decode", 16)
+    assert found.phases.compressed.per_token_ms == found.compressed.latency_ms
+    assert found.phases.per_token == found.verdict.measured
+    assert found.phases.dense.ttft_ms.p50 > 0
+    assert found.parity.inputs == 14  # at once, and token by token
+    sites = json.loads((tmp_path / "out" / "config.json").read_text())["compression"]["sites"]
+    assert {(kept["site"]["tokens"], kept["site"]["past"]) for kept in sites} == {(1, 16), (1, 0)}
+    with OrtRunner(tmp_path / "out" / "model.onnx", 1) as runner:
+        assert any(name.startswith(PAST) for name in runner.inputs())
+        ids = np.ones((2, 5), dtype=np.int64)
+        assert np.isfinite(runner.infer({"input_ids": ids, MASK: ids})["logits"]).all()

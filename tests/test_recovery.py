@@ -1,0 +1,156 @@
+import copy
+
+import pytest
+import torch
+from classifier import Padded, padded
+
+from compress import artifact, recovery, stitch, surgery
+from compress.console import Lines
+from compress.ir import Budget
+from compress.job import Job, Stages
+from compress.recipe import Recipe, Recovery
+from compress.surgery import Removal
+from compress.task import Batch
+
+
+class Said(Lines):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+        super().__init__(None)
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+class Bare(Padded):
+    """The same data without labels."""
+
+    labelled = False
+
+
+class Unjudged(Padded):
+    """The same data without a validation split."""
+
+    def batches(self, split, size, limit=None):
+        return iter(()) if split == "validation" else super().batches(split, size, limit)
+
+
+def job(folder, task=None, **changes):
+    known, sites = padded()
+    task = task or known
+    wanted = Recovery(**({"mode": "fast", "epochs": 3, "batch": 8, "rate": 3e-3} | changes))
+    recipe = Recipe(target="cpu", budget=Budget(speedup=2.0), out=str(folder), recovery=wanted)
+    place = artifact.claim(folder)
+    return Job(recipe, task, None, place, Stages(Said()), "m", "k", None, sites, ())
+
+
+def student(task=None):
+    known, sites = padded()
+    kept = {site.name: Removal(torch.arange(site.units // 2)) for site in sites}
+    return surgery.shrink((task or known).model, sites, kept)
+
+
+def away(task, model):
+    batches = list(task.batches("test", 16))
+    return stitch.divergence(task, model, batches, stitch.logits(task, task.model, batches))
+
+
+def test_none_changes_nothing_and_says_nothing(tmp_path):
+    model = student()
+    before = copy.deepcopy(model.state_dict())
+    one = job(tmp_path / "out", mode="none")
+    assert recovery.recover(one, model, {}) == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert one.stages.progress.lines == []
+
+
+@pytest.mark.parametrize("kind", [Padded, Bare, Unjudged])
+def test_fast_brings_the_student_nearer_with_labels_without_and_unjudged(tmp_path, kind):
+    task = kind()
+    model = student(task)
+    before = away(task, model)
+    one = job(tmp_path / "out", task)
+    notes = recovery.recover(one, model, {})
+    assert away(task, model) < 0.7 * before
+    words = {Padded: "validation accuracy", Bare: "divergence from dense", Unjudged: "not judged"}
+    assert words[kind] in notes[0]
+    assert any(
+        "3 epochs, 18 steps, about" in line and "estimate" in line for line in one.stages.progress.lines
+    )
+    assert [stage.name for stage in one.stages.seconds] == ["recover (fast)"]
+
+
+def test_a_second_run_reads_the_first_and_the_answers_are_cleared_away(tmp_path):
+    first, second = student(), student()
+    notes = recovery.recover(job(tmp_path / "out"), first, {})
+    folder = tmp_path / "out" / "compression"
+    assert sorted(path.name for path in folder.iterdir()) == [recovery.CHECKPOINT]
+    again = job(tmp_path / "out")
+    assert recovery.recover(again, second, {}) == notes
+    assert again.stages.progress.lines == []
+    found = first.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in second.state_dict().items())
+
+
+class Renamed(Padded):
+    """The same inputs under other labels."""
+
+    def batches(self, split, size, limit=None):
+        for batch in super().batches(split, size, limit):
+            yield Batch(batch.inputs, (batch.labels + 1) % 3, batch.real)
+
+
+def test_other_settings_other_labels_or_another_student_begin_anew(tmp_path):
+    recovery.recover(job(tmp_path / "out"), student(), {})
+    for one, model in (
+        (job(tmp_path / "out", rate=1e-3), student()),
+        (job(tmp_path / "out", Renamed(), rate=1e-3), student()),
+        (job(tmp_path / "out"), copy.deepcopy(padded()[0].model)),
+    ):
+        recovery.recover(one, model, {})
+        assert one.stages.progress.lines
+
+
+def test_zeros_of_a_pattern_stay_and_factored_or_rounded_weights_do_not_move(tmp_path):
+    model = student()
+    _, sites = padded()
+    ffn = [site for site in sites if site.kind == "ffn"]
+    generator = torch.Generator().manual_seed(0)
+    masks = {}
+    for name in (ffn[0].writer, *surgery.readers(ffn[0])):
+        value = model.get_parameter(name)
+        masks[name] = torch.rand(value.shape, generator=generator) < 0.5
+        value.data.masked_fill_(masks[name], 0)
+    kept = torch.arange(ffn[0].units // 2)
+    rounded = surgery.readers(ffn[1])[0]
+    removals = {
+        ffn[0].name: Removal(kept, form="block:1x1@0.5"),
+        ffn[1].name: Removal(
+            kept,
+            form="rank:2",
+            factors={ffn[1].writer: (torch.zeros(1, 1), torch.zeros(1, 1))},
+            codes={rounded: None},
+        ),
+    }
+    before = copy.deepcopy(model.state_dict())
+    recovery.recover(job(tmp_path / "out"), model, removals)
+    for name, mask in masks.items():
+        assert bool((model.get_parameter(name)[mask] == 0).all())
+        assert not torch.equal(model.get_parameter(name), before[name])
+    for name in (ffn[1].writer, rounded):
+        assert torch.equal(model.get_parameter(name), before[name])
+    assert not torch.equal(model.get_parameter(ffn[1].bias), before[ffn[1].bias])
+
+
+def test_the_judge_prefers_what_is_better_whatever_the_direction_of_the_score(tmp_path):
+    task = Padded()
+    one = job(tmp_path / "out", task)
+    dense, small = recovery.Judge(one)(task.model), recovery.Judge(one)(student())
+    task.higher_is_better = False
+    assert recovery.Judge(one)(task.model) == -dense
+    bare = job(tmp_path / "out", Bare())
+    assert recovery.Judge(bare)(bare.task.model) == pytest.approx(0, abs=1e-6)
+    assert recovery.Judge(bare)(student()) < -1e-2
+    assert 0 <= small <= 1

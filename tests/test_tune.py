@@ -1,0 +1,306 @@
+import functools
+import itertools
+
+import pytest
+import torch
+from classifier import padded
+
+from compress import distill, surgery, tune
+from compress.distill import Teacher
+from compress.errors import CompressError
+from compress.recipe import Recovery
+from compress.surgery import Removal
+from compress.task import Batch
+from compress.tune import Lesson, Run
+
+SIZE = 8
+FAST = {"mode": "fast", "epochs": 2, "batch": SIZE, "rate": 3e-3, "checkpoint_s": 0.0}
+
+
+class Killed(Exception):  # noqa: N818
+    """What ends a run from outside."""
+
+
+def student(units=0.5):
+    task, sites = padded()
+    kept = {site.name: Removal(torch.arange(max(1, int(site.units * units)))) for site in sites}
+    return surgery.shrink(task.model, sites, kept)
+
+
+def lesson(folder, labels=True, **changes):
+    task, sites = padded()
+    at = distill.places(task.model, sites)
+    folder.mkdir(exist_ok=True)
+
+    def batches():
+        for batch in task.batches("calibration", SIZE):
+            yield batch if labels else Batch(batch.inputs, None, batch.real)
+
+    teacher = Teacher(task, task.model, at, folder, 10)
+    return Lesson(task, teacher, batches, len(list(batches())), Recovery(**(FAST | changes)))
+
+
+def judge(model):
+    """Nearness to the dense model on the data of the lesson."""
+    task, _ = padded()
+    with torch.no_grad():
+        away = [
+            task.divergence(model(**batch.inputs).logits, task.model(**batch.inputs).logits, batch).item()
+            for batch in task.batches("validation", 48)
+        ]
+    return -sum(away)
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(first, second):
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@functools.cache
+def straight(folder, **changes):
+    """Weights and scores of a run that nothing interrupts."""
+    model = student()
+    scores = tune.tune(Run(model, lesson(folder, **changes)), judge)
+    return weights(model), scores
+
+
+def test_the_student_comes_nearer_to_the_dense_model_on_every_seed(tmp_path):
+    for seed in range(3):
+        scores = straight(tmp_path / "c", seed=seed, epochs=6)[1]
+        assert len(scores) == 7
+        assert max(scores) > scores[0] / 2 > scores[0]
+
+
+def test_it_can_learn_eight_inputs_by_heart(tmp_path):
+    whole = lesson(tmp_path / "c", epochs=60, hidden=0.0, task=0.0)
+    first = next(iter(whole.batches()))
+    few = Lesson(whole.task, whole.teacher, lambda: [first], 1, whole.wanted)
+    model = student()
+    goal = whole.teacher(0, first).logits
+
+    def near(candidate):
+        with torch.no_grad():
+            return -whole.task.divergence(candidate(**first.inputs).logits, goal, first).item()
+
+    scores = tune.tune(Run(model, few), near)
+    assert -max(scores) < 0.02 * -scores[0]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_zeros_stay_exact_zeros_after_every_step(tmp_path, decay):
+    model = student()
+    names = [name for name, value in model.named_parameters() if name.endswith("dense.weight")]
+    generator = torch.Generator().manual_seed(4)
+    masks = {n: torch.rand(model.get_parameter(n).shape, generator=generator) < 0.6 for n in names}
+    before = weights(model)
+    run = Run(model, lesson(tmp_path / "c", decay=decay), zeros=masks)
+    for number, batch in enumerate(run.lesson.batches()):
+        run.advance(number, batch)
+        for name, mask in masks.items():
+            value = model.get_parameter(name)
+            assert bool((value[mask] == 0).all())
+            assert bool((value[~mask] != before[name][~mask]).any())
+            assert bool((run.optimizer.state[value]["exp_avg"][mask] == 0).all())
+    run.release()
+    assert tune.zeros_of(model, names[:1])[names[0]].equal(model.get_parameter(names[0]) == 0)
+
+
+def test_a_mask_that_does_not_fit_is_refused(tmp_path):
+    model = student()
+    name = "classifier.weight"
+    for wrong in (
+        {name: torch.ones(2, 2, dtype=torch.bool)},
+        {name: torch.ones(3, 16)},
+        {"no": torch.ones(1)},
+    ):
+        with pytest.raises(CompressError, match="mask of"):
+            Run(model, lesson(tmp_path / "c"), zeros=wrong)
+
+
+def test_a_learning_rate_of_zero_moves_nothing(tmp_path):
+    model = student()
+    before = weights(model)
+    scores = tune.tune(Run(model, lesson(tmp_path / "c", rate=0.0, decay=0.3)), judge)
+    assert same(before, weights(model))
+    assert len(set(scores)) == 1
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path):
+    first, scores = straight(tmp_path / "a", epochs=1)
+    again, same_scores = straight(tmp_path / "b", epochs=1)
+    other, _ = straight(tmp_path / "a", epochs=1, seed=9)
+    assert same(first, again)
+    assert scores == same_scores
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 6, 7, 11, 12, 17])
+def test_killed_and_resumed_equals_not_killed(tmp_path, steps):
+    settings = {"mode": "full", "courses": 2}
+    expected, scores = straight(tmp_path / "a", **settings)
+    path = tmp_path / "run.safetensors"
+
+    def die(done, total):
+        if done == steps:
+            raise Killed
+
+    with pytest.raises(Killed):
+        tune.tune(
+            Run(student(), lesson(tmp_path / "b", **settings), checkpoint=path, made_from="x"), judge, die
+        )
+    model = student()
+    run = Run(model, lesson(tmp_path / "c", **settings), checkpoint=path, made_from="x")
+    assert run.state.step == steps
+    assert tune.tune(run, judge) == scores
+    assert same(expected, weights(model))
+
+
+def test_killed_while_it_is_judged_it_is_judged_again(tmp_path):
+    expected, scores = straight(tmp_path / "a")
+    path = tmp_path / "run.safetensors"
+    calls = itertools.count()
+
+    def dying(model):
+        if next(calls) == 1:
+            raise Killed
+        return judge(model)
+
+    with pytest.raises(Killed):
+        tune.tune(Run(student(), lesson(tmp_path / "a"), checkpoint=path, made_from="x"), dying)
+    model = student()
+    assert tune.tune(Run(model, lesson(tmp_path / "a"), checkpoint=path, made_from="x"), judge) == scores
+    assert same(expected, weights(model))
+
+
+def test_a_finished_run_is_only_read(tmp_path):
+    path = tmp_path / "run.safetensors"
+    first = student()
+    scores = tune.tune(Run(first, lesson(tmp_path / "a"), checkpoint=path, made_from="x"), judge)
+    second = student()
+    run = Run(second, lesson(tmp_path / "a"), checkpoint=path, made_from="x")
+    assert run.finished
+    assert tune.tune(run, lambda model: pytest.fail("judged again")) == scores
+    assert same(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("damage", ["other", "cut", "nothing"])
+def test_a_checkpoint_of_something_else_or_in_pieces_is_not_taken_up(tmp_path, damage):
+    path = tmp_path / "run.safetensors"
+    tune.tune(Run(student(), lesson(tmp_path / "a"), checkpoint=path, made_from="x"), judge)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-50])
+    run = Run(student(), lesson(tmp_path / "a"), checkpoint=path, made_from="x" if damage != "other" else "y")
+    assert run.state.step == (12 if damage == "nothing" else 0)
+
+
+def test_the_best_weights_are_kept_and_the_untuned_ones_are_among_them(tmp_path):
+    model = student()
+    before = weights(model)
+    marks = iter([3.0, 2.0, 1.0])
+    assert tune.tune(Run(model, lesson(tmp_path / "c")), lambda _: next(marks)) == (3.0, 2.0, 1.0)
+    assert same(before, weights(model))
+    seen = []
+    marks = iter([1.0, 3.0, 2.0])
+
+    def mark(candidate):
+        seen.append(weights(candidate))
+        return next(marks)
+
+    tune.tune(Run(model, lesson(tmp_path / "c")), mark)
+    assert same(seen[1], weights(model))
+    assert not same(seen[1], seen[2])
+
+
+def test_full_goes_on_from_the_best_weights_until_a_course_raises_no_score(tmp_path):
+    marks = iter([1.0, 2.0, 3.0, 5.0, 4.0, 4.5, 5.0])
+    seen = []
+
+    def mark(candidate):
+        seen.append(weights(candidate))
+        return next(marks)
+
+    run = Run(student(), lesson(tmp_path / "c", mode="full", rate=1e-3, checkpoint_s=60))
+    begun = []
+    restart = run.restart
+    run.restart = lambda: (restart(), begun.append(weights(run.model)))
+    assert len(tune.tune(run, mark)) == 7
+    assert [same(now, seen[best]) for now, best in zip(begun, [2, 3], strict=True)] == [True, True]
+    few = Run(student(), lesson(tmp_path / "c", mode="full", courses=2))
+    rising = itertools.count()
+    assert len(tune.tune(few, lambda _: float(next(rising)))) == 5
+
+
+def test_a_judge_without_an_opinion_keeps_the_last_weights_of_one_course(tmp_path):
+    model = student()
+    before = weights(model)
+    run = Run(model, lesson(tmp_path / "c", mode="full"))
+    assert tune.tune(run, lambda _: 0.0) == (0.0,) * 3
+    assert not same(before, weights(model))
+
+
+def test_it_learns_without_labels(tmp_path):
+    model = student()
+    scores = tune.tune(Run(model, lesson(tmp_path / "c", labels=False, epochs=4)), judge)
+    assert max(scores) > scores[0] / 2
+
+
+def test_embedding_tables_and_flags_of_gradients_stay(tmp_path):
+    model = student()
+    model.classifier.bias.requires_grad_(False)
+    before = weights(model)
+    run = Run(model, lesson(tmp_path / "c", epochs=1))
+    tune.tune(run, judge)
+    after = weights(model)
+    tables = [name for name in before if "embeddings.weight" in name]
+    assert len(tables) == 3
+    assert all(torch.equal(before[name], after[name]) for name in tables)
+    assert not torch.equal(before["classifier.weight"], after["classifier.weight"])
+    flags = {name: value.requires_grad for name, value in model.named_parameters()}
+    assert [name for name, flag in flags.items() if not flag] == ["classifier.bias"]
+
+
+def test_random_numbers_of_the_caller_are_left_alone(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    tune.tune(Run(student(), lesson(tmp_path / "c", epochs=1)), judge)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_do(tmp_path):
+    model = student()
+    model.classifier.bias.data.fill_(float("nan"))
+    run = Run(model, lesson(tmp_path / "c"))
+    with pytest.raises(CompressError, match=r"loss became nan at step 0; lower rate in \[recovery\]"):
+        tune.tune(run, lambda _: 0.0)
+
+
+def test_the_rate_rises_and_falls_along_lines():
+    wanted = Recovery(rate=2.0, warmup=0.25)
+    rates = [tune.rate_at(step, 40, wanted) for step in range(40)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10:] == pytest.approx([2.0 * (30 - step) / 30 for step in range(30)])
+    assert tune.rate_at(0, 1, wanted) == 2.0
+
+
+def test_every_batch_comes_once_in_an_order_that_the_seed_fixes():
+    batches = [Batch({"x": torch.full((4,), k)}) for k in range(40)]
+    for pool in (0, 100, 10**9):
+        order = [number for number, _ in tune.shuffled(batches, (0, 1), pool)]
+        assert sorted(order) == list(range(40))
+        assert order == [number for number, _ in tune.shuffled(batches, (0, 1), pool)]
+        assert (order == list(range(40))) == (pool == 0)
+        assert all(
+            int(batch.inputs["x"][0]) == number for number, batch in tune.shuffled(batches, (0, 2), pool)
+        )
+    assert order != [number for number, _ in tune.shuffled(batches, (0, 2))]
+
+
+def test_a_forecast_moves_nothing(tmp_path):
+    model = student()
+    before = weights(model)
+    assert tune.forecast_s(model, lesson(tmp_path / "c")) > 0
+    assert same(before, weights(model))
+    assert all(value.grad is None for value in model.parameters())
