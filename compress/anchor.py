@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import torch
 
 from compress import bench, files, surgery
-from compress.export import runners
+from compress.export.place import Place
 from compress.ir import Whole
 from compress.job import Job
 from compress.surgery import Removal
@@ -39,14 +39,14 @@ def fit(whole_ms: Sequence[float], alone_ms: Sequence[float]) -> tuple[float, Wh
     return factor, Whole(inside_ms=tuple(factor * ms for ms in alone_ms), whole_ms=tuple(whole_ms))
 
 
-def measure(job: Job, prices: Prices) -> tuple[float, Whole]:
+def measure(job: Job, place: Place, prices: Prices) -> tuple[float, Whole]:
     """Time the dense model and smaller ones here, and fit their sums of `prices[site][units]`."""
     sizes: list[dict[str, int]] = []
     for share in SHARES:
         size = {site.name: _nearest(prices[site.name], share * site.units) for site in job.sites}
         if not sizes or _alone_ms(prices, size) < _alone_ms(prices, sizes[-1]):
             sizes.append(size)
-    whole_ms = _times(job, sizes)
+    whole_ms = _times(job, place, sizes)
     falling = [0]
     for number, ms in enumerate(whole_ms):
         if ms < whole_ms[falling[-1]]:
@@ -62,10 +62,10 @@ def _alone_ms(prices: Prices, size: Mapping[str, int]) -> float:
     return sum(prices[name][units] for name, units in size.items())
 
 
-def _times(job: Job, sizes: Sequence[Mapping[str, int]]) -> list[float]:
+def _times(job: Job, place: Place, sizes: Sequence[Mapping[str, int]]) -> list[float]:
     """Milliseconds of the model at every size; the first is the dense one, whose file is there."""
     threads = job.recipe.bench.threads
-    written = [job.folder / "dense.onnx"]
+    models, written = [job.task.model], [job.folder / "dense.onnx"]
     with job.stages("export sizes") as tick:
         for number, size in enumerate(sizes[1:], 1):
             removals = {
@@ -73,18 +73,20 @@ def _times(job: Job, sizes: Sequence[Mapping[str, int]]) -> list[float]:
                 for site in job.sites
                 if size[site.name] < site.units
             }
-            model = surgery.shrink(job.task.model, job.sites, removals)
+            models.append(surgery.shrink(job.task.model, job.sites, removals))
             written.append(job.folder / f"size{number}.onnx")
-            files.write(job, model, written[-1])
+            if place.by_file:
+                files.write(job, models[-1], written[-1])
             tick(number, len(sizes) - 1)
     with ExitStack() as stack:
-        loaded = [stack.enter_context(runners.OrtRunner(file, threads=threads)) for file in written]
-        calls = {str(number): files.timed(job, runner) for number, runner in enumerate(loaded)}
+        calls = {}
+        for number, (model, file) in enumerate(zip(models, written, strict=True)):
+            calls[str(number)] = files.timed(job, stack.enter_context(files.opened(job, place, model, file)))
         tick = stack.enter_context(job.stages("time sizes"))
         found = bench.compare(
             calls, blocks=30, block_ms=job.recipe.bench.block_ms, threads=threads, progress=tick
         )
     for file in written[1:]:
-        file.unlink()
+        file.unlink(missing_ok=True)
     dense_ms = found.latency("0").p50
     return [dense_ms, *(dense_ms / found.ratio(str(number)).value for number in range(1, len(written)))]

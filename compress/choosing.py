@@ -1,6 +1,6 @@
 """From costs and stored candidates to the plan that was built and timed: rounds.json and plan.json."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from compress.ir import Document, Option, Plan
 from compress.job import Job
 from compress.loop import Effort, Menus, Round, Rounds, Timing
 from compress.pricing import Costs
-from compress.search import Menu
+from compress.search import Choices, Menu
 from compress.stitch import Stitched
 from compress.surgery import Removal
 
@@ -173,31 +173,42 @@ def choose_by_size(job: Job, costs: Costs, menus: Menus, judge: Stitched) -> Rou
     inside_mb = sum(float(menu.cost.max()) for menu in sized)
     limit_mb = job.recipe.budget.value - (dense_mb - inside_mb)
     try:
-        start = search.knapsack(sized, limit_mb)
+        choices, loss = within(job, sized, limit_mb, judge)
     except search.UnreachableError as error:
         raise CompressError(
             f"--size-mb {job.recipe.budget.value:g} is out of reach: {dense_mb - inside_mb:.1f} MB of "
             f"{dense_mb:.1f} MB lie outside every site (embeddings, head); the smallest plan has "
             f"{dense_mb - inside_mb + error.least:.1f} MB"
         ) from error
-    effort = effort_of(job)
-    with job.stages("search") as tick:
-        choices, loss = search.evolve(
-            sized,
-            start,
-            limit_mb,
-            judge,
-            generations=effort.generations,
-            offspring=effort.offspring,
-            seed=effort.seed,
-            progress=tick,
-        )
     return Round(
         limit_ms=costs.dense_ms,
         predicted_ms=menus.latency_ms(choices),
         choices=menus.named(choices),
         loss=loss,
     )
+
+
+def within(
+    job: Job, priced: Sequence[Menu], limit: float, judge: Callable[[Choices], float]
+) -> tuple[Choices, float]:
+    """The best plan whose summed price is within `limit`, in whatever unit the menus are priced; its loss.
+
+    Raises:
+        UnreachableError: even the cheapest options together cost more.
+    """
+    effort = effort_of(job)
+    start = search.knapsack(priced, limit)
+    with job.stages("search") as tick:
+        return search.evolve(
+            priced,
+            start,
+            limit,
+            judge,
+            generations=effort.generations,
+            offspring=effort.offspring,
+            seed=effort.seed,
+            progress=tick,
+        )
 
 
 def removals_of(job: Job, choices: Mapping[str, Option]) -> dict[str, Removal]:

@@ -109,7 +109,8 @@ REQUEST = _options(
     click.option("--speedup", metavar="2x", help="Budget: how many times faster; 2x,4x: a family."),
     click.option("--latency-ms", metavar="5", help="Budget: median latency in milliseconds."),
     click.option("--energy-mj", metavar="20", help="Budget: energy of one run in millijoules."),
-    click.option("--power-w", metavar="15", help="Budget: power under load in watts."),
+    click.option("--power-w", metavar="15", help="Budget: average power in watts, at --rate-hz."),
+    click.option("--rate-hz", type=float, metavar="50", help="Runs a second that the device answers."),
     click.option("--size-mb", metavar="30", help="Budget: size of the file in megabytes."),
     click.option("--data", metavar="PATH", help="Inputs with labels: a file or a folder."),
     click.option("--test", metavar="PATH", help="Inputs for the score, if --data has no test part."),
@@ -220,7 +221,7 @@ def bench(session: "Session", words: Words) -> int:
 
 @app.command("export")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--to", "to", required=True, metavar="FORMAT", help="onnx, ort, edge or edge+ort.")
+@click.option("--to", "to", required=True, metavar="FORMAT", help="onnx, ort, edge, edge+ort or tensorrt.")
 @click.option("--out", "-o", type=click.Path(path_type=Path), metavar="PATH", help="Where to; DIR/FORMAT.")
 @click.option("--archive", is_flag=True, help="One .tar.gz instead of a folder.")
 @COMMON
@@ -265,6 +266,9 @@ def rebuild(session: "Session", words: Words) -> int:
 
 @app.command()
 @click.argument("name", metavar="[NAME | measure]", required=False)
+@click.option("--target", metavar="NAME", help="With measure: the GPU or the processor of this machine.")
+@click.option("--model", metavar="MODEL", help="With measure: package.module:factory; its sites are timed.")
+@SHAPES
 @COMMON
 @_verb
 def targets(session: "Session", words: Words) -> int:
@@ -273,8 +277,11 @@ def targets(session: "Session", words: Words) -> int:
         from compress import console, survey
 
         console.use_cores()
-        session.answer(survey.measure_target(session.progress))
+        target, model = words["target"], words["model"]
+        session.answer(survey.measure_target(session.progress, target, model, shapes(words)))
         return 0
+    if given := list(_given(words, "target", "model", "batch", "tokens")):
+        raise CompressError(f"--{given[0]} belongs to `compress targets measure`")
     from compress import devices
 
     session.answer(devices.listed() if words["name"] is None else devices.facts(words["name"]))
@@ -339,8 +346,21 @@ def budgets(words: Words) -> "list[Budget]":
                 f"--{name.replace('_', '-')} {value} names several budgets; only --speedup makes a family "
                 "of models, so run the command once for each"
             )
-        return [parse_budget(name, part) for part in parts]
+        return [at_rate(parse_budget(name, part), words["rate_hz"]) for part in parts]
+    if words["rate_hz"] is not None:
+        raise CompressError(
+            "--rate-hz goes with --power-w; give both on the command line or both in the recipe"
+        )
     return []
+
+
+def at_rate(budget: "Budget", rate_hz: float | None) -> "Budget":
+    """The budget with the rate of runs that average power depends on."""
+    if rate_hz is None:
+        return budget
+    if budget.power_w is None or not 0 < rate_hz < float("inf"):
+        raise CompressError(f"--rate-hz {rate_hz:g} must be above zero, and goes with --power-w only")
+    return budget.model_copy(update={"rate_hz": rate_hz})
 
 
 def _given(words: Words, *names: str) -> Words:

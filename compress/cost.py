@@ -8,16 +8,14 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field
 
 from compress import artifact
-from compress.energy import energy_above_idle_mj
 from compress.ir import SCHEMA_VERSION, Candidate, Document, Option, Site
 from compress.profiles import Profile
-from compress.roofline import BYTES, DEFAULT, Constants, roofline
+from compress.roofline import BYTES, DEFAULT, Constants, above_idle_w, descend, roofline
 
 FALLOFF = 0.9  # ratio of neighbouring widths on the grid (ZipLM)
 LEAST = 0.01  # the narrowest width on the grid, as a share of the dense one
@@ -151,27 +149,7 @@ def calibrate(sites: Iterable[Site], table: Table, profile: Profile) -> Constant
             for site, units, ms in points
         )
 
-    best, least = DEFAULT, off(DEFAULT)
-    for factor in (2.0, 1.25, 1.06, 1.015):
-        improved = True
-        while improved:
-            improved = False
-            for trial in _neighbors(best, factor):
-                found = off(trial)
-                if found < least * (1 - 1e-6):
-                    best, least, improved = trial, found, True
-    return best
-
-
-def _neighbors(constants: Constants, factor: float) -> list[Constants]:
-    found = []
-    for move in (factor, 1 / factor):
-        found += [
-            replace(constants, compute=min(1.0, constants.compute * move)),
-            replace(constants, bandwidth=min(1.0, constants.bandwidth * move)),
-            replace(constants, launches=constants.launches * move),
-        ]
-    return found
+    return descend(off, ("compute", "bandwidth", "launches"))
 
 
 def price(
@@ -203,12 +181,13 @@ def price(
         latency_ms = roofline(
             site, units, profile, precision, threads=threads, constants=constants, option=option
         )
+    watts = above_idle_w(site, units, profile, precision, threads=threads, constants=constants)
     return Candidate(
         site=site.name,
         option=option if units < site.units else option.model_copy(update={"units": None}),
         error=error,
         latency_ms=latency_ms,
-        energy_mj=energy_above_idle_mj(latency_ms, profile, threads),
+        energy_mj=None if watts is None else latency_ms * watts,
         weight_bytes=weight_bytes(site, option, precision),
         source="measured" if measured else "estimated",
     )

@@ -1,8 +1,8 @@
 """The devices that can be a target: the facts of each, their sources, and how far off a prediction is."""
 
-from compress import profiles, roofline
+from compress import profiles, published
 
-ORIGINS = ("onnxruntime", "tensorrt")
+ORIGINS = ("onnxruntime", "tensorrt", "torch-cuda")
 
 
 def listed() -> dict[str, object]:
@@ -35,21 +35,36 @@ def facts(name: str) -> dict[str, object]:
     profile = profiles.load(name)
     document: dict[str, object] = profile.model_dump(mode="json", exclude_none=True)
     document["measured_tables"] = _tables(name)
-    check = roofline.check(name)
-    if check is not None:
-        document["roofline"] = {
-            "against": check.title,
-            "precision": check.precision,
-            "batch": check.batch,
-            "tokens": check.tokens,
-            "points": len(check.points),
-            "mean_error": round(check.mean_error, 4),
-            "max_error": round(check.max_error, 4),
-        }
-        document["published"] = [
-            {**point.model_dump(mode="json"), "error": round(point.error, 4)} for point in check.points
+    found = published.checks(name)
+    if found:
+        document["roofline"] = [
+            {
+                "table": check.origin,
+                "points": len(check.points),
+                "mean_error": round(check.mean_error, 4),
+                "max_error": round(check.max_error, 4),
+                "held_out_mean_error": round(check.held_out_error, 4),
+            }
+            for check in found
         ]
+        document["roofline_against"] = [
+            f"{check.origin}: {check.title}. {check.source}. Assumed: {check.assumed}." for check in found
+        ]
+        document["published"] = [_row(point) for check in found for point in check.points]
     return document
+
+
+def _row(point: published.Point) -> dict[str, object]:
+    """One published figure with the roofline's, and both errors."""
+    unseen = point.held_out_error
+    return {
+        "figure": point.name,
+        "unit": point.unit,
+        "published": point.published,
+        "predicted": round(point.predicted, 4),
+        "error": round(point.error, 4),
+        "held_out_error": None if unseen is None else round(unseen, 4),
+    }
 
 
 def _tables(name: str) -> list[str]:

@@ -15,6 +15,7 @@ import psutil
 
 from compress import __version__, bench, cost
 from compress.energy import Rapl
+from compress.export.device import Nvml
 from compress.ir import Document
 
 DISTRIBUTION = "compress-compiler"
@@ -246,11 +247,13 @@ def _hub() -> Check:
 
 
 def _energy() -> Check:
-    found = Rapl().found
+    found = [meter.name for meter in (Rapl(), Nvml()) if meter.found]
     return Check(
         name="energy",
-        found="RAPL counters are readable" if found else "no readable RAPL counter",
-        ok=found,
+        found=f"counters can be read: {', '.join(found)}"
+        if found
+        else "no counter of processor or GPU can be read",
+        ok=bool(found),
         remedy="--energy-mj and --power-w stay estimates; where the counters exist, "
         "`sudo chmod -R a+r /sys/class/powercap/intel-rapl*` opens them",
     )

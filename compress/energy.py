@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from compress.ir import Document, Source
 from compress.profiles import Profile
@@ -22,8 +23,20 @@ class Energy(Document):
     idle_w: float | None = None
 
 
+class Meter(Protocol):
+    """A counter of energy: of the processor (`Rapl`), or of the GPU (`export.device.Nvml`)."""
+
+    found: bool
+    name: str
+
+    def joules(self) -> float:
+        """Joules since some moment in the past."""
+
+
 class Rapl:
     """The processor's own energy counters (Linux powercap), packages and their memory added up."""
+
+    name = "RAPL"
 
     def __init__(self, root: Path = POWERCAP) -> None:
         """Find the readable counters below `root`; `found` is False when there is none."""
@@ -39,11 +52,7 @@ class Rapl:
                     self._range[path] = int((path / "max_energy_range_uj").read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 self._last.pop(path, None)
-
-    @property
-    def found(self) -> bool:
-        """Whether any counter can be read."""
-        return bool(self._last)
+        self.found = bool(self._last)
 
     def joules(self) -> float:
         """Joules since this object was made; a counter that wrapped once in between is handled."""
@@ -58,7 +67,7 @@ def measure_energy(
     run: Callable[[], object],
     *,
     seconds: float = 5.0,
-    meter: Rapl | None = None,
+    meter: Meter | None = None,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Energy | None:
@@ -76,12 +85,12 @@ def measure_energy(
         return None
     energy_mj = 1e3 * (watts - idle_w) * took / runs
     return Energy(
-        energy_mj=energy_mj, source="measured", meter="RAPL", runs=runs, seconds=took, idle_w=idle_w
+        energy_mj=energy_mj, source="measured", meter=meter.name, runs=runs, seconds=took, idle_w=idle_w
     )
 
 
 def _watts(
-    meter: Rapl, run: Callable[[], object], seconds: float, clock: Callable[[], float]
+    meter: Meter, run: Callable[[], object], seconds: float, clock: Callable[[], float]
 ) -> tuple[float, int, float]:
     """Mean power, calls and seconds; the counter is read often, since it wraps within minutes."""
     before, began, calls, last = meter.joules(), clock(), 0, clock()

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from compress import bench
+from compress.errors import CompressError
 from compress.export import decode, decoder, onnx
 from compress.export.onnx import Exported, Lower
+from compress.export.place import Place, Timed
 from compress.export.runners import OrtRunner
 from compress.job import Job
 from compress.recipe import Phase
@@ -34,11 +36,25 @@ def write(job: Job, model: nn.Module, path: Path, *, lower: Lower | None = None)
 
 def inputs(job: Job, runner: OrtRunner, phase: Phase | None = None) -> dict[str, NDArray[np.generic]]:
     """What one run of a file takes, in the phase asked for unless another is named."""
-    example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
-    prompt = {name: tensor.numpy() for name, tensor in example.items()}
+    prompt = job.prompt
     return decode.inputs_of(runner, prompt, phase or job.recipe.shapes.phase) if job.decodes else prompt
 
 
-def timed(job: Job, runner: OrtRunner, phase: Phase | None = None) -> bench.Runner:
-    """One run of a file, ready to be measured."""
-    return runner.timed(inputs(job, runner, phase))
+def opened(job: Job, place: Place, model: nn.Module, file: Path) -> Timed:
+    """The model as it is timed at a place: its file, or the module itself on a GPU."""
+    return place.runner(model, file, job.task.logits, job.task.output_name)
+
+
+def timed(job: Job, runner: Timed, phase: Phase | None = None) -> bench.Runner:
+    """One run of a model, ready to be measured.
+
+    Raises:
+        CompressError: a token after a past is asked for of a module on a GPU.
+    """
+    if isinstance(runner, OrtRunner):
+        return runner.timed(inputs(job, runner, phase))
+    if job.decodes and (phase or job.recipe.shapes.phase) == "decode":
+        raise CompressError(
+            "on a GPU a decoder is timed in torch, where only its prompt is; leave out --phase decode"
+        )
+    return runner.timed(job.prompt)

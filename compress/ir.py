@@ -237,13 +237,17 @@ class Candidate(Document):
 
 
 class Budget(Document):
-    """The one bound that a plan must keep: exactly one of the five is set."""
+    """The one bound that a plan must keep: exactly one of the five is set.
+
+    `rate_hz`, which goes with `power_w` only, is how many runs a second the device answers.
+    """
 
     speedup: float | None = None
     latency_ms: float | None = None
     energy_mj: float | None = None
     power_w: float | None = None
     size_mb: float | None = None
+    rate_hz: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "Budget":
@@ -253,6 +257,10 @@ class Budget(Document):
         value = getattr(self, given[0])
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{given[0]} must be a positive number, not {value}")
+        if self.rate_hz is not None and self.power_w is None:
+            raise ValueError(
+                "rate_hz goes with power_w: average power is what depends on how often runs come"
+            )
         return self
 
     @property

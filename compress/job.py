@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,8 @@ from compress import analyze, artifact, profiles
 from compress.analyze import Sites
 from compress.errors import CompressError
 from compress.export import decoder
+from compress.export.place import Place, place_of
+from compress.export.runners import Array
 from compress.ir import Site
 from compress.recipe import Recipe, to_toml
 from compress.report import Stage
@@ -66,10 +69,24 @@ class Job:
     sites: tuple[Site, ...]
     calibration: tuple[Batch, ...]
 
+    @cached_property
+    def place(self) -> Place | None:
+        """Where on this machine time is measured, None when the target is another device."""
+        found = place_of(self.profile, self.recipe.bench.threads)
+        if found is None:
+            return None
+        return found.suited(self.task.model, self.task.logits, self.task.output_name, self.prompt)
+
+    @property
+    def prompt(self) -> dict[str, Array]:
+        """The inputs that are timed, as arrays."""
+        example = self.task.example(self.recipe.shapes.batch, self.recipe.shapes.tokens)
+        return {name: tensor.numpy() for name, tensor in example.items()}
+
     @property
     def here(self) -> bool:
-        """Whether the target is this machine, so that time is measured and not looked up."""
-        return self.profile.measured_here
+        """Whether the target is this machine or its GPU, so that time is measured and not looked up."""
+        return self.place is not None
 
     @property
     def file(self) -> Path:

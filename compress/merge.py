@@ -16,7 +16,6 @@ from compress.report import Fact, Figures, Measured, Report, Samples, judge, ste
 from compress.wording import digits
 
 SIDES = ("dense", "compressed")
-SPELLED = {"rpi": r"raspberry\s+pi"}
 STALE = re.compile(r"On the device: |The (dense|compressed) model (was .* slower at|did not settle)")
 SAME_FIGURES = 1e-6
 
@@ -38,9 +37,9 @@ def merge(report: Report, measurement: Measurement, *, device_is_target: bool = 
     measured = _ratio(measurement)
     doubts = [*_device(report, measurement, vouched=device_is_target), *_setting(report, measurement)]
     doubts += bench.doubts(measurement.drift or 0.0, {side: timed[side].settled for side in SIDES})
-    dense = _figures(report.baseline, timed["dense"])
-    small = _figures(report.compressed, timed["compressed"])
     asked, drop = report.verdict.asked, report.verdict.score_drop
+    dense = _figures(report.baseline, timed["dense"], asked.rate_hz)
+    small = _figures(report.compressed, timed["compressed"], asked.rate_hz)
     status, reason = judge(asked, measured, small, drop, report.max_drop)
     verdict = report.verdict.model_copy(update={"status": status, "reason": reason, "measured": measured})
     runtime = measurement.runtime
@@ -150,21 +149,13 @@ def _device(report: Report, measurement: Measurement, *, vouched: bool) -> list[
 
 
 def recognised(name: str, measurement: Measurement) -> bool:
-    """Whether the device's own words hold every part of a target's name, e.g. `orin` and `nano`.
+    """Whether the device's own words mean a target.
 
     A class of machines (`cpu-avx2`) is recognised by its instruction sets.
     """
     facts = measurement.device
     keys = ("flags", "machine") if name.startswith("cpu") else ("gpu", "model", "cpu")
-    words = " ".join(str(facts.get(key) or "") for key in keys).lower()
-    parts = [part for part in name.split("-") if part != "cpu"]
-    return bool(parts) and all(re.search(_pattern(part), words) for part in parts)
-
-
-def _pattern(part: str) -> str:
-    """`rtx4090` as it may be written: not inside another word, and no digit more."""
-    pieces = [SPELLED.get(piece, piece) for piece in re.findall(r"[a-z]+|\d+", part)]
-    return r"(?<![a-z0-9])" + r"[\s-]*".join(pieces) + r"(?!\d)"
+    return profiles.means(name, " ".join(str(facts.get(key) or "") for key in keys))
 
 
 def _this_machine(report: Report, measurement: Measurement) -> None:
@@ -202,14 +193,20 @@ def _setting(report: Report, measurement: Measurement) -> list[str]:
     return lines
 
 
-def _figures(before: Figures, timed: Timings) -> Figures:
-    """One model's figures with what the device measured; energy of other devices does not stay."""
+def _figures(before: Figures, timed: Timings, rate_hz: float | None) -> Figures:
+    """One model's figures with what the device measured; energy of other devices does not stay.
+
+    Power is that of a device that never rests, or, at a rate of runs, of one that rests in between.
+    """
     used = timed.energy
+    drawn_w = None if used is None else used.power_w
+    if used is not None and rate_hz is not None:
+        drawn_w = used.idle_w + used.energy_mj * rate_hz / 1e3
     return before.model_copy(
         update={
             "latency_ms": timed.latency_ms,
             "energy_mj": None if used is None else used.energy_mj,
-            "power_w": None if used is None else used.power_w,
+            "power_w": drawn_w,
             "energy_source": None if used is None else used.source,
         }
     )

@@ -12,15 +12,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from compress import artifact, choosing, files, page, proof, quantize, recovery, store, surgery
+from compress import artifact, choosing, files, page, power, proof, quantize, recovery, store, surgery, thrift
 from compress.bench import FINAL_BLOCKS, Comparison
 from compress.choosing import TimePlan
-from compress.energy import energy_above_idle_mj
 from compress.errors import CompressError
 from compress.export import forms
+from compress.export.place import Place
 from compress.ir import Option
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus, Round, Rounds, Timing
+from compress.power import Prices
 from compress.pricing import Costs, price
 from compress.recipe import Recipe
 from compress.refit import refit
@@ -57,16 +58,23 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
     """
     pruned = job if start is None else job.on(start)
     costs = price(job)
+    asked = asked_speedup(job, costs)
+    prices = power.price(job, costs) if job.recipe.budget.name in power.ASKED else None
+    if prices is not None:
+        power.limit_mj(job, costs, prices)  # what cannot be had is told before anything is computed
     errors = choosing.candidates(pruned, costs)
     menus = choosing.menus_of(pruned, costs, errors)
     judge = choosing.judge_of(pruned, menus)
     menus = choosing.weigh(pruned, menus, judge)
-    asked = asked_speedup(job, costs)
     rounds = Rounds()
     for _ in range(ATTEMPTS):
-        rounds, turn = choose(pruned, costs, menus, judge, asked, rounds)
+        if prices is not None:
+            turn = thrift.choose(pruned, costs, menus, judge, prices, meter_plan(pruned, prices))
+            rounds = Rounds(rounds=(turn,))
+        else:
+            rounds, turn = choose(pruned, costs, menus, judge, asked, rounds)
         model, removals, notes = build(pruned, turn, judge)
-        comparison = _proof_timing(job)
+        comparison = _proof_timing(job, model)
         if comparison is None or proof.timing(comparison).speedup >= asked:
             break
         rounds = _with_timing(rounds, turn, proof.timing(comparison))
@@ -75,7 +83,7 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
     if job.recipe.recovery.mode != "none":
         notes += recovery.recover(job, model, removals)
         save(job, turn, model, removals)
-        comparison = _proof_timing(job)
+        comparison = _proof_timing(job, model)
     result = proof.assemble(
         job,
         costs,
@@ -86,6 +94,7 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
         removals,
         comparison,
         notes,
+        prices,
     )
     artifact.store(job.folder / "plan.json", job.key, choosing.plan_of(job, menus, turn))
     page.write(result, job.folder)
@@ -95,36 +104,21 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
 
 
 def asked_speedup(job: Job, costs: Costs) -> float:
-    """The budget as a speedup over the dense model; a size budget asks for none (0).
+    """The budget as a speedup over the dense model; size, energy and power ask for none (0).
 
     Raises:
-        CompressError: the dense model already keeps the budget, or the budget cannot be priced.
+        CompressError: the dense model already keeps the budget.
     """
     budget = job.recipe.budget
-    if budget.name == "size_mb":
+    if budget.name in ("size_mb", *power.ASKED):
         return 0.0
     if budget.name == "speedup":
         return budget.value
-    if budget.name == "power_w":
-        raise CompressError(
-            f"--power-w {budget.value:g}: a smaller model keeps the device just as busy, for a shorter "
-            "time, so removing structure does not lower its power.\n"
-            "  Ask for energy per inference instead: --energy-mj"
-        )
     dense = costs.dense_ms
-    if budget.name == "energy_mj":
-        found = energy_above_idle_mj(costs.dense_ms, job.profile, job.recipe.bench.threads)
-        if found is None:
-            raise CompressError(
-                f"--energy-mj {budget.value:g}: the profile {job.profile.name!r} states no power "
-                "envelope, so energy cannot be priced.\n"
-                "  Ask for --latency-ms or --speedup, or name a target that has one"
-            )
-        dense = found
     if dense <= budget.value:
         raise CompressError(
             f"--{budget.name.replace('_', '-')} {budget.value:g} is already kept: the dense model takes "
-            f"{dense:.3g} on {job.profile.name}; there is nothing to compress"
+            f"{dense:.3g} ms on {job.profile.name}; there is nothing to compress"
         )
     return dense / budget.value
 
@@ -143,15 +137,40 @@ def choose(
     return rounds, rounds.chosen(asked)
 
 
+def meter_plan(job: Job, prices: Prices) -> thrift.Meter | None:
+    """A function that builds a plan and gives the energy of one run; None where nothing is metered."""
+    place = job.place
+    if place is None or prices.source != "measured":
+        return None
+
+    def act(choices: Mapping[str, Option]) -> float | None:
+        model, file = _trial(job, place, choices)
+        used = power.metered(job, model, file)
+        file.unlink(missing_ok=True)
+        return None if used is None else used.energy_mj
+
+    return act
+
+
+def _trial(job: Job, place: Place, choices: Mapping[str, Option]) -> tuple[nn.Module, Path]:
+    """A plan as a model, and as a file where it is the file that is timed."""
+    file = job.folder / "trial.onnx"
+    removals = choosing.removals_of(job, choices)
+    model = surgery.shrink(job.task.model, job.sites, removals)
+    if place.by_file:
+        export(job, model, file, removals)
+    return model, file
+
+
 def time_plan(job: Job) -> TimePlan:
-    """A function that builds a plan as a file and times it against the dense one."""
+    """A function that builds a plan and times it against the dense model."""
+    place = job.place
+    assert place is not None, "only what is here is timed"
 
     def act(choices: dict[str, Option]) -> Timing:
-        file = job.folder / "trial.onnx"
-        removals = choosing.removals_of(job, choices)
-        export(job, surgery.shrink(job.task.model, job.sites, removals), file, removals)
-        found = proof.timing(proof.compare(job, file, blocks=job.recipe.bench.blocks))
-        file.unlink()
+        model, file = _trial(job, place, choices)
+        found = proof.timing(proof.compare(job, place, model, file, blocks=job.recipe.bench.blocks))
+        file.unlink(missing_ok=True)
         job.stages.progress.say(f"measured {found.speedup:.2f}x")
         return found
 
@@ -209,11 +228,11 @@ def _refitted(
     return removals, f"Sequential refit not used: divergence {turn.loss:.4g} would become {found:.4g}"
 
 
-def _proof_timing(job: Job) -> Comparison | None:
-    """The shipped file against the dense one; None when this machine is not the target."""
-    if not job.here:
+def _proof_timing(job: Job, model: nn.Module) -> Comparison | None:
+    """The shipped model against the dense one; None when this machine is not the target."""
+    if job.place is None:
         return None
-    return proof.compare(job, job.file, blocks=FINAL_BLOCKS * job.recipe.bench.blocks)
+    return proof.compare(job, job.place, model, job.file, blocks=FINAL_BLOCKS * job.recipe.bench.blocks)
 
 
 def _with_timing(rounds: Rounds, turn: Round, timing: Timing) -> Rounds:

@@ -7,11 +7,13 @@ from pathlib import Path
 from pydantic import Field
 from torch import nn
 
-from compress import anchor, artifact, bench, cost, files, forms, roofline
+from compress import anchor, artifact, bench, cost, files, forms, profiles, roofline
 from compress.cost import Rows, Table
-from compress.export import blocks, runners
+from compress.export import blocks, cuda, runners
+from compress.export.place import Place
 from compress.ir import Document, Option, Site, Source, Whole
 from compress.job import Job
+from compress.profiles import Profile
 
 FORM_LEVELS = 6  # widths timed in a form; between them its time is a line
 PAYS = 0.97  # of the plain site's time, above which a form is not worth its damage
@@ -57,11 +59,15 @@ def price(job: Job) -> Costs:
     """The costs of a job, measured on this machine or looked up for another one."""
     export_dense(job)
     levels = {site.name: wanted_levels(job, site) for site in job.sites}
-    machine = bench.fingerprint() if job.here else job.profile.name
+    place = job.place
+    machine = job.profile.name if place is None else place.fingerprint
     made_from = artifact.digest(job.model_key, machine, job.recipe.bench.threads, levels)
-    path = job.folder / "costs.json"
-    make = _measured if job.here else _estimated
-    return artifact.saved(path, Costs, made_from, lambda: make(job, levels))
+    return artifact.saved(
+        job.folder / "costs.json",
+        Costs,
+        made_from,
+        lambda: _estimated(job, levels) if place is None else _measured(job, place, levels),
+    )
 
 
 def export_dense(job: Job) -> Path:
@@ -101,14 +107,15 @@ def wanted_levels(job: Job, site: Site) -> dict[str, list[int]]:
     if "structure" not in options.moves:
         levels = levels[:1]
     wanted = {"dense": levels}
+    if job.place is not None and not job.place.by_file:
+        return wanted  # in torch only structure is built
     for form in forms.of(site, options.moves, job.profile):
         wanted[form] = forms.levels(site, form, levels)
     return wanted
 
 
-def table_of(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Table:
+def table_of(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]]) -> Table:
     """This machine's table; widths between the timed ones are interpolated."""
-    threads = job.recipe.bench.threads
     sites = {site.shape: site for site in job.sites}
     wanted = {
         cost.row_key(site, form): blocks.sample(units, blocks.LEVELS if form == "dense" else FORM_LEVELS)
@@ -118,21 +125,22 @@ def table_of(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Table:
 
     def measure(missing: dict[str, list[int]]) -> Rows:
         with job.stages("time sites") as tick:
-            return blocks.measure(list(sites.values()), missing, threads=threads, progress=tick)
+            return blocks.measure(
+                list(sites.values()), missing, threads=place.threads, progress=tick, rig=place.rig()
+            )
 
-    return cost.obtain(blocks.empty_table(threads), wanted, measure)
+    return cost.obtain(place.empty_table(), wanted, measure)
 
 
-def _measured(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
+def _measured(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
     """Times on this machine: a table of sites, brought to the level of whole models."""
-    bench.check_threads(job.recipe.bench.threads)
-    table = table_of(job, levels)
-    threads = job.recipe.bench.threads
+    bench.check_threads(place.threads)
+    table = table_of(job, place, levels)
     alone = {
         site.name: {
             form: {
                 units: cost.price(
-                    site, Option.of(form, units), profile=job.profile, table=table, threads=threads
+                    site, Option.of(form, units), profile=job.profile, table=table, threads=place.threads
                 ).latency_ms
                 for units in row
             }
@@ -141,7 +149,7 @@ def _measured(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
         }
         for site in job.sites
     }
-    factor, whole = anchor.measure(job, {name: rows["dense"] for name, rows in alone.items()})
+    factor, whole = anchor.measure(job, place, {name: rows["dense"] for name, rows in alone.items()})
     return _costs(job, alone, factor, whole, "measured")
 
 
@@ -165,13 +173,26 @@ def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, sou
     return Costs(whole=whole, rows=rows, gains=gains, source=source)
 
 
+def shipped(profile: Profile) -> Table | None:
+    """The table of sites that was measured on such a device and ships with its profile."""
+    for origin in (profile.runtime, cuda.RUNTIME):
+        stored = profiles.measured(profile.name, origin)
+        if stored is not None:
+            return Table.model_validate(stored["table"])
+    return None
+
+
 def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
-    """Roofline times for a device that is not in the room."""
-    profile = job.profile
+    """Times for a device that is not here: from its shipped table where that knows a shape, else roofline."""
+    profile, table = job.profile, shipped(job.profile)
+    threads = 1 if table is None else table.threads
     alone = {
         site.name: {
             form: {
-                units: cost.price(site, Option.of(form, units), profile=profile).latency_ms for units in row
+                units: cost.price(
+                    site, Option.of(form, units), profile=profile, table=table, threads=threads
+                ).latency_ms
+                for units in row
             }
             for form, row in levels[site.name].items()
         }

@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compress import __version__, bench, cost, energy, files, quantize, report, search
+from compress import __version__, bench, cost, files, power, quantize, report, search
 from compress.bench import Comparison
 from compress.export import decode, runners, verify
+from compress.export.place import Place
 from compress.ir import Option
 from compress.job import Job
 from compress.loop import Menus, Round, Rounds, Timing
+from compress.power import Prices
 from compress.pricing import Costs
 from compress.recipe import Phase
 from compress.report import (
@@ -39,13 +41,18 @@ FLOAT = "fp32"  # the precision of exported weights without a form
 STEPS = 16  # tokens that are read one by one when a cache is verified
 
 
-def compare(job: Job, file: Path, *, blocks: int, phase: Phase | None = None) -> Comparison:
-    """The dense file and another one, timed in turn on the job's example, in the phase asked for."""
+def compare(
+    job: Job, place: Place, model: nn.Module, file: Path, *, blocks: int, phase: Phase | None = None
+) -> Comparison:
+    """The dense model and another one, timed in turn on the job's example, in the phase asked for.
+
+    On this processor the files are timed, on a GPU the modules.
+    """
     wanted = job.recipe.bench
     named = f"time {file.stem}" if phase is None else f"time {phase}"
     with (
-        runners.OrtRunner(job.folder / "dense.onnx", threads=wanted.threads) as dense,
-        runners.OrtRunner(file, threads=wanted.threads) as quick,
+        files.opened(job, place, job.task.model, job.folder / "dense.onnx") as dense,
+        files.opened(job, place, model, file) as quick,
         job.stages(named) as tick,
     ):
         return bench.compare(
@@ -102,13 +109,17 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
     )
 
 
-def phases(job: Job, file: Path, comparison: Comparison) -> Phases | None:
+def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None) -> Phases | None:
     """Both phases of a decoder; the one that was not asked for is timed here, for a turn of the loop."""
-    if not job.decodes:
+    place = job.place
+    if not job.decodes or comparison is None or place is None or not place.by_file:
         return None
     asked = job.recipe.shapes.phase
     other: Phase = "prefill" if asked == "decode" else "decode"
-    taken = {asked: comparison, other: compare(job, file, blocks=job.recipe.bench.blocks, phase=other)}
+    taken = {
+        asked: comparison,
+        other: compare(job, place, model, file, blocks=job.recipe.bench.blocks, phase=other),
+    }
 
     def times(side: str) -> PhaseTimes:
         return PhaseTimes(ttft_ms=taken["prefill"].latency(side), per_token_ms=taken["decode"].latency(side))
@@ -146,9 +157,7 @@ def figures(
 ) -> Figures:
     """Everything measured about one artifact; `saved_bytes` is what forms take off its float weights."""
     parameters = sum(p.numel() for p in model.parameters())
-    used = None
-    if comparison is not None and job.recipe.budget.name == "energy_mj":
-        used = _energy(job, file)
+    used = None if comparison is None else power.metered(job, model, file)
     return Figures(
         latency_ms=None if comparison is None else comparison.latency(side),
         score=score(job, file),
@@ -157,12 +166,8 @@ def figures(
         file_bytes=file.stat().st_size,
         energy_mj=None if used is None else used.energy_mj,
         energy_source=None if used is None else used.source,
+        power_w=power.average_w(used, job.recipe.budget.rate_hz),
     )
-
-
-def _energy(job: Job, file: Path) -> energy.Energy | None:
-    with runners.OrtRunner(file, threads=job.recipe.bench.threads) as runner:
-        return energy.measure_energy(files.timed(job, runner))
 
 
 def _saved_bytes(job: Job, turn: Round) -> int:
@@ -233,10 +238,14 @@ def assemble(
     removals: Mapping[str, Removal],
     comparison: Comparison | None,
     notes: list[str],
+    prices: Prices | None = None,
 ) -> Report:
     """Check, score and gather: the report of one finished compilation."""
     shrunk, shipped = files_of["compressed"]
     agreement = parity(job, quantize.emulated(shrunk, job.sites, removals), shipped)
+    if job.place is not None:
+        examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
+        notes = notes + job.place.agreement(shrunk, job.task.logits, job.task.output_name, examples)
     dense = figures(job, *files_of["dense"], comparison, "dense")
     quick = figures(job, *files_of["compressed"], comparison, "compressed", _saved_bytes(job, turn))
     drop = _drop(job, dense, quick)
@@ -267,7 +276,8 @@ def assemble(
                 speedup=costs.dense_ms / predicted_ms,
                 latency_ms=predicted_ms,
                 baseline_latency_ms=costs.dense_ms,
-                energy_mj=energy.energy_above_idle_mj(predicted_ms, job.profile),
+                energy_mj=power.predicted_mj(job, turn, prices),
+                power_w=power.predicted_w(job, turn, prices),
                 source="measured table" if job.here else "roofline",
             ),
             score_drop=drop,
@@ -295,7 +305,7 @@ def assemble(
             compressed=report.thin(comparison.samples("compressed")),
         ),
         waterfall=steps,
-        phases=None if comparison is None else phases(job, files_of["compressed"][1], comparison),
+        phases=phases(job, *files_of["compressed"], comparison),
         fixed_ms=costs.fixed_ms,
         attribution=(*_attribution(job, costs), *_forms(costs, turn)),
         warnings=tuple(
@@ -306,7 +316,9 @@ def assemble(
                 else bench.doubts(comparison.drift, comparison.settled, comparison.elsewhere)
             )
         ),
-        environment=bench.environment() | {"compress": __version__},
+        environment=bench.environment()
+        | ({} if job.place is None else job.place.environment())
+        | {"compress": __version__},
         protocol={} if comparison is None else comparison.protocol.model_dump(),
         inputs={
             "model_and_shapes": job.model_key,
@@ -320,13 +332,14 @@ def assemble(
 def _target(job: Job) -> Target:
     example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
     shape = next(iter(example.values())).shape
+    place = job.place
     names = ("batch", "tokens") if len(shape) == 2 else ("batch", "channels", "height", "width")
     return Target(
         name=job.profile.name,
-        runtime=job.profile.runtime,
-        runtime_version=runners.facts()["version"] if job.here else None,
-        provider="CPUExecutionProvider" if job.here else None,
-        threads=job.recipe.bench.threads if job.here else None,
+        runtime=job.profile.runtime if place is None else place.runtime,
+        runtime_version=None if place is None else str(place.facts()["version"]),
+        provider=None if place is None else str(place.facts()["provider"]),
+        threads=place.threads if place is not None and place.by_file else None,
         precision=job.profile.baseline_precision,
         shapes=dict(zip(names, shape, strict=False)),
         phase=job.recipe.shapes.phase if job.decodes else None,

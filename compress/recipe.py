@@ -229,9 +229,21 @@ def read(path: Path | None, overrides: dict[str, Any]) -> Recipe:
         if key not in values:
             raise CompressError(f"no {key} was given; add for example {ask}")
     try:
-        return Recipe.model_validate(values)
+        found = Recipe.model_validate(values)
     except ValidationError as error:
         raise CompressError(explain(error, Recipe, str(path or "request"), text)) from error
+    if found.budget.power_w is not None and found.budget.rate_hz is None:
+        raise CompressError(no_rate(found.budget.power_w))
+    return found
+
+
+def no_rate(power_w: float) -> str:
+    """Why a power budget needs a rate of runs, and what to say instead."""
+    return (
+        f"--power-w {power_w:g} needs --rate-hz: a device that never rests draws its full power whatever the "
+        "model; at a given rate of runs a smaller one lets it rest longer, which is what lowers its power.\n"
+        f"  Say how often it is asked, e.g. --power-w {power_w:g} --rate-hz 50, or bound one run: --energy-mj"
+    )
 
 
 def to_toml(recipe: Recipe) -> str:

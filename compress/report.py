@@ -270,6 +270,10 @@ def judge(
     value = found(asked, measured, compressed)
     if value is None:
         return "not_measured", f"{asked.name} was not measured on the target"
+    if asked.rate_hz is not None and compressed.latency_ms is not None:
+        took_ms, room_ms = compressed.latency_ms.p50, 1e3 / asked.rate_hz
+        if took_ms > room_ms:
+            return "missed", f"a run takes {took_ms:.3g} ms, {asked.rate_hz:g} a second leave {room_ms:.3g}"
     if value < asked.value if asked.name == "speedup" else value > asked.value:
         side = "short of" if asked.name == "speedup" else "over"
         return "missed", f"{abs(value / asked.value - 1):.2%} {side} what was asked"
@@ -399,5 +403,6 @@ def verdict_line(report: Report, page: str = "compression/report.html") -> str:
     status = verdict.status.upper().replace("_", " ")
     if verdict.status == "missed" and verdict.reason:
         status += f" ({verdict.reason})"
-    asked = f"asked {amount(verdict.asked.name, verdict.asked.value)}"
+    rate = "" if verdict.asked.rate_hz is None else f" at {verdict.asked.rate_hz:g} runs/s"
+    asked = f"asked {amount(verdict.asked.name, verdict.asked.value)}{rate}"
     return " · ".join([asked, *outcome(report), quality(report), status, page])

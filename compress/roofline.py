@@ -3,18 +3,15 @@
 The roofline adds up the operators that a site runs. Each takes the longer of its arithmetic and its
 memory traffic, plus a launch. Arithmetic runs at the peak only where whole tiles fill the whole device,
 and traffic that does not shrink with the site (its input and output) stays, so a narrow site gains less
-than its share of the work. `check` compares it with figures that others published: Kurtic et al.,
-"ZipLM", arXiv 2302.04089.
+than its share of the work. How far off it is, `compress.published` says.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
-from pydantic import JsonValue
-
-from compress import profiles
 from compress.errors import CompressError
-from compress.ir import Document, Matmul, Option, Site
+from compress.ir import Option, Site
 from compress.profiles import Profile
 
 PLAIN = Option()
@@ -23,22 +20,25 @@ BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8":
 # reuses more of what it loads, a smaller one wastes less of a narrow matrix.
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 64, 0.65), (64, 32, 0.4))
 
+STALLED = 0.35  # of the power above idle while a GPU waits for launches: an order of magnitude, no source
+
 
 @dataclass(frozen=True)
 class Constants:
-    """The few numbers that no data sheet states; `cost.calibrate` fits the first three.
+    """The few numbers that no data sheet states; `descend` fits them to times that are known.
 
     Attributes:
         compute: share of the peak that a large aligned product sustains.
         bandwidth: share of the memory bandwidth that a large transfer sustains.
         launches: factor on the profile's cost of a launch.
-        misaligned: slowdown of a product on tensor cores when a width is not aligned.
+        misaligned: slowdown of a product on tensor cores when a width is not aligned; fitted, with the
+            launches of the GPUs' profiles, to ZipLM's tables (`compress.published`).
     """
 
     compute: float = 0.85
     bandwidth: float = 0.8
     launches: float = 1.0
-    misaligned: float = 1.45
+    misaligned: float = 1.68
 
 
 DEFAULT = Constants()
@@ -187,118 +187,59 @@ def roofline(
     )
 
 
-class Point(Document):
-    """One published figure beside the roofline's; `unit` is ms, or x for a speedup."""
-
-    kind: str
-    units: int
-    published: float
-    predicted: float
-    unit: str
-
-    @property
-    def error(self) -> float:
-        """Relative error of the prediction."""
-        return abs(self.predicted / self.published - 1)
-
-
-class Check(Document):
-    """The roofline against a published table. `batch` was fitted to one point, which is left out."""
-
-    title: str
-    batch: int
-    tokens: int
-    precision: str
-    points: tuple[Point, ...]
-
-    @property
-    def mean_error(self) -> float:
-        """Mean relative error."""
-        return sum(point.error for point in self.points) / len(self.points)
-
-    @property
-    def max_error(self) -> float:
-        """Largest relative error."""
-        return max(point.error for point in self.points)
-
-
-TOKENS = 128  # the published tables state no shape; 128 tokens is GLUE's usual length
-PUBLISHED = {"v100": "fp32", "a100": "fp16"}  # nor the precision: a plain run, and tensor cores
-
-
-def check(name: str) -> Check | None:
-    """The roofline against the published table of a device; None when there is none.
-
-    The one free scale is the batch: it is fitted to the dense feed-forward half on the V100, and
-    that point is left out. Everything else, the other GPU included, is predicted.
-    """
-    table = profiles.measured(name, "ziplm")
-    if table is None or name not in PUBLISHED:
+def most_above_idle_w(profile: Profile, threads: int | None = None) -> float | None:
+    """Power above idle at full load, of the busy cores on a CPU; None where the profile states none."""
+    if profile.idle_w is None or profile.load_w is None:
         return None
-    dense_ms = _published(profiles.measured("v100", "ziplm"), "ffn_ms")[3072]
-    v100 = profiles.load("v100")
-    batch = min(range(1, 513), key=lambda size: abs(_half_ms(_bert(size)[0], 3072, v100, "fp32") - dense_ms))
-    ffn, heads = _bert(batch)
-    profile, precision = profiles.load(name), PUBLISHED[name]
-    points = []
-    for kind, site in (("ffn", ffn), ("heads", heads)):
-        for units, ms in _published(table, f"{kind}_ms").items():
-            if ms > 0 and (kind, units) != ("ffn", 3072):
-                found = _half_ms(site, units, profile, precision)
-                points.append(Point(kind=kind, units=units, published=ms, predicted=found, unit="ms"))
-    for units, speedup in _published(table, "ffn_speedup").items():
-        if units != 3072:
-            dense = _half_ms(ffn, 3072, profile, precision)
-            found = dense / _half_ms(ffn, units, profile, precision)
-            points.append(Point(kind="ffn", units=units, published=speedup, predicted=found, unit="x"))
-    return Check(
-        title=str(table["title"]), batch=batch, tokens=TOKENS, precision=precision, points=tuple(points)
-    )
+    share = min(1.0, (threads or profile.processors) / profile.processors) if profile.kind == "cpu" else 1.0
+    return (profile.load_w - profile.idle_w) * share
 
 
-def _published(table: dict[str, JsonValue] | None, key: str) -> dict[int, float]:
-    rows = (table or {}).get(key)
-    return {int(units): float(str(value)) for units, value in rows.items()} if isinstance(rows, dict) else {}
+def above_idle_w(
+    site: Site,
+    units: int,
+    profile: Profile,
+    precision: str | None = None,
+    *,
+    threads: int | None = None,
+    constants: Constants = DEFAULT,
+) -> float | None:
+    """Mean power above idle while a site runs: full while a GPU computes or moves data, less while it waits.
+
+    A processor that waits spins, so it draws the same all the time. None where the profile states no power.
+    """
+    most = most_above_idle_w(profile, threads)
+    if most is None or profile.kind == "cpu":
+        return most
+    precision = precision or profile.baseline_precision
+    run = kernels(site, units, BYTES[precision.split()[0]], fused=profile.runtime == "tensorrt")
+    total = sum(kernel_ms(kernel, profile, precision, constants) for kernel in run)
+    waiting = len(run) * profile.launch_us * 1e-3 * constants.launches
+    return most * (1 - (1 - STALLED) * waiting / total) if total else 0.0
 
 
-def _half_ms(site: Site, units: int, profile: Profile, precision: str) -> float:
-    """Half of a layer as it was published: the site with its residual sum and its norm, unfused."""
-    rows, hidden = site.matmuls[-1].rows, site.matmuls[-1].out
-    moved = rows * hidden * BYTES[precision]
-    around = sum(kernel_ms(Kernel(passes * moved), profile, precision) for passes in (3, 2))
-    return around + roofline(site, units, profile, precision, fused=False)
+def descend(off: Callable[[Constants], float], names: Iterable[str]) -> Constants:
+    """The constants at which `off` is least; one of `names` at a time is moved by a factor.
+
+    Coarse factors come first. Shares of a peak stay below 1, a slowdown above it.
+    """
+    free = tuple(names)
+    best, least = DEFAULT, off(DEFAULT)
+    for factor in (2.0, 1.25, 1.06, 1.015):
+        improved = True
+        while improved:
+            improved = False
+            for trial in (_moved(best, name, move) for move in (factor, 1 / factor) for name in free):
+                found = off(trial)
+                if found < least * (1 - 1e-6):
+                    best, least, improved = trial, found, True
+    return best
 
 
-def _bert(batch: int) -> tuple[Site, Site]:
-    """The two sites of a layer of BERT-base."""
-    rows, hidden, width = batch * TOKENS, 768, 3072
-    up = Matmul(weight="up", rows=rows, out=width, inner=hidden, out_per_unit=1, bias=True)
-    down = Matmul(weight="down", rows=rows, out=hidden, inner=width, inner_per_unit=1, bias=True)
-    readers = tuple(
-        Matmul(weight=name, rows=rows, out=hidden, inner=hidden, out_per_unit=64, bias=True)
-        for name in ("query", "key", "value")
-    )
-    writer = Matmul(weight="out", rows=rows, out=hidden, inner=hidden, inner_per_unit=64, bias=True)
-    ffn = Site(
-        name="ffn",
-        kind="ffn",
-        units=width,
-        slices=(),
-        matmuls=(up, down),
-        writer="down",
-        batch=batch,
-        tokens=TOKENS,
-        activation="gelu",
-    )
-    heads = Site(
-        name="heads",
-        kind="heads",
-        units=12,
-        slices=(),
-        matmuls=(*readers, writer),
-        writer="out",
-        batch=batch,
-        tokens=TOKENS,
-        head_dim=64,
-    )
-    return ffn, heads
+def _moved(constants: Constants, name: str, factor: float) -> Constants:
+    value = getattr(constants, name) * factor
+    if name in ("compute", "bandwidth"):
+        value = min(1.0, value)
+    if name == "misaligned":
+        value = max(1.0, value)
+    return replace(constants, **{name: value})

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import analyze, bench, choosing, demo, search
+from compress import analyze, bench, choosing, demo, profiles, search
 from compress.errors import CompressError
-from compress.export import decode, runners
+from compress.export import cuda, decode, runners
 from compress.export.cache import PAST, POSITIONS
+from compress.export.place import place_of
 from compress.ir import Option, Site
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus
@@ -197,15 +198,32 @@ def _inputs(runner: runners.OrtRunner, shapes: Shapes) -> dict[str, np.ndarray]:
     return made
 
 
-def measure_target(progress: Progress) -> dict[str, object]:
-    """Time the sites of the embedded default on this machine and keep the table for later runs."""
+def measure_target(
+    progress: Progress, target: str | None = None, model: str | None = None, shapes: Shapes | None = None
+) -> dict[str, object]:
+    """Time the sites of a model on this machine or its GPU, and keep the table for later runs.
+
+    Args:
+        progress: where it says what it is doing.
+        target: the GPU that is here, or the processor when there is none, unless named.
+        model: `package.module:factory`; the embedded default unless given.
+        shapes: of the inputs.
+
+    Raises:
+        CompressError: the target is another device than this one.
+    """
+    name = target or (found.name if (found := cuda.target_at_hand()) else "cpu")
+    asked = {"target": name, "budget": {"speedup": 2.0}, "model": model}
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Recipe.model_validate({"target": "cpu", "budget": {"speedup": 2.0}, "out": f"{folder}/out"})
+        recipe = Recipe.model_validate(asked | {"shapes": shapes or Shapes(), "out": f"{folder}/out"})
+        if place_of(profiles.load(name), recipe.bench.threads) is None:
+            gpu = cuda.gpu()
+            raise CompressError(
+                f"--target {name} cannot be measured here: this machine has "
+                f"{'no GPU that torch sees' if gpu is None else gpu.name}.\n"
+                "  Leave out --target to measure what is here, or run this on that device"
+            )
         job = prepare(recipe, progress)
-        table = table_of(job, {site.name: wanted_levels(job, site) for site in job.sites})
-    return {
-        "fingerprint": table.fingerprint,
-        "runtime": table.runtime,
-        "threads": table.threads,
-        "rows": table.rows,
-    }
+        assert job.place is not None, "it was there a moment ago"
+        table = table_of(job, job.place, {site.name: wanted_levels(job, site) for site in job.sites})
+    return {"target": name, **table.model_dump(mode="json", exclude={"schema_version"})}

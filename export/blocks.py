@@ -1,4 +1,4 @@
-"""What the sites of a model cost on this machine: their ONNX chains, timed in turn with each other.
+"""What the sites of a model cost on this machine: chains of them, timed in turn with each other.
 
 All widths of a shape are timed together with the dense one and with the chain without the site, as
 ratios to the dense one within each cycle, so that a slow phase of the machine cancels. With one thread
@@ -9,6 +9,7 @@ with more it is the wall clock.
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
@@ -24,12 +25,30 @@ from compress.ir import Option, Site
 
 COPIES = 4
 COPIES_MB = 96  # weights of one graph
+MOST_COPIES = 32
 GROUP_MB = 768  # weights of all graphs that are loaded at once
 LARGEST_MB = 1536  # a protobuf file ends at 2 GB
 SHAPE_SECONDS = 8.0
 CYCLES = (12, 150)
 LEVELS = 24
 Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Rig:
+    """How chains are run, where it is not onnxruntime on this processor.
+
+    Attributes:
+        make: a call that runs the chain of a site at some units, with so many copies, in a form, once.
+        clock: seconds.
+        least_mb: float32 weights of a chain of dense sites, at least, so that no cache holds them.
+        group_mb: weights of all chains that are loaded at once.
+    """
+
+    make: Callable[[Site, int, int, str], bench.Runner]
+    clock: bench.Clock = time.perf_counter
+    least_mb: float = 0.0
+    group_mb: float = 0.0
 
 
 def session(file: bytes, site: Site, threads: int) -> bench.Runner:
@@ -85,6 +104,7 @@ def measure(
     *,
     seconds: float = SHAPE_SECONDS,
     clock: bench.Clock | None = None,
+    rig: Rig | None = None,
 ) -> Rows:
     """Milliseconds that a site adds to the model, by shape and units.
 
@@ -97,9 +117,10 @@ def measure(
         progress: called with cycles done and cycles in all, of all rows.
         seconds: about how long one row may take.
         clock: seconds; the thread's processor time or the wall clock when None.
+        rig: how chains are run; by onnxruntime on this processor unless given.
     """
     bench.check_threads(threads)
-    clock = clock or clock_for(threads)
+    rig = rig or on_processor(threads, clock)
     shapes = {site.shape: site for site in sites}
     wanted = {key: units for key, units in levels.items() if units and key.partition(FORM)[0] in shapes}
     rows: Rows = {}
@@ -111,23 +132,29 @@ def measure(
                 progress(before * 1000 + 1000 * part // whole, 1000 * len(wanted))
 
         try:
-            rows[key] = measure_site(
-                shapes[shape], units, threads, tick, form=form or "dense", seconds=seconds, clock=clock
-            )
+            rows[key] = measure_site(shapes[shape], units, rig, tick, form=form or "dense", seconds=seconds)
         except CompressError:
             continue
     return rows
 
 
+def on_processor(threads: int, clock: bench.Clock | None = None) -> Rig:
+    """ONNX chains in onnxruntime on this processor."""
+
+    def make(site: Site, units: int, copies: int, form: str) -> bench.Runner:
+        return session(_formed(site, units, copies, form), site, threads)
+
+    return Rig(make, clock or clock_for(threads), group_mb=GROUP_MB)
+
+
 def measure_site(
     site: Site,
     levels: Iterable[int],
-    threads: int,
+    rig: Rig,
     progress: Tick,
     *,
     form: str = "dense",
     seconds: float,
-    clock: bench.Clock,
 ) -> dict[int, float]:
     """The row of one site: every level and the dense width, in groups that fit into memory.
 
@@ -137,21 +164,20 @@ def measure_site(
     dense_mb = weights_mb(site, site.units)
     if dense_mb > LARGEST_MB:
         raise CompressError(f"{site.name}: {dense_mb:.0f} MB of weights are too many to time alone")
-    copies = _copies(site)
+    copies = _copies(site, rig.least_mb)
     others = [units for units in wanted if form != "dense" or units != site.units]
-    groups = _groups(site, others, copies)
+    groups = _groups(site, others, copies, rig.group_mb)
     ratios: dict[int, float] = {site.units: 1.0} if form == "dense" else {}
     dense_ms: list[float] = []
     around: list[float] = []
     for number, group in enumerate(groups):
-        files = [chain(site, units, copies) for units in (site.units, 0)]
-        files += [_formed(site, units, copies, form) for units in group]
-        runners = [session(file, site, threads) for file in files]
+        runners = [rig.make(site, units, copies, "dense") for units in (site.units, 0)]
+        runners += [rig.make(site, units, copies, form) for units in group]
 
         def tick(part: int, whole: int, before: int = number) -> None:
             progress(before * whole + part, len(groups) * whole)
 
-        times = cycles(runners, seconds / len(groups), clock, tick)  # [cycles, graphs]
+        times = cycles(runners, seconds / len(groups), rig.clock, tick)  # [cycles, graphs]
         against = np.median(times / times[:, :1], axis=0)
         dense_ms.append(float(np.median(times[:, 0])))
         around.append(float(against[1]))
@@ -172,10 +198,10 @@ def _formed(site: Site, units: int, copies: int, form: str) -> bytes:
     return quantized.lower_chain(chain(site, units, copies), PRECISIONS[option.precision])
 
 
-def _groups(site: Site, levels: Sequence[int], copies: int) -> list[list[int]]:
-    """Levels split so that the graphs of one group, with the dense one, fit into `GROUP_MB`."""
+def _groups(site: Site, levels: Sequence[int], copies: int, group_mb: float) -> list[list[int]]:
+    """Levels split so that the graphs of one group, with the dense one, fit into `group_mb`."""
     groups: list[list[int]] = [[]]
-    room = GROUP_MB - copies * weights_mb(site, site.units)
+    room = group_mb - copies * weights_mb(site, site.units)
     used = 0.0
     for units in levels:
         size = copies * weights_mb(site, units)
@@ -223,9 +249,10 @@ def clock_for(threads: int) -> bench.Clock:
     return time.thread_time if threads == 1 else time.perf_counter
 
 
-def _copies(site: Site) -> int:
-    """Copies in one chain, fewer where their weights would be large."""
-    return int(max(1, min(COPIES, COPIES_MB // max(weights_mb(site, site.units), 1e-9))))
+def _copies(site: Site, least_mb: float) -> int:
+    """Copies in one chain: fewer where weights are large, more where caches would hold them all."""
+    size = max(weights_mb(site, site.units), 1e-9)
+    return int(max(1, min(COPIES, COPIES_MB // size), min(MOST_COPIES, math.ceil(least_mb / size))))
 
 
 def empty_table(threads: int) -> Table:

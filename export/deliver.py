@@ -8,9 +8,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
+from compress import cost
 from compress.errors import CompressError
-from compress.export import edge, ort
+from compress.export import device, edge, ort, tensorrt
+from compress.export.engine import EngineOptions, Stamp, stamp_path
 from compress.export.finished import Finished, finished, parts
+from compress.export.runners import OrtRunner
 
 MARK = "compress-export.txt"  # a folder that holds it is ours to replace
 Format = Callable[[Finished, Path], list[Path]]
@@ -21,11 +26,59 @@ def copy(output: Finished, destination: Path) -> list[Path]:
     return [Path(shutil.copyfile(part, destination / part.name)) for part in parts(output.compressed)]
 
 
+def engine(output: Finished, destination: Path) -> list[Path]:
+    """An engine for the GPU at hand with its stamp, beside the ONNX file that it was built from.
+
+    Raises:
+        CompressError: no TensorRT or GPU (it says what to install, and which file serves without), the
+            builder refuses the file, or the engine answers with other numbers than the file.
+    """
+    written = copy(output, destination)
+    built = destination / "model.engine"
+    stamp = tensorrt.build(output.compressed, built, engine_options(output), cost.cache_folder() / "tensorrt")
+    agree(built, output, stamp)
+    return [*written, built, stamp_path(built)]
+
+
+def engine_options(output: Finished) -> EngineOptions:
+    """Ranges around the recipe's shapes, which are made fastest; 2:4 kernels where the plan has zeros."""
+    sizes = list(output.report.target.shapes.values())
+    batch, tokens = sizes[0], sizes[1] if len(sizes) == 2 else 1
+    return EngineOptions(
+        batch=(1, batch, max(batch, 3)),
+        tokens=(1, tokens, tokens),
+        sparse=any(site.option.pattern == "2:4" for site in output.report.sites),
+    )
+
+
+def agree(built: Path, output: Finished, stamp: Stamp) -> None:
+    """Refuse an engine whose answers are not those of the file, within what its precision allows."""
+    # Float32 products run as TF32 on tensor cores, which keeps ten bits of a number.
+    relative = max(device.TOLERANCES[edge.precision_of(output.compressed)], device.TOLERANCES["tf32"])
+    with (
+        OrtRunner(output.compressed, threads=output.recipe.bench.threads) as reference,
+        tensorrt.TensorRTRunner(built) as runner,
+    ):
+        for inputs in edge.examples(output.compressed, reference, output.report.target.shapes):
+            answers = runner.infer(inputs)
+            for name, expected in reference.infer(inputs).items():
+                largest = float(np.abs(expected).max())
+                apart = float(np.abs(answers[name] - expected).max())
+                if not apart <= relative * max(largest, 1.0):
+                    raise CompressError(
+                        f"the engine answers {name!r} up to {apart:.3g} away from {output.compressed} "
+                        f"(tolerance {relative:g} of {largest:.3g}; {stamp.machine.device}, TensorRT "
+                        f"{stamp.machine.tensorrt}); it is not delivered.\n"
+                        "  The ONNX file was proven and stands; report this model with the versions above."
+                    )
+
+
 FORMATS: dict[str, Format] = {
     "onnx": copy,
     "ort": ort.export,
     "edge": edge.export,
     "edge+ort": edge.export_with_ort,
+    "tensorrt": engine,
 }
 
 

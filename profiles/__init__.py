@@ -19,6 +19,7 @@ if __name__ != "compress.profiles":
     raise ImportError(f"import this folder as 'compress.profiles', not as {__name__!r}")
 
 Runtime = Literal["onnxruntime", "tensorrt"]
+SPELLED = {"rpi": r"raspberry\s+pi"}
 
 
 class Profile(BaseModel):
@@ -92,6 +93,22 @@ def load(name: str) -> Profile:
         raise CompressError(f"target {name!r} is not known.{hint} Known: {', '.join(known)}")
     text = (resources.files("compress.profiles") / f"{name}.toml").read_text(encoding="utf-8")
     return parse(text, name)
+
+
+def means(name: str, words: str) -> bool:
+    """Whether a device's own words hold every part of a target's name, e.g. `orin` and `nano`.
+
+    >>> means("rtx4090", "NVIDIA GeForce RTX 4090"), means("h100", "NVIDIA GH100")
+    (True, False)
+    """
+    parts = [part for part in name.split("-") if part != "cpu"]
+    return bool(parts) and all(re.search(_pattern(part), words.lower()) for part in parts)
+
+
+def _pattern(part: str) -> str:
+    """`rtx4090` as it may be written: not inside another word, and no digit more."""
+    pieces = [SPELLED.get(piece, piece) for piece in re.findall(r"[a-z]+|\d+", part)]
+    return r"(?<![a-z0-9])" + r"[\s-]*".join(pieces) + r"(?!\d)"
 
 
 def parse(text: str, name: str) -> Profile:

@@ -71,7 +71,7 @@ def pipeline(monkeypatch):
     fake.inspect = lambda model, shapes: outcome("inspect", model, shapes)
     fake.plan = lambda asked, progress: outcome("plan", asked)
     fake.time_files = lambda *call: outcome("bench", *call[:-1])
-    fake.measure_target = lambda progress: outcome("measure")
+    fake.measure_target = lambda progress, *call: outcome("measure", *call)
     for name in ("pipeline", "survey"):
         monkeypatch.setitem(sys.modules, f"compress.{name}", fake)
         monkeypatch.setattr(compress, name, fake, raising=False)
@@ -129,7 +129,6 @@ def test_every_option_reaches_its_place_in_the_recipe(pipeline):
         ("--speedup", "1.5x", Budget(speedup=1.5)),
         ("--latency-ms", "5", Budget(latency_ms=5.0)),
         ("--energy-mj", "20mJ", Budget(energy_mj=20.0)),
-        ("--power-w", "15", Budget(power_w=15.0)),
         ("--size-mb", "30MB", Budget(size_mb=30.0)),
     ],
 )
@@ -222,6 +221,33 @@ def test_what_computes_takes_all_cores_first(pipeline, verb, work):
     pipeline.result = a_report() if verb == "run" else {}
     assert cli.perform([verb, "measure"] if verb == "targets" else [verb, *ASK]) == 0
     assert (pipeline.calls[0], pipeline.calls[1][0]) == ("cores", work)
+
+
+def test_measuring_takes_a_target_and_a_model_which_mean_nothing_to_a_listing(pipeline, capfd):
+    pipeline.result = {}
+    words = ["--target", "h100", "--model", "mine:task", "--batch", "8"]
+    assert cli.perform(["targets", "measure", *words]) == 0
+    assert pipeline.calls[-1] == ("measure", "h100", "mine:task", recipe.Shapes(batch=8))
+    assert cli.perform(["targets", "h100", *words[:2]]) == 2
+    assert "--target belongs to `compress targets measure`" in capfd.readouterr().err
+
+
+def test_average_power_is_asked_for_at_a_rate_of_runs(pipeline, tmp_path, capfd):
+    words = ["--target", "h100", "--power-w", "90"]
+    assert cli.perform([*words, "--rate-hz", "50"]) == 0
+    assert pipeline.calls[-1][1].budget == Budget(power_w=90.0, rate_hz=50.0)
+    path = tmp_path / "r.toml"
+    path.write_text('target = "h100"\nbudget = { power_w = 90, rate_hz = 50 }\n')
+    assert cli.perform(["--recipe", str(path)]) == 0
+    assert pipeline.calls[-1][1].budget == Budget(power_w=90.0, rate_hz=50.0)
+    for bad, message in (
+        (words, "--power-w 90 needs --rate-hz: a device that never rests draws its full power"),
+        ([*words, "--rate-hz", "0"], "--rate-hz 0 must be above zero"),
+        (["--target", "cpu", "--speedup", "2x", "--rate-hz", "5"], "goes with --power-w only"),
+        (["--target", "cpu", "--rate-hz", "5"], "--rate-hz goes with --power-w"),
+    ):
+        assert cli.perform(bad) == 2
+        assert message in capfd.readouterr().err
 
 
 def test_libraries_are_asked_to_be_brief(pipeline, monkeypatch):
@@ -591,6 +617,7 @@ def test_the_options_of_each_verb_are_frozen():
         "--latency-ms",
         "--energy-mj",
         "--power-w",
+        "--rate-hz",
         "--size-mb",
         "--data",
     }
@@ -614,7 +641,7 @@ def test_the_options_of_each_verb_are_frozen():
         "bench": shapes | {"--phase", "--threads", "--blocks"},
         "export": {"--to", "--out", "-o", "--archive"},
         "report": {"--merge", "--device-is-target"},
-        "targets": set(),
+        "targets": shapes | {"--target", "--model"},
         "doctor": set(),
     }
     found = {

@@ -9,7 +9,7 @@ from compress import cost, profiles
 from compress.cost import Table
 from compress.errors import CompressError
 from compress.ir import Drop, Matmul, Option, Site
-from compress.roofline import BYTES, Constants, Kernel, check, kernel_ms, kernels, roofline
+from compress.roofline import BYTES, Constants, Kernel, kernel_ms, kernels, roofline
 
 EXACT = Constants(compute=1.0, bandwidth=1.0)
 
@@ -149,18 +149,18 @@ def test_on_a_gpu_the_last_wave_costs_as_much_as_a_full_one():
     def ms(rows):
         return kernel_ms(Kernel(0.0, 1, rows, 128, 512), profile, "fp32", EXACT)
 
-    assert ms(40 * 256) == pytest.approx(2 * 40 * 256 * 128 * 512 / 8.1e9 + 0.004)
+    assert ms(40 * 256) == pytest.approx(2 * 40 * 256 * 128 * 512 / 8.1e9 + profile.launch_us / 1e3)
     assert ms(41 * 256) > 1.02 * ms(40 * 256)
     one = kernel_ms(Kernel(0.0, 1, 8, 8, 512), profile, "fp32", EXACT)
     tiny = 40 * 2 * 64 * 32 * 512 / 0.4 / 8.1e9  # the smallest tile, on one processor of forty
-    assert one == pytest.approx(tiny + 0.004)
+    assert one == pytest.approx(tiny + profile.launch_us / 1e3)
 
 
 def test_unaligned_widths_are_slower_on_tensor_cores_only():
     profile = profiles.load("a100")
 
     def ms(out, inner, precision):
-        return kernel_ms(Kernel(0.0, 1, 8192, out, inner), profile, precision) - 0.003
+        return kernel_ms(Kernel(0.0, 1, 8192, out, inner), profile, precision) - profile.launch_us / 1e3
 
     for out, inner in ((1022, 1024), (1024, 1022)):
         assert ms(out, inner, "fp16") / ms(1024, inner, "fp16") >= 1.44 or inner == 1022
@@ -198,30 +198,6 @@ def test_the_sparse_peak_doubles_arithmetic():
     profile, site = profiles.load("a100"), ffn(4096, 16384, 16384)
     gain = roofline(site, 16384, profile) / roofline(site, 16384, profile, "fp16 2:4")
     assert 1.8 < gain <= 2.0
-
-
-def test_the_roofline_reproduces_the_published_v100_table():
-    found = check("v100")
-    assert len(found.points) == 12
-    assert all(point.unit == "ms" for point in found.points)
-    # One scale, the batch, comes from the dense feed-forward half; nothing else was fitted here.
-    assert found.mean_error < 0.06
-    assert found.max_error < 0.20
-    assert found.precision == "fp32"
-
-
-def test_the_roofline_foresees_that_an_a100_saturates():
-    found = check("a100")
-    assert {point.units for point in found.points} == {1814, 1322, 302, 130, 76, 33}
-    assert found.batch == check("v100").batch
-    # Coarser than on the V100: the precision is not published, and the misaligned penalty is one factor.
-    assert found.mean_error < 0.22
-    assert found.max_error < 0.35
-    assert max(point.predicted for point in found.points) < 6
-
-
-def test_there_is_no_check_without_a_published_table():
-    assert check("t4") is None
 
 
 # Tables

@@ -1,6 +1,6 @@
 import pytest
 
-from compress import devices, profiles, roofline
+from compress import devices, profiles, published
 from compress.errors import CompressError
 
 
@@ -29,14 +29,21 @@ def test_costs_are_called_measured_only_where_they_are(monkeypatch):
 
 def test_a_device_shows_its_facts_their_sources_and_how_far_off_the_roofline_is():
     found = devices.facts("a100")
-    check = roofline.check("a100")
+    ziplm, gpusq = published.checks("a100")
     assert found["bandwidth_gb_s"] == profiles.load("a100").bandwidth_gb_s
     assert found["source"]["*"]
-    assert found["roofline"]["mean_error"] == pytest.approx(check.mean_error, abs=1e-4)
-    assert found["roofline"]["max_error"] == pytest.approx(check.max_error, abs=1e-4)
-    assert found["roofline"]["points"] == len(check.points) == len(found["published"])
+    for row, check in zip(found["roofline"], (ziplm, gpusq), strict=True):
+        assert row["table"] == check.origin
+        assert row["mean_error"] == pytest.approx(check.mean_error, abs=1e-4)
+        assert row["max_error"] == pytest.approx(check.max_error, abs=1e-4)
+        assert row["held_out_mean_error"] == pytest.approx(check.held_out_error, abs=1e-4)
+    assert [row["points"] for row in found["roofline"]] == [6, 6]
+    assert len(found["published"]) == 12
     first = found["published"][0]
-    assert first["error"] == pytest.approx(abs(first["predicted"] / first["published"] - 1), abs=1e-4)
+    assert first["figure"] == "ffn 1814"
+    assert first["error"] == pytest.approx(abs(first["predicted"] / first["published"] - 1), abs=1e-3)
+    assert "arXiv 2302.04089" in found["roofline_against"][0]
+    assert "Assumed: fp32 as TF32" in found["roofline_against"][1]
 
 
 def test_a_device_without_published_figures_claims_no_error():

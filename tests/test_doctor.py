@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,11 +134,14 @@ def test_offline_is_what_the_hub_library_takes_for_it(monkeypatch, value, offlin
 @pytest.mark.parametrize("found", [True, False])
 def test_energy_is_there_when_a_counter_can_be_read(monkeypatch, found):
     class Meter:
-        pass
+        name = "RAPL"
 
     Meter.found = found
     monkeypatch.setattr(doctor, "Rapl", Meter)
+    monkeypatch.setattr(doctor, "Nvml", lambda: SimpleNamespace(found=False, name="NVML"))
     assert check("energy").ok is found
+    monkeypatch.setattr(doctor, "Nvml", lambda: SimpleNamespace(found=True, name="NVML"))
+    assert (check("energy").ok, check("energy").found[-4:]) == (True, "NVML")
 
 
 def test_a_gpu_without_cuda_in_torch_is_told_from_no_gpu(monkeypatch):

@@ -57,6 +57,7 @@ class Meter:
     """A constant load: 10 W idle, 30 W while anything works."""
 
     found = True
+    name = "a test"
 
     def __init__(self, clock, load_w=30.0):
         self.clock, self.load_w, self.idle_s = clock, load_w, 0.0
@@ -88,5 +89,5 @@ def test_an_estimate_is_labelled_and_counts_busy_cores_only():
     assert found.source == "estimated"
     assert found.energy_mj == pytest.approx((95 - 15) * 4.0 * 2 / 8)
     assert energy.estimate_energy(4.0, profile, threads=99).energy_mj == pytest.approx(320)
-    assert energy.estimate_energy(2.0, profiles.load("a100")).energy_mj == pytest.approx(700)
+    assert energy.estimate_energy(2.0, profiles.load("a100")).energy_mj == pytest.approx(710)
     assert energy.estimate_energy(2.0, profiles.load("cpu")) is None

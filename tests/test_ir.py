@@ -175,6 +175,9 @@ def test_a_budget_knows_its_name_and_value(name):
         {"latency_ms": -1},
         {"size_mb": float("inf")},
         {"power_w": float("nan")},
+        {"power_w": 5, "rate_hz": 0},
+        {"energy_mj": 5, "rate_hz": 10},
+        {"rate_hz": 10},
     ],
 )
 def test_a_budget_is_exactly_one_positive_number(values):

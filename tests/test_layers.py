@@ -24,16 +24,19 @@ ROWS = (
     "sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
     "page family quality named trial store cost console export.engine export.streams "
-    "export.attention export.cache",
+    "export.attention export.cache published export.products export.modules",
     "expand analyze stream images texts devices doctor session merge export.lowering export.runners",
-    "task export.onnx export.chains export.finished export.tensorrt export.decode",
+    "task export.onnx export.chains export.finished export.tensorrt export.decode export.cuda",
     "calibrate export.quantized export.verify export.ort export.decoder",
     "forms export.blocks export.forms",
+    "export.place",
     "database distill job quantize refit residual streaming export.edge export.layouts",
     "files",
     "stitch anchor pat tune",
     "pricing",
+    "power",
     "choosing proof recovery",
+    "thrift",
     "pipeline survey export.deliver",
     "gradual",
     "cli",
@@ -42,7 +45,7 @@ ROWS = (
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
     "errors ir profiles artifact recipe wording tables svg search report data charts loop bench energy "
-    "roofline page family cost console devices doctor session measurement merge cli export.device"
+    "roofline page published family cost console devices doctor session measurement merge cli export.device"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets
@@ -208,6 +211,7 @@ def test_test_files_stand_where_their_module_stands():
         "families",
         "demo",
         "benchmark",
+        "gpu",
         "export.tensorrt_api",
     }
     for path in (ROOT / "tests").rglob("test_*.py"):

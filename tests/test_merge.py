@@ -64,6 +64,15 @@ def test_energy_of_a_meter_decides_and_a_missing_one_leaves_no_verdict(out):
     assert (without.verdict.status, without.compressed.energy_mj) == ("not_measured", None)
 
 
+@pytest.mark.parametrize(("rate_hz", "power_w", "status"), [(100.0, 3.75, "met"), (900.0, 9.75, "missed")])
+def test_average_power_is_that_of_the_rate_that_was_asked_for(out, rate_hz, power_w, status):
+    before = write_output(out, asked=Budget(power_w=4.0, rate_hz=rate_hz))
+    used = Used(energy_mj=7.5, power_w=6.0, idle_w=3.0, runs=900, seconds=5.0, meter="INA3221 VDD_IN")
+    after = merge.merge(before, measurement(before, energy=used))
+    assert after.compressed.power_w == pytest.approx(power_w)
+    assert after.verdict.status == status
+
+
 def test_a_score_that_fell_too_far_is_a_miss_whatever_the_speed(out):
     before = write_output(out, max_drop=0.001)
     assert merge.merge(before, measurement(before)).verdict.status == "missed"

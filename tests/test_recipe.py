@@ -177,7 +177,7 @@ TEXT = st.text("ab \"'\\#=[]{}.\né漢😀", max_size=12)
 def test_a_recipe_survives_toml(tmp_path_factory, out, model, max_drop, units, uniform, budget, amount):
     asked = recipe.Recipe(
         target="cpu",
-        budget=Budget(**{budget: amount}),
+        budget=Budget(**{budget: amount}, rate_hz=7.0 if budget == "power_w" else None),
         out=out,
         model=model,
         max_drop=max_drop,

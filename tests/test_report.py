@@ -88,6 +88,20 @@ def test_power_is_its_own_figure():
     assert "asked 10.0 W · measured 9.00 W" in verdict_line(report(Budget(power_w=10.0), figures=power))
 
 
+def test_average_power_names_its_rate_and_a_device_that_cannot_keep_up_has_missed():
+    asked = Budget(power_w=10.0, rate_hz=2.0)
+    power = ({}, {"power_w": 9.0, "energy_mj": 30.0, "energy_source": "measured"})
+    made = report(asked, figures=power)
+    assert "asked 10.0 W at 2 runs/s · measured 9.00 W" in verdict_line(made)
+    assert made.verdict.status == "met"
+    took_ms = made.compressed.latency_ms.p50
+    quick = made.compressed
+    for rate_hz, status in ((0.99e3 / took_ms, "met"), (1.01e3 / took_ms, "missed")):
+        found, reason = judge(Budget(power_w=10.0, rate_hz=rate_hz), made.verdict.measured, quick, None, None)
+        assert found == status
+        assert reason is None or "a second leave" in reason
+
+
 def test_no_prediction_is_said_plainly():
     line = verdict_line(report(measured=None, predicted=Predicted()))
     assert f"asked 2.00x · no prediction {THERE} · not measured" in line

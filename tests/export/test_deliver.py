@@ -1,9 +1,21 @@
+import ctypes
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import onnx
 import pytest
+import torch
+from onnx import TensorProto, helper
 from outputs import write_model, write_output
 
 from compress import cli
 from compress.errors import CompressError
-from compress.export import deliver, ort, runners
+from compress.export import deliver, ort, runners, tensorrt
+
+FAKE = Path(__file__).with_name("fake_tensorrt.py")
 
 
 @pytest.fixture
@@ -68,3 +80,72 @@ def test_bad_words_get_one_message(out, tmp_path, capfd):
         err = capfd.readouterr().err
         assert message in err
         assert "Traceback" not in err
+
+
+@pytest.fixture
+def gpu(out, tmp_path, monkeypatch):
+    """The double of TensorRT and CUDA of test_tensorrt.py, and a file that the double computes."""
+    spec = importlib.util.spec_from_file_location("fake_tensorrt", FAKE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tensorrt, "DEVICE", "cpu")
+    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None, wait_stream=lambda other: None)
+    doubles = {
+        "is_available": lambda: True,
+        "get_device_name": lambda: "NVIDIA H100 80GB HBM3",
+        "get_device_capability": lambda: (9, 0),
+        "current_stream": lambda: stream,
+        "Stream": lambda: stream,
+    }
+    for name, double in doubles.items():
+        monkeypatch.setattr(torch.cuda, name, double)
+    module.IExecutionContext.set_input_shape = lambda self, name, shape: setattr(self, "shape", shape) or True
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", "tokens", 4]) for name in ("x", "y")
+    )
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "twice", [x], [y])
+    file = out / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), file)
+    folder = out / "compression"
+    document = json.loads((folder / "report.json").read_text())
+    document["inputs"]["file_sha256"] = runners.sha256(file)
+    document["sites"][0]["option"]["pattern"] = "2:4"
+    (folder / "report.json").write_text(json.dumps(document))
+    return module
+
+
+def test_an_engine_is_built_for_the_recipes_shapes_and_checked_against_the_file(gpu, out, tmp_path, capfd):
+    assert cli.perform(["export", str(out), "--to", "tensorrt", "--json"]) == 0
+    files = json.loads(capfd.readouterr().out)["files"]
+    assert [file.rpartition("/")[2] for file in files] == ["model.onnx", "model.engine", "model.engine.json"]
+    config = gpu.Builder.last
+    assert config.profiles[0].shapes == {"x": ((1, 1, 4), (1, 16, 4), (3, 16, 4))}
+    assert config.flags_set == {"SPARSE_WEIGHTS"}
+    assert (tmp_path / "cache" / "tensorrt").read_bytes() == b"timings"
+    assert (out / "tensorrt" / "model.engine").read_bytes() == b"engine"
+
+
+def test_an_engine_that_answers_with_other_numbers_is_not_delivered(gpu, out, capfd):
+    start = gpu.IExecutionContext.execute_async_v3
+
+    def wrong(self, stream_handle):
+        start(self, stream_handle)
+        (ctypes.c_float * 1).from_address(self.addresses["y"])[0] += 0.1
+        return True
+
+    gpu.IExecutionContext.execute_async_v3 = wrong
+    assert cli.perform(["export", str(out), "--to", "tensorrt"]) == 2
+    assert "answers 'y' up to 0.1 away from" in capfd.readouterr().err
+    assert not (out / "tensorrt").exists()
+
+
+def test_without_tensorrt_the_message_says_what_to_install_and_what_serves_instead(out, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert cli.perform(["export", str(out), "--to", "tensorrt"]) == 2
+    err = capfd.readouterr().err
+    assert "pip install tensorrt-cu13" in err
+    assert f"{out / 'model.onnx'} stands ready instead: it runs in onnxruntime" in err
+    assert "Traceback" not in err
+    assert not (out / "tensorrt").exists()

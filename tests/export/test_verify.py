@@ -119,6 +119,17 @@ def test_padding_does_not_count_and_everything_else_does():
         compare(expected[:, 0], expected[:, 0] + 0.01, {"attention_mask": mask})
 
 
+def test_a_lower_precision_may_be_further_off_if_that_is_said():
+    expected = answers()
+    found = expected + np.float32(0.01)
+    with pytest.raises(CompressError, match="disagree"):
+        compare(expected, found)
+    relaxed = verify.parity(Says(expected), Says(found), [{}], relative=0.02)
+    assert relaxed.tolerance == pytest.approx(0.02 * max(1.0, float(np.abs(expected).max())))
+    with pytest.raises(CompressError, match="disagree"):
+        verify.parity(Says(expected), Says(found + 1), [{}], relative=0.02)
+
+
 def test_one_number_an_item_is_compared_as_well():
     expected = answers(shape=(4,))
     assert compare(expected, expected).inputs == 4

@@ -1,0 +1,136 @@
+"""Where targets are timed: the file on this processor, the torch model on its GPU, elsewhere nowhere."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sites import ffn, heads
+from torch import nn
+
+from compress import cost, profiles
+from compress.energy import Rapl
+from compress.errors import CompressError
+from compress.export import blocks, cuda, place
+from compress.export.cuda import CudaRunner
+from compress.export.device import Nvml
+from compress.export.place import Place, place_of
+
+H100 = profiles.load("h100")
+
+
+def on_a(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    facts = SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=132, total_memory=8e10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(cuda, "conditions", lambda: {"driver": "580.1", "gpu_mhz": 1980})
+
+
+def tried():
+    """The GPU's place with a processor in the place of the GPU."""
+    return Place(H100, "torch-cpu", "cpu", 1, graphs=False)
+
+
+def test_a_target_is_here_when_it_is_this_processor_or_this_gpu(monkeypatch):
+    assert place_of(profiles.load("cpu"), 2) == Place(profiles.load("cpu"), "onnxruntime", "cpu", 2)
+    assert place_of(H100, 1) is None
+    on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
+    found = place_of(H100, 1)
+    assert (found.runtime, found.device, found.precision, found.by_file) == (
+        "torch-cuda",
+        "cuda",
+        "fp16",
+        False,
+    )
+    assert place_of(profiles.load("a100"), 1) is None
+    assert place_of(profiles.load("cpu"), 1).by_file
+
+
+def test_a_table_names_the_gpu_the_versions_and_the_precision(monkeypatch):
+    on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
+    here = place_of(H100, 1)
+    table = here.empty_table()
+    assert (table.runtime, table.precision, table.rows) == ("torch-cuda", "fp16", {})
+    assert table.versions["provider"] == "NVIDIA H100 80GB HBM3"
+    assert table.versions["driver"] == "580.1"
+    assert table.versions["version"] == torch.__version__
+    first = table.fingerprint
+    monkeypatch.setattr(cuda, "conditions", lambda: {"driver": "590.2"})
+    assert here.empty_table().fingerprint != first
+    assert cost.cache_path(table) != cost.cache_path(place_of(profiles.load("cpu"), 1).empty_table())
+
+
+def test_each_place_has_its_own_counter():
+    assert isinstance(place_of(profiles.load("cpu"), 1).meter(), Rapl)
+    assert isinstance(tried().meter(), Nvml)
+
+
+def test_the_model_is_timed_on_a_gpu_in_the_targets_precision_and_no_file_is_read(tmp_path):
+    class Double(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    x = {"x": np.array([[0.1]], dtype=np.float32)}
+    with tried().runner(Double(), tmp_path / "none.onnx", lambda found: found, "y") as runner:
+        assert isinstance(runner, CudaRunner)
+        assert runner.infer(x)["y"][0, 0] == np.float32(2 * np.float16(0.1))
+
+
+@pytest.mark.parametrize("site", [ffn(), heads(causal=True)])
+def test_chains_of_a_site_are_timed_in_torch(site):
+    rows = blocks.measure([site], {site.shape: [2]}, seconds=0.0, rig=tried().rig())
+    assert set(rows[site.shape]) == {site.units, 2}
+    assert all(ms > 0 for ms in rows[site.shape].values())
+
+
+def test_a_gpus_chains_do_not_fit_into_its_cache():
+    site = ffn()
+    rig = tried().rig()
+    copies = blocks._copies(site, rig.least_mb)
+    assert copies == blocks.MOST_COPIES  # a tiny site: as many as there may be
+    wide = site.model_copy(
+        update={"matmuls": tuple(m.model_copy(update={"out": 3072, "inner": 3072, "out_per_unit": 0,
+                                                       "inner_per_unit": 0}) for m in site.matmuls)}
+    )  # fmt: skip
+    copies = blocks._copies(wide, rig.least_mb)
+    half_mb = copies * blocks.weights_mb(wide, wide.units) / 2
+    assert 2 * H100.cache_mb <= half_mb <= 3 * H100.cache_mb
+
+
+def test_a_shape_that_cannot_be_timed_alone_is_left_to_the_estimate():
+    odd = heads().model_copy(update={"tokens": 3})
+    assert blocks.measure([odd], {odd.shape: [2]}, seconds=0.0, rig=tried().rig()) == {}
+
+
+def test_facts_of_a_gpu_say_how_it_ran(monkeypatch):
+    on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
+    facts = place_of(H100, 1).facts()
+    assert facts["provider"] == "NVIDIA H100 80GB HBM3"
+    assert (facts["cuda_graph"], facts["driver"], facts["gpu_mhz"]) == ("on", "580.1", 1980)
+    assert place.VERSIONS[0] in facts
+    assert tried().facts()["provider"] == "cpu"
+
+
+def test_a_model_that_cannot_be_captured_is_timed_without_graphs_and_so_is_all_else(monkeypatch):
+    spot = Place(H100, "torch-cuda", "cuda", 1)
+
+    class Runner:
+        def __init__(self, *words, graphs, **more):
+            self.graphs = graphs
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def timed(self, inputs):
+            if self.graphs and inputs["x"]:
+                raise CompressError("cannot be captured")
+
+    monkeypatch.setattr(place, "CudaRunner", Runner)
+    assert spot.suited(nn.Identity(), None, "y", {"x": 0}) == spot
+    assert spot.suited(nn.Identity(), None, "y", {"x": 1}) == replace(spot, graphs=False)
+    here = place_of(profiles.load("cpu"), 1)
+    assert here.suited(nn.Identity(), None, "y", {"x": 1}) == here

@@ -1,0 +1,111 @@
+"""Energy and average power: prices, limits and refusals, each against a few sums by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+from sites import ffn, heads
+
+from compress import power, profiles, roofline
+from compress.energy import Energy
+from compress.errors import CompressError
+from compress.ir import Budget, Option, Whole
+from compress.pricing import Costs
+from compress.roofline import STALLED
+
+SITES = (ffn(), heads())
+ROWS = {"ffn": {"dense": {12: 4.0, 6: 2.0, 0: 0.0}}, "heads": {"dense": {3: 3.0, 1: 1.0}}}
+ALL = Option()
+
+
+def costs(fixed_ms=1.0):
+    inside = 7.0
+    whole = Whole(inside_ms=(inside,), whole_ms=(inside + fixed_ms,))
+    return Costs(whole=whole, rows=ROWS, source="estimated")
+
+
+def job(budget, target="a100", place=None):
+    recipe = SimpleNamespace(budget=budget, bench=SimpleNamespace(threads=1, rounds=6))
+    return SimpleNamespace(recipe=recipe, profile=profiles.load(target), sites=SITES, place=place, task=None)
+
+
+def used(mj, idle_w=30.0):
+    return Energy(energy_mj=mj, source="measured", meter="NVML", runs=10, seconds=5.0, idle_w=idle_w)
+
+
+def test_an_estimate_is_time_times_modelled_power():
+    found = power.priced(job(Budget(energy_mj=1.0)), costs(), None)
+    profile = profiles.load("a100")
+    for site in SITES:
+        for units, ms in ROWS[site.name]["dense"].items():
+            watts = roofline.above_idle_w(site, units, profile, threads=1)
+            key = Option(units=None if units == site.units else units).key
+            assert found.rows[site.name][key] == pytest.approx(ms * watts)
+    assert found.fixed_mj == pytest.approx(1.0 * STALLED * (400 - 45))
+    assert (found.source, found.idle_w, found.meter) == ("estimated", 45.0, "power envelope of a100")
+
+
+def test_a_counter_sets_the_level_and_the_model_the_shares():
+    guess = power.priced(job(Budget(energy_mj=1.0)), costs(), None)
+    found = power.priced(job(Budget(energy_mj=1.0)), costs(), used(500.0))
+    assert found.dense_mj == pytest.approx(500.0)
+    assert found.rows["ffn"]["6 dense"] / found.dense_mj == pytest.approx(
+        guess.rows["ffn"]["6 dense"] / guess.dense_mj
+    )
+    assert (found.source, found.idle_w, found.meter) == ("measured", 30.0, "NVML")
+
+
+def test_without_an_envelope_a_counter_shares_energy_out_by_time():
+    found = power.priced(job(Budget(energy_mj=1.0), "cpu"), costs(), used(80.0))
+    assert found.rows == {
+        "ffn": pytest.approx({"all dense": 40.0, "6 dense": 20.0, "0 dense": 0.0}),
+        "heads": pytest.approx({"all dense": 30.0, "1 dense": 10.0}),
+    }
+    assert found.fixed_mj == pytest.approx(10.0)
+    assert found.of({"ffn": ALL, "heads": Option(units=1)}) == pytest.approx(60.0)
+    assert found.of({"ffn": Option(units=0), "heads": ALL}) == pytest.approx(40.0)
+    assert found.average_w(found.dense_mj, 100.0) == pytest.approx(30.0 + 8.0)
+
+
+def test_with_neither_counter_nor_envelope_energy_is_refused():
+    with pytest.raises(CompressError, match=r"--energy-mj 5: no energy counter .* 'cpu' states no power"):
+        power.priced(job(Budget(energy_mj=5.0), "cpu"), costs(), None)
+
+
+def test_what_a_budget_leaves_for_one_run():
+    prices = power.priced(job(Budget(energy_mj=1.0), "cpu"), costs(), used(80.0))
+    assert power.limit_mj(job(Budget(energy_mj=50.0)), costs(), prices) == 50.0
+    # 32 W less 30 W idle, at 50 runs a second: 40 mJ each.
+    asked = job(Budget(power_w=32.0, rate_hz=50.0))
+    assert power.limit_mj(asked, costs(), prices) == pytest.approx(40.0)
+    for budget, message in (
+        (Budget(energy_mj=80.0), r"--energy-mj 80 is already kept: the dense model takes 80 mJ on"),
+        (Budget(power_w=40.0, rate_hz=50.0), r"--power-w 40 --rate-hz 50 is already kept"),
+        (Budget(power_w=30.0, rate_hz=50.0), r"draws 30 W with nothing to do, which no model changes"),
+        (Budget(power_w=32.0, rate_hz=900.0), r"leaves 1.11 ms for a run; the fastest plan takes 2 ms"),
+    ):
+        with pytest.raises(CompressError, match=message):
+            power.limit_mj(job(budget), costs(), prices)
+    unknown = prices.model_copy(update={"idle_w": None})
+    with pytest.raises(CompressError, match="draws an unknown power"):
+        power.limit_mj(asked, costs(), unknown)
+    guess = power.priced(job(Budget(energy_mj=1.0)), costs(), None)
+    with pytest.raises(CompressError, match=r"mJ \(estimate\) on a100"):
+        power.limit_mj(job(Budget(energy_mj=1e6)), costs(), guess)
+
+
+def test_nothing_is_metered_that_was_not_asked_for_or_is_not_here():
+    assert power.metered(job(Budget(energy_mj=5.0)), None, None) is None
+    assert power.metered(job(Budget(speedup=2.0), place=object()), None, None) is None
+
+
+def test_a_gpu_that_waits_draws_less_and_a_processor_the_same():
+    a100, cpu = profiles.load("a100"), profiles.load("cpu-avx2")
+    big = ffn().model_copy(
+        update={"matmuls": tuple(m.model_copy(update={"rows": 10**7}) for m in ffn().matmuls)}
+    )
+    assert roofline.above_idle_w(ffn(), 12, a100) == pytest.approx(STALLED * 355, rel=0.05)
+    assert roofline.above_idle_w(big, 12, a100) == pytest.approx(355, rel=0.05)
+    assert roofline.above_idle_w(ffn(), 0, a100) == 0.0
+    assert roofline.above_idle_w(ffn(), 12, cpu, threads=2) == pytest.approx(80 * 2 / 8)
+    assert roofline.above_idle_w(big, 12, cpu, threads=2) == pytest.approx(80 * 2 / 8)
+    assert roofline.above_idle_w(ffn(), 12, profiles.load("cpu")) is None
