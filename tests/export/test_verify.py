@@ -148,7 +148,7 @@ def test_a_missing_output_and_another_shape_are_refused():
 def test_the_difference_allowed_can_be_that_of_rounded_answers():
     def apart(by, **keywords):
         first = np.array([[1.0, 0.0]])
-        return verify.parity(Says(first), Says(first + [[by, 0.0]]), [{}], **keywords)
+        return verify.parity(Says(first), Says(first + np.array([[by, 0.0]])), [{}], **keywords)
 
     with pytest.raises(CompressError, match="disagree"):
         apart(0.02)
