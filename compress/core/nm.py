@@ -104,7 +104,7 @@ def solve(layer: Layer, pattern: NM = NM(), *, refit: bool | None = None) -> Spa
 
     >>> from compress.core.support import prepare
     >>> layer = prepare(torch.tensor([[1.0, 4.0, 3.0, 2.0]]), torch.eye(4), torch.zeros(4))
-    >>> solve(layer).values.tolist()
+    >>> solve(layer).values.round(decimals=9).tolist()
     [[0.0, 4.0, 3.0, 0.0]]
     """
     values, mask, _ = sweep(layer, pattern)
