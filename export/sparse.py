@@ -104,7 +104,7 @@ def random(pattern: str, out: int, inner: int, generator: np.random.Generator) -
     """As many random blocks in every group as the pattern's density says, at least one.
 
     >>> random("block:4x2@0.5", 8, 8, np.random.default_rng(0)).kept
-    ((2, 3), (0, 3))
+    ((2, 3), (0, 1))
     """
     rows, columns, density = parsed(pattern)
     across = math.ceil(inner / columns)

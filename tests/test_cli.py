@@ -628,6 +628,7 @@ def test_the_options_of_each_verb_are_frozen():
         "--label",
         "--recipe",
         "--recover",
+        "--moves",
         "--max-drop",
         "--out",
         "-o",
