@@ -51,6 +51,7 @@ def test_the_first_failure_ends_the_gate_with_its_code(check, monkeypatch, capsy
     monkeypatch.setattr(check, "steps", lambda whole: [(f"s{i}", ["x"], ROOT) for i in range(len(codes))])
     monkeypatch.setattr(check.subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["check.py"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert check.main() == expected
     assert len(done) == (codes.index(expected) + 1 if expected else len(codes))
     out = capsys.readouterr().out

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPED = ROOT / "build" / "typed"
+# One process a core, each file in one of them; torch is kept from using all cores in each.
+SPREAD = ("-n", "logical", "--dist", "loadfile")
 PLACES = ("compress", "export", "profiles", "tests", "tools")
 
 
@@ -43,7 +46,7 @@ def steps(*, whole: bool) -> list[tuple[str, list[str], Path]]:
         ("format", [python, "-m", "ruff", "format", "--check", *PLACES], ROOT),
         ("lint", [python, "-m", "ruff", "check", *PLACES], ROOT),
         ("types", [python, "-m", "mypy", *types, "--strict", "-p", "compress"], TYPED),
-        ("tests", [python, "-m", "pytest", "-q", *(["-m", "not gpu"] if whole else [])], ROOT),
+        ("tests", [python, "-m", "pytest", "-q", *SPREAD, *(["-m", "not gpu"] if whole else [])], ROOT),
     ]
 
 
@@ -52,6 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="format, lint, types and tests")
     parser.add_argument("--all", action="store_true", help="also the slow tests")
     lay_out()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name, command, place in steps(whole=parser.parse_args().all):
         began = time.perf_counter()
         code = subprocess.run(command, cwd=place, check=False).returncode
