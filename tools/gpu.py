@@ -38,7 +38,6 @@ from compress.export.device import Nvml
 from compress.surgery import Removal
 from compress.task import Batch, Task
 
-SPEEDUP = 2.0
 FORMS = ("2:4", "int8", "fp8", "block:64x64@0.5")
 REPEATS = 8  # times that a layer runs in one timed call, so that the call itself does not count
 Call = Callable[[], object]
@@ -184,7 +183,7 @@ def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
                 {
                     "model": f"gpu:{factory.__name__}",
                     "target": options.target,
-                    "budget": {"speedup": SPEEDUP},
+                    "budget": {"speedup": options.speedup},
                     "out": f"{folder}/out",
                     "shapes": {"batch": options.batch, "tokens": tokens_of(options)},
                     # Weights are random, so quality says nothing: only as much as a plan needs is computed.
@@ -198,7 +197,7 @@ def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
             try:
                 found = pipeline.run(recipe, console.Quiet())
             except CompressError as error:
-                rows.append({"model": name, "error": str(error)})
+                rows.append({"model": name, "asked": options.speedup, "error": str(error)})
                 continue
             verdict = found.verdict
             rows.append(
@@ -206,7 +205,7 @@ def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
                     "model": name,
                     "shapes": found.target.shapes,
                     "precision": found.target.precision,
-                    "asked": SPEEDUP,
+                    "asked": options.speedup,
                     "predicted": round(verdict.predicted.speedup or 0.0, 4),
                     "measured": None if verdict.measured is None else verdict.measured.model_dump(),
                     "status": verdict.status,
@@ -464,6 +463,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="toy models and short timings")
     parser.add_argument("--target", help="the GPU at hand unless given")
+    parser.add_argument("--speedup", type=float, default=2.0, help="of `compile`")
     parser.add_argument("--batch", type=int, default=1, help="of `compile` and `energy`")
     parser.add_argument("--precision", default="fp16", choices=tuple(cuda.DTYPES))
     parser.add_argument("--no-graphs", dest="graphs", action="store_false")
