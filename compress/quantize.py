@@ -2,7 +2,7 @@
 
 `insert` puts such a layer in the place of an `nn.Linear`; `remove` puts the original back. The layer is
 an `nn.Linear` with the same names of weight and bias, so nothing around it notices. It holds the weight
-that its codes stand for and rounds it anew in every pass: the codes come out the same, and when the
+that its codes stand for. Where it learns it rounds it anew in every pass: when the
 weight or the steps are trained, gradients pass through the rounding. `settle` ends the training: plain
 layers with rounded weights, and the codes for the exporter.
 
@@ -78,6 +78,8 @@ class QuantizedLinear(nn.Linear):
         else:
             self.register_buffer("step", step, persistent=False)
             self.register_buffer("input_step", input_step, persistent=False)
+        # What is not trained is rounded once.
+        self.fixed = None if learn else found.codes.to(dense.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -85,7 +87,7 @@ class QuantizedLinear(nn.Linear):
         if self.columns is not None:
             values, weight = values[..., self.columns], weight[:, self.columns]
         step = self._paced(self.step, weight.numel() // self.step.numel(), self.grid.high)
-        codes = fakequant.weight_codes(weight, step, self.grid)
+        codes = fakequant.weight_codes(weight, step, self.grid) if self.fixed is None else self.fixed
         if self.precision == "int4":
             return self._blockwise(values, codes * fakequant.spread(step, codes.shape[1], self.grid.block))
         input_step, zero = self._input(values)
