@@ -1,7 +1,7 @@
 """Everything that only a machine with a GPU can say, in one go and one JSON.
 
 .venv/bin/python tools/gpu.py --out h100.torch-cuda.json          on a machine with an H100
-python tools/gpu.py --device cpu --quick --out /tmp/try.json      the same steps on toy models anywhere
+python tools/gpu.py --device cpu --quick --out try.json      the same steps on toy models anywhere
 
 Parts: `tables` (every site of a BERT-base and a ViT-B of random weights at its levels), `compile`
 (`compress --speedup 2x` on both, synthetic data: asked, predicted, measured), `layers` and `models` (2:4,
