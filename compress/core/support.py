@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.core import obs
 from compress.errors import CompressError
 
-STEPS = 30  # of conjugate gradients, where that replaces a factorization a row
+STEPS = 10  # of conjugate gradients, where that replaces a factorization a row
 TINY = 1e-300  # keeps 0/0 out of a row that has converged
 
 

@@ -125,6 +125,16 @@ def test_an_input_that_never_varies_is_not_kept_for_its_mean():
     assert near(found.shift, 3.0 * weight[:, 4:8].sum(1))
 
 
+def test_a_cut_has_no_weights_on_an_input_that_never_varies():
+    x, weight = layer(5)
+    x[:, 5] = 3.0
+    kept = torch.tensor([[0, 1]] * 4)
+    found = block.cut(torch.from_numpy(weight), *moments(x), (2, 4), kept)
+    assert bool((found.values[:, 5] == 0).all())
+    assert near(found.values[:, [0, 1, 2, 3, 4, 6, 7]], weight[:, [0, 1, 2, 3, 4, 6, 7]])
+    assert near(found.shift, (weight - found.values.numpy()) @ x.mean(0))
+
+
 def test_singular_moments_stay_finite():
     x, weight = layer(6, samples=5)
     found = solve(x, weight, (2, 4), 0.5)
