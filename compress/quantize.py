@@ -2,9 +2,9 @@
 
 `insert` puts such a layer in the place of an `nn.Linear`; `remove` puts the original back. The layer is
 an `nn.Linear` with the same names of weight and bias, so nothing around it notices. It holds the weight
-that its codes stand for. Where it learns it rounds it anew in every pass: when the
-weight or the steps are trained, gradients pass through the rounding. `settle` ends the training: plain
-layers with rounded weights, and the codes for the exporter.
+that its codes stand for. A layer that learns rounds it anew in every pass, and gradients of the weight
+and the steps go through the rounding. `settle` ends the training: plain layers with rounded weights,
+and the codes for the exporter.
 
 A layer of a masked model reads units that the file no longer has. `columns` names those that remain:
 the others take no part in the range of the input, in pairs of neighbors or in blocks.
