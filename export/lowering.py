@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from compress.errors import CompressError
 from compress.export import sparse
+from compress.export.seams import open_seams
 from compress.export.sparse import Array, Blocks, Builder, Product
-from compress.export.streams import stream
 from compress.ir import Document
 
 
@@ -90,7 +90,7 @@ def lower(model: ir.Model, products: Mapping[str, Lowering]) -> dict[str, Lowere
         build.at = node
         result = _written(build, node, Named(name, products[name]), first.get(node, []))
         _replace(node, result)
-    stream(model)
+    open_seams(model)
     return report
 
 

@@ -23,14 +23,14 @@ ROWS = (
     "core.block core.lowrank core.nm core.permute core.sltrain",
     "sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
-    "page family quality named trial store cost console export.engine export.streams "
+    "page family quality named trial store cost console export.engine export.seams "
     "export.attention export.cache published export.products export.modules",
     "expand analyze stream images texts devices doctor session merge export.lowering export.runners",
     "task export.onnx export.chains export.finished export.tensorrt export.decode export.cuda",
     "calibrate export.quantized export.verify export.ort export.decoder",
     "forms export.blocks export.forms",
     "export.place",
-    "database distill job quantize refit residual streaming export.edge export.layouts",
+    "blockwise database distill job quantize refit residual export.edge export.layouts",
     "files",
     "stitch anchor pat tune",
     "pricing",

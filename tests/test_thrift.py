@@ -214,5 +214,6 @@ def test_where_a_counter_exists_plans_are_metered_and_the_verdict_is_the_counter
     found = pipeline.run(request(tmp_path / "b", "cpu", {"energy_mj": 0.75 * dense}), Quiet())
     assert found.compressed.energy_source == found.baseline.energy_source == "measured"
     kept = found.compressed.energy_mj <= 0.75 * dense
+    # How much a plan of microseconds draws is the machine's to say; that the verdict repeats it is ours.
     assert found.verdict.status == ("met" if kept else "missed")
-    assert found.compressed.energy_mj < found.baseline.energy_mj
+    assert found.compressed.energy_mj > 0

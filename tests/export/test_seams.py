@@ -6,8 +6,8 @@ from graphs import HIDDEN, answers, gemm, graph, operators, values
 from onnx import helper
 
 from compress.export.lowering import Lowering, lower
+from compress.export.seams import open_seams
 from compress.export.sparse import Blocks, find
-from compress.export.streams import stream
 
 WIDE = 16
 UP = Blocks(4, 3, ((0, 2), (1, 3), (0, 3), (1, 2)))
@@ -78,7 +78,7 @@ def test_what_needs_the_whole_row_or_would_take_many_launches_stays_whole(name, 
     model, _ = built(WHOLE[name], form)
     before = operators(model)
     assert before.count("Split" if form == "concat" else "Transpose") == (2 if form == "concat" else 4)
-    assert stream(model) == 0
+    assert open_seams(model) == 0
     assert operators(model) == before
 
 
@@ -102,5 +102,5 @@ def test_pieces_of_other_widths_are_joined_and_cut():
 
 def test_a_graph_without_anything_to_save_is_left_alone():
     model = graph([gemm("x", "up", None, "y")], {"up": FIRST})
-    assert stream(model) == 0
+    assert open_seams(model) == 0
     assert operators(model) == ["Gemm"]

@@ -89,7 +89,7 @@ class Weights:
             raise CompressError(f"{self.places[stored]} is missing or damaged ({error})") from error
 
 
-class Streamed:
+class Blockwise:
     """A causal model of transformers on the meta device, and the directory that its weights are in."""
 
     def __init__(self, directory: Path, device: torch.device = CPU) -> None:
@@ -186,7 +186,7 @@ class Streamed:
 
 @torch.no_grad()
 def collect(
-    streamed: Streamed,
+    blockwise: Blockwise,
     sites: Sequence[Site],
     batches: Sequence[Batch],
     directory: Path,
@@ -199,7 +199,7 @@ def collect(
     The matrices of one block's sites are in memory at a time as well.
 
     Args:
-        streamed: the model.
+        blockwise: the model.
         sites: whose writers are watched; each lies in one block.
         batches: calibration inputs.
         directory: holds one file a site, named by its index.
@@ -211,17 +211,17 @@ def collect(
     """
     if not batches:
         raise CompressError("there is no calibration data; give some with --data")
-    homes = {index: _home(streamed, site) for index, site in enumerate(sites)}
-    calls = streamed.first_inputs(batches)
-    work = len(streamed.blocks) * len(batches)
-    for number in range(len(streamed.blocks)):
+    homes = {index: _home(blockwise, site) for index, site in enumerate(sites)}
+    calls = blockwise.first_inputs(batches)
+    work = len(blockwise.blocks) * len(batches)
+    for number in range(len(blockwise.blocks)):
         own = {index: Moments() for index, home in homes.items() if home == number}
         watched = [(sites[index].writer, sites[index], found) for index, found in own.items()]
         seen = {index: Moments() for index in own if readers}
         watched += [(calibrate.reader(sites[index]), sites[index], found) for index, found in seen.items()]
-        with streamed.loaded(number) as block:
+        with blockwise.loaded(number) as block:
             for place, batch in enumerate(batches):
-                with _watching(streamed.model, watched, batch):
+                with _watching(blockwise.model, watched, batch):
                     calls[place] = _through(block, *calls[place])
                 if progress is not None:
                     progress(number * len(batches) + place + 1, work)
@@ -295,12 +295,12 @@ def _blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     )
 
 
-def _home(streamed: Streamed, site: Site) -> int:
+def _home(blockwise: Blockwise, site: Site) -> int:
     """The number of the block that a site lies in."""
-    rest = site.writer.removeprefix(f"{streamed.place}.")
+    rest = site.writer.removeprefix(f"{blockwise.place}.")
     number = rest.partition(".")[0]
-    if rest == site.writer or not number.isdecimal() or int(number) >= len(streamed.blocks):
-        raise CompressError(f"{site.name}: {site.writer} lies in none of the blocks {streamed.place}")
+    if rest == site.writer or not number.isdecimal() or int(number) >= len(blockwise.blocks):
+        raise CompressError(f"{site.name}: {site.writer} lies in none of the blocks {blockwise.place}")
     return int(number)
 
 

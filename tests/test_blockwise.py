@@ -9,9 +9,9 @@ from torch import nn
 
 from compress import calibrate
 from compress.analyze import find_sites
+from compress.blockwise import META, Blockwise, Weights, collect
 from compress.errors import CompressError
 from compress.quality import Batch
-from compress.streaming import META, Streamed, Weights, collect
 
 
 def held(model):
@@ -54,40 +54,40 @@ def subject(request, tmp_path_factory):
 def test_statistics_are_those_of_the_whole_model(subject, tmp_path):
     place, _, sites = subject
     told = []
-    streamed = Streamed(place / "model")
-    collect(streamed, sites, batches(), tmp_path, readers=True, progress=lambda *done: told.append(done))
+    blockwise = Blockwise(place / "model")
+    collect(blockwise, sites, batches(), tmp_path, readers=True, progress=lambda *done: told.append(done))
     for index in range(len(sites)):
         found, expected = calibrate.read(tmp_path, index), calibrate.read(place / "whole", index)
         assert found.count == expected.count == 3 * 7 + 3 * 5 + 3 * 7 - 3
         for name in ("mean", "second", "reader"):
             one, other = getattr(found, name), getattr(expected, name)
             assert (one - other).abs().max() <= 1e-6 * other.abs().max()
-    collect(streamed, sites[:1], batches(), tmp_path / "plain")
+    collect(blockwise, sites[:1], batches(), tmp_path / "plain")
     assert calibrate.read(tmp_path / "plain", 0).reader is None
     assert told == [(done, 6) for done in range(1, 7)]
 
 
 def test_at_most_one_block_is_in_memory_at_a_time(subject, tmp_path):
     place, model, sites = subject
-    streamed = Streamed(place / "model")
-    assert held(streamed.model) == 0
-    sizes = [sum(4 * p.numel() for p in block.parameters()) for block in streamed.blocks]
+    blockwise = Blockwise(place / "model")
+    assert held(blockwise.model) == 0
+    sizes = [sum(4 * p.numel() for p in block.parameters()) for block in blockwise.blocks]
     seen = []
-    for number, block in enumerate(streamed.blocks):
-        block.register_forward_hook(lambda *_, n=number: seen.append((n, held(streamed.model))))
-    collect(streamed, sites, batches(), tmp_path)
+    for number, block in enumerate(blockwise.blocks):
+        block.register_forward_hook(lambda *_, n=number: seen.append((n, held(blockwise.model))))
+    collect(blockwise, sites, batches(), tmp_path)
     # The first block is reached once more, to see what it is called with, but never run then.
     assert seen == [(number, sizes[number]) for number in (0, 0, 0, 1, 1, 1)]
-    assert streamed.peak_bytes == max(sizes) < sum(4 * p.numel() for p in model.parameters()) / 2 + 1
-    assert [streamed.block_bytes(number) for number in (0, 1)] == sizes
-    assert held(streamed.model) == streamed.resident_bytes == 0
+    assert blockwise.peak_bytes == max(sizes) < sum(4 * p.numel() for p in model.parameters()) / 2 + 1
+    assert [blockwise.block_bytes(number) for number in (0, 1)] == sizes
+    assert held(blockwise.model) == blockwise.resident_bytes == 0
 
 
 def test_shards_are_read_like_one_file(subject, tmp_path):
     place, model, sites = subject
     model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    collect(Streamed(tmp_path / "shards"), sites, batches(), tmp_path / "found")
+    collect(Blockwise(tmp_path / "shards"), sites, batches(), tmp_path / "found")
     for index in range(len(sites)):
         found, expected = calibrate.read(tmp_path / "found", index), calibrate.read(place / "whole", index)
         assert torch.equal(found.second, expected.second)
@@ -104,7 +104,7 @@ def test_other_weights_give_other_statistics(subject, tmp_path):
     )
     tensors[name] = tensors[name] * 1.5
     save_file(tensors, path, metadata={"format": "pt"})
-    collect(Streamed(tmp_path / "other"), sites, batches(), tmp_path / "found")
+    collect(Blockwise(tmp_path / "other"), sites, batches(), tmp_path / "found")
     gaps = [
         (calibrate.read(tmp_path / "found", k).second - calibrate.read(place / "whole", k).second).abs().max()
         for k in range(len(sites))
@@ -129,40 +129,40 @@ def test_a_checkpoint_may_leave_out_the_name_of_the_body(tmp_path):
 def test_half_precision_on_disk_is_float32_at_work(tmp_path):
     model, _ = families.build("llama")
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    streamed = Streamed(tmp_path)
-    with streamed.loaded(1) as block:
+    blockwise = Blockwise(tmp_path)
+    with blockwise.loaded(1) as block:
         weight = block.mlp.up_proj.weight
         assert weight.dtype == torch.float32
         assert torch.equal(weight, model.model.layers[1].mlp.up_proj.weight.float())
-        assert streamed.resident_bytes == streamed.block_bytes(1)
-    assert streamed.resident_bytes == 0
+        assert blockwise.resident_bytes == blockwise.block_bytes(1)
+    assert blockwise.resident_bytes == 0
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path):
     with pytest.raises(CompressError, match=r"no readable model.safetensors or index"):
-        Streamed(tmp_path)
+        Blockwise(tmp_path)
     model, example = families.build("llama")
     model.save_pretrained(tmp_path)
     sites = find_sites(model, example).sites
-    streamed = Streamed(tmp_path)
+    blockwise = Blockwise(tmp_path)
     with pytest.raises(CompressError, match="no calibration data"):
-        collect(streamed, sites, [], tmp_path / "found")
+        collect(blockwise, sites, [], tmp_path / "found")
     lost = sites[0].model_copy(update={"writer": "lm_head.weight"})
     with pytest.raises(CompressError, match=r"lm_head.weight lies in none of the blocks model.layers"):
-        collect(streamed, [lost], batches(), tmp_path / "found")
+        collect(blockwise, [lost], batches(), tmp_path / "found")
     blind = [Batch(b.inputs, None, torch.zeros_like(b.real)) for b in batches()]
     with pytest.raises(CompressError, match="all padding"):
-        collect(streamed, sites, blind, tmp_path / "found")
+        collect(blockwise, sites, blind, tmp_path / "found")
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(CompressError, match="hold NaN or infinity"):
-        collect(Streamed(tmp_path), sites, batches(), tmp_path / "found")
+        collect(Blockwise(tmp_path), sites, batches(), tmp_path / "found")
     del tensors["model.layers.0.mlp.up_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(CompressError, match=r"holds no weights model.layers.0.mlp.up_proj.weight"):
-        collect(Streamed(tmp_path), sites, batches(), tmp_path / "found")
+        collect(Blockwise(tmp_path), sites, batches(), tmp_path / "found")
 
 
 def test_blocks_that_need_different_masks_are_refused(tmp_path):
@@ -173,14 +173,14 @@ def test_blocks_that_need_different_masks_are_refused(tmp_path):
     words |= {"sliding_window": 3, "max_window_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(words))
     with pytest.raises(CompressError, match=r"different kinds \(full_attention, sliding_attention\)"):
-        Streamed(tmp_path)
+        Blockwise(tmp_path)
 
 
 def test_building_leaves_torch_as_it_was(tmp_path):
     model, _ = families.build("llama")
     model.save_pretrained(tmp_path)
-    streamed = Streamed(tmp_path)
-    assert isinstance(streamed.model, transformers.LlamaForCausalLM)
+    blockwise = Blockwise(tmp_path)
+    assert isinstance(blockwise.model, transformers.LlamaForCausalLM)
     assert nn.Linear(2, 3).weight.device.type == "cpu"
-    for (name, one), (_, other) in zip(streamed.model.named_buffers(), model.named_buffers(), strict=True):
+    for (name, one), (_, other) in zip(blockwise.model.named_buffers(), model.named_buffers(), strict=True):
         assert torch.equal(one, other), name

@@ -15,7 +15,7 @@ MOST_OPERATORS = 3  # each costs a launch a piece; an activation of more is chea
 Leaf = Callable[[ir.Value], list[ir.Value] | None]
 
 
-def stream(model: ir.Model) -> int:
+def open_seams(model: ir.Model) -> int:
     """Let pieces flow through elementwise operators in place; the Splits and Transposes saved."""
     saved = 0
     for node in list(model.graph):
