@@ -108,7 +108,7 @@ class Moments:
             "taylor": torch.zeros(width),
         }
         here = empty | (self.tensors() if self.count else {})
-        found = {name: here[name].double() * self.count / seen[0] for name in ("mean", "second")}
+        found = {name: here[name].double().cpu() * self.count / seen[0] for name in ("mean", "second")}
         if seen[1]:
             found["taylor"] = here["taylor"].double() * self.samples / seen[1]
         several.add_up(list(found.values()))

@@ -88,9 +88,9 @@ def join() -> None:
     """
     if launched().size == 1:
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
     try:
-        dist.init_process_group(backend, timeout=LONG)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:
         raise CompressError(
             f"the {launched().size} processes that were launched do not find each other ({error}); "
