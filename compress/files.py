@@ -4,13 +4,14 @@ Decoders are written with their key-value cache, all other models as they are. O
 was asked for: a prompt of the recipe's length, or one token after a past of that length.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compress import bench
+from compress import bench, formed
 from compress.errors import CompressError
 from compress.export import decode, decoder, onnx
 from compress.export.onnx import Exported, Lower
@@ -18,6 +19,7 @@ from compress.export.place import Place, Timed
 from compress.export.runners import OrtRunner
 from compress.job import Job
 from compress.recipe import Phase
+from compress.surgery import Removal
 
 
 def write(job: Job, model: nn.Module, path: Path, *, lower: Lower | None = None) -> Exported:
@@ -42,7 +44,14 @@ def inputs(job: Job, runner: OrtRunner, phase: Phase | None = None) -> dict[str,
 
 def opened(job: Job, place: Place, model: nn.Module, file: Path) -> Timed:
     """The model as it is timed at a place: its file, or the module itself on a GPU."""
-    return place.runner(model, file, job.task.logits, job.task.output_name)
+    return place.runner(model, file, job.task.logits, job.task.output_name, formed.settle)
+
+
+def in_forms(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> nn.Module:
+    """A shrunk model as it is opened where torch runs it: its products say their forms; a file has them."""
+    if job.place is None or job.place.by_file:
+        return model
+    return formed.formed(model, job.sites, removals)
 
 
 def timed(job: Job, runner: Timed, phase: Phase | None = None) -> bench.Runner:

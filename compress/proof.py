@@ -90,7 +90,7 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
         runners.TorchRunner(model, job.task.logits, job.task.output_name) as reference,
         runners.OrtRunner(file, threads=job.recipe.bench.threads) as runner,
     ):
-        rounded = any(isinstance(module, quantize.QuantizedLinear) for module in model.modules())
+        rounded = _rounded(model)
         found = verify.parity(
             reference,
             runner,
@@ -107,6 +107,21 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
         agreement=min(found.agreement, steps.agreement),
         inputs=found.inputs + steps.inputs,
     )
+
+
+def _agreement(job: Job, expected: nn.Module, model: nn.Module, file: Path) -> list[str]:
+    """How far what was timed is from what is expected, where it is not the file that was timed."""
+    if job.place is None:
+        return []
+    examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
+    with files.opened(job, job.place, model, file) as runner:
+        rounded = _rounded(expected)
+        return job.place.agreement(expected, runner, job.task.logits, examples, rounded=rounded)
+
+
+def _rounded(model: nn.Module) -> bool:
+    """Whether products in low precision are emulated in a model."""
+    return any(isinstance(module, quantize.QuantizedLinear) for module in model.modules())
 
 
 def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None) -> Phases | None:
@@ -242,12 +257,12 @@ def assemble(
 ) -> Report:
     """Check, score and gather: the report of one finished compilation."""
     shrunk, shipped = files_of["compressed"]
-    agreement = parity(job, quantize.emulated(shrunk, job.sites, removals), shipped)
-    if job.place is not None:
-        examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
-        notes = notes + job.place.agreement(shrunk, job.task.logits, job.task.output_name, examples)
+    emulated = quantize.emulated(shrunk, job.sites, removals)
+    agreement = parity(job, emulated, shipped)
+    shaped = files.in_forms(job, shrunk, removals)
+    notes = notes + _agreement(job, emulated, shaped, shipped)
     dense = figures(job, *files_of["dense"], comparison, "dense")
-    quick = figures(job, *files_of["compressed"], comparison, "compressed", _saved_bytes(job, turn))
+    quick = figures(job, shaped, shipped, comparison, "compressed", _saved_bytes(job, turn))
     drop = _drop(job, dense, quick)
     measured = None
     if comparison is not None:
@@ -305,7 +320,7 @@ def assemble(
             compressed=report.thin(comparison.samples("compressed")),
         ),
         waterfall=steps,
-        phases=phases(job, *files_of["compressed"], comparison),
+        phases=phases(job, shaped, shipped, comparison),
         fixed_ms=costs.fixed_ms,
         attribution=(*_attribution(job, costs), *_forms(costs, turn)),
         warnings=tuple(
@@ -387,6 +402,8 @@ def _forms(costs: Costs, turn: Round) -> list[str]:
         for form, gain in row.items():
             gains.setdefault(form, []).append(gain)
     lines = []
+    for form in costs.untimed:
+        lines.append(f"{form}: not offered, since no site could be timed in it here.")
     for form, found in sorted(gains.items()):
         count = chosen[form]
         why = f"chosen at {count} of {len(turn.choices)} sites" if count else "not chosen"

@@ -16,8 +16,8 @@ from compress.artifact import digest
 from compress.cost import Table
 from compress.energy import Meter, Rapl
 from compress.errors import CompressError
-from compress.export import blocks, cuda, modules, runners, verify
-from compress.export.cuda import CudaRunner
+from compress.export import blocks, cuda, modules, products, runners, verify
+from compress.export.cuda import Change, CudaRunner
 from compress.export.device import TOLERANCES, Nvml
 from compress.export.runners import Array, OrtRunner
 from compress.ir import Site
@@ -72,12 +72,25 @@ class Place:
         """Whether it is the exported file that is timed; otherwise it is the torch model itself."""
         return self.runtime == "onnxruntime"
 
-    def runner(self, model: nn.Module, file: Path, logits: Callable[[object], Tensor], name: str) -> Timed:
-        """What is timed: the file, or the model on the GPU in the target's precision."""
+    def runner(
+        self,
+        model: nn.Module,
+        file: Path,
+        logits: Callable[[object], Tensor],
+        name: str,
+        change: Change | None = None,
+    ) -> Timed:
+        """What is timed: the file, or the model on the GPU in the target's precision, changed there."""
         if self.by_file:
             return OrtRunner(file, threads=self.threads)
         return CudaRunner(
-            model, logits, name, device=self.device, precision=self.precision, graphs=self.graphs
+            model,
+            logits,
+            name,
+            device=self.device,
+            precision=self.precision,
+            graphs=self.graphs,
+            change=change,
         )
 
     def suited(
@@ -99,23 +112,31 @@ class Place:
 
     def agreement(
         self,
-        model: nn.Module,
+        expected: nn.Module,
+        runner: Timed,
         logits: Callable[[object], Tensor],
-        name: str,
         batches: Sequence[dict[str, Array]],
+        *,
+        rounded: bool,
     ) -> list[str]:
-        """How far a model on a GPU is from float32, as a note; of a file, others say that.
+        """How far what is timed on a GPU is from float32, as a note; of a file, others say that.
+
+        Args:
+            expected: the model on this processor; products in low precision are emulated.
+            runner: the same at this place.
+            logits: picks the output that carries the quality.
+            batches: inputs.
+            rounded: whether products in low precision are among them.
 
         Raises:
             CompressError: they disagree by more than the precision explains.
         """
         if self.by_file:
             return []
-        with (
-            runners.TorchRunner(model, logits, name) as reference,
-            self.runner(model, Path(), logits, name) as runner,
-        ):
-            found = verify.parity(reference, runner, batches, relative=TOLERANCES[self.precision])
+        allowed = max(TOLERANCES[self.precision], TOLERANCES["int8"] if rounded else 0.0)
+        name = next(iter(runner.infer(batches[0])))
+        with runners.TorchRunner(expected, logits, name) as reference:
+            found = verify.parity(reference, runner, batches, relative=allowed)
         return [
             f"What was timed is the torch model in {self.precision} ({self.runtime}), not the ONNX file: "
             f"its answers are at most {found.max_abs_difference:.2g} away from float32, "
@@ -180,8 +201,11 @@ class Place:
         }
 
     def _chain(self, site: Site, units: int, copies: int, form: str) -> bench.Runner:
-        """A chain of one site on the GPU, as a call that waits for it; in torch only structure is built."""
-        assert form == "dense", "other forms are not offered here"
+        """A chain of one site on the GPU with its products in a form, as a call that waits for it.
+
+        Raises:
+            CompressError: torch or the GPU has no such product, or none of that size.
+        """
         dtype = cuda.DTYPES[self.precision]
         x, mask = (
             None if part is None else part.to(self.device, dtype) for part in modules.inputs(site, units)
@@ -192,6 +216,13 @@ class Place:
             with torch.inference_mode():
                 return chain(x, mask)
 
+        try:
+            if form != "dense" and units and (left := products.convert(chain, form)):
+                raise CompressError(f"{site.name}: {form} does not fit {left[0]} at {units} units")
+            forward()
+        except (RuntimeError, NotImplementedError) as error:
+            words = str(error).splitlines()[0][:200]
+            raise CompressError(f"{site.name}: torch cannot run {form} here: {words}") from error
         launch = cuda.captured(forward) if self.graphs and self.device.startswith("cuda") else forward
 
         def call() -> None:

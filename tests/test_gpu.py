@@ -44,7 +44,7 @@ def test_every_part_runs_and_leaves_its_figures(tmp_path):
     assert len(table.rows) == 4  # heads and feed-forward of both models
     assert all(ms > 0 for row in table.rows.values() for ms in row.values())
     for row in found["layers"]:
-        assert set(row["speedup"]) | set(row["not"]) >= {"2:4", "int8", "fp8"}, row
+        assert set(row["speedup"]) | set(row["not"]) >= {"2:4", "int8-dynamic", "fp8"}, row
     assert {row["batch"] for row in found["models"]} == {1, 4}
     assert all(row["energy"] == "no counter" for row in found["energy"])
     assert (table.precision, found["compile"][0]["precision"]) == ("fp32", "fp32")

@@ -28,7 +28,7 @@ ROWS = (
     "expand analyze stream images texts devices doctor session merge export.lowering export.runners",
     "task export.onnx export.chains export.finished export.tensorrt export.decode export.cuda",
     "calibrate export.quantized export.verify export.ort export.decoder",
-    "forms export.blocks export.forms",
+    "forms formed export.blocks export.forms",
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",
     "files",

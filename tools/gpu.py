@@ -38,7 +38,7 @@ from compress.export.device import Nvml
 from compress.surgery import Removal
 from compress.task import Batch, Task
 
-FORMS = ("2:4", "int8", "fp8", "block:64x64@0.5")
+FORMS = ("2:4", "int8-dynamic", "fp8", "block:64x64@0.5")
 REPEATS = 8  # times that a layer runs in one timed call, so that the call itself does not count
 Call = Callable[[], object]
 QUICK = os.environ.get("COMPRESS_GPU_QUICK") == "1"  # the factories below are called by their name only

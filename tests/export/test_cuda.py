@@ -60,7 +60,7 @@ def test_a_change_is_applied_on_the_device_to_the_copy():
 
     def change(copy):
         assert copy.up.weight.dtype == torch.bfloat16
-        products.convert(copy, "int8", ["up"])
+        products.convert(copy, "int8-dynamic", ["up"])
         return copy
 
     with CudaRunner(model, lambda found: found, "y", device="cpu", precision="bf16", change=change) as found:

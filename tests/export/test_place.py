@@ -8,6 +8,7 @@ import pytest
 import torch
 from sites import ffn, heads
 from torch import nn
+from wide import wide
 
 from compress import cost, profiles
 from compress.energy import Rapl
@@ -82,6 +83,49 @@ def test_chains_of_a_site_are_timed_in_torch(site):
     rows = blocks.measure([site], {site.shape: [2]}, seconds=0.0, rig=tried().rig())
     assert set(rows[site.shape]) == {site.units, 2}
     assert all(ms > 0 for ms in rows[site.shape].values())
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8-dynamic", "2:4", "block:64x64@0.5", "rank:8"])
+def test_chains_of_a_form_are_timed_in_torch_where_it_fits(form):
+    _, sites = wide()
+    for site in sites[:2]:
+        key = cost.row_key(site, form)
+        rows = blocks.measure([site], {key: [site.units]}, seconds=0.0, rig=tried().rig())
+        assert set(rows[key]) == {site.units}
+        assert rows[key][site.units] > 0
+    assert blocks.measure([ffn()], {cost.row_key(ffn(), "2:4"): [12]}, seconds=0.0, rig=tried().rig()) == {}
+
+
+def test_every_product_of_a_chain_runs_in_the_form(monkeypatch):
+    _, sites = wide()
+    converted = []
+    convert = place.products.convert
+    monkeypatch.setattr(
+        place.products, "convert", lambda chain, form: converted.append(form) or convert(chain, form)
+    )
+    seen = []
+    forward = place.products.Int8Linear.forward
+    monkeypatch.setattr(
+        place.products.Int8Linear, "forward", lambda self, x: seen.append(x.shape) or forward(self, x)
+    )
+    site = next(site for site in sites if site.kind == "ffn")
+    tried().rig().make(site, 64, 3, "int8-dynamic")()
+    assert converted == ["int8-dynamic"]
+    assert seen == 2 * 6 * [(9, 64)]  # once to load kernels and once timed: up and down of three copies
+    tried().rig().make(site, 0, 3, "int8-dynamic")()
+    tried().rig().make(site, 64, 3, "dense")()
+    assert converted == ["int8-dynamic"]
+
+
+def test_a_product_that_torch_does_not_have_is_told_with_its_words(monkeypatch):
+    _, sites = wide()
+
+    def without(self, x):
+        raise NotImplementedError("no kernel for this GPU\nand a long story")
+
+    monkeypatch.setattr(place.products.Int8Linear, "forward", without)
+    with pytest.raises(CompressError, match=r"torch cannot run int8-dynamic here: no kernel for this GPU$"):
+        tried().rig().make(sites[0], 2, 1, "int8-dynamic")
 
 
 def test_a_gpus_chains_do_not_fit_into_its_cache():
