@@ -111,7 +111,7 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
 
 def _agreement(job: Job, expected: nn.Module, model: nn.Module, file: Path) -> list[str]:
     """How far what was timed is from what is expected, where it is not the file that was timed."""
-    if job.place is None:
+    if job.place is None or not job.place.on_gpu:
         return []
     examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
     with files.opened(job, job.place, model, file) as runner:
@@ -355,7 +355,7 @@ def _target(job: Job) -> Target:
         runtime_version=None if place is None else str(place.facts()["version"]),
         provider=None if place is None else str(place.facts()["provider"]),
         threads=place.threads if place is not None and place.by_file else None,
-        precision=job.profile.baseline_precision,
+        precision=job.profile.baseline_precision if place is None else place.precision,
         shapes=dict(zip(names, shape, strict=False)),
         phase=job.recipe.shapes.phase if job.decodes else None,
     )

@@ -1,4 +1,7 @@
-"""Where a compilation is timed: on this processor by the exported file, or on its GPU by the torch model."""
+"""Where a compilation is timed: the exported file on this processor, or file or torch model on its GPU.
+
+A GPU is timed in onnxruntime's CUDA provider where that is installed and starts, else in torch.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +53,7 @@ class Place:
 
     Attributes:
         profile: the target, which this machine is.
-        runtime: "onnxruntime", or "torch-cuda" for the GPU.
+        runtime: "onnxruntime" for files, "torch-cuda" for torch models on the GPU.
         device: what torch calls it.
         threads: of onnxruntime.
         graphs: whether a GPU replays captured graphs.
@@ -64,8 +67,23 @@ class Place:
 
     @property
     def precision(self) -> str:
-        """What the dense model and the compressed one are timed in."""
+        """What the dense model and the compressed one are timed in.
+
+        Files hold float32, which the CUDA provider multiplies as TF32 where the GPU can.
+        """
+        if self.by_file and self.on_gpu:
+            return "tf32" if "tf32" in self.profile.precisions else "fp32"
         return self.profile.baseline_precision
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is timed, or torch on this processor in its place."""
+        return self.profile.kind == "gpu"
+
+    @property
+    def provider(self) -> str:
+        """What onnxruntime calls the device."""
+        return runners.CUDA if self.on_gpu else runners.CPU
 
     @property
     def by_file(self) -> bool:
@@ -82,7 +100,7 @@ class Place:
     ) -> Timed:
         """What is timed: the file, or the model on the GPU in the target's precision, changed there."""
         if self.by_file:
-            return OrtRunner(file, threads=self.threads)
+            return OrtRunner(file, threads=self.threads, provider=self.provider)
         return CudaRunner(
             model,
             logits,
@@ -119,7 +137,7 @@ class Place:
         *,
         rounded: bool,
     ) -> list[str]:
-        """How far what is timed on a GPU is from float32, as a note; of a file, others say that.
+        """How far what is timed on a GPU is from float32, as a note; of a processor, others say that.
 
         Args:
             expected: the model on this processor; products in low precision are emulated.
@@ -131,31 +149,36 @@ class Place:
         Raises:
             CompressError: they disagree by more than the precision explains.
         """
-        if self.by_file:
+        if not self.on_gpu:
             return []
         allowed = max(TOLERANCES[self.precision], TOLERANCES["int8"] if rounded else 0.0)
         name = next(iter(runner.infer(batches[0])))
         with runners.TorchRunner(expected, logits, name) as reference:
             found = verify.parity(reference, runner, batches, relative=allowed)
+        what = f"torch model in {self.precision} ({self.runtime}), not the ONNX file"
+        if self.by_file:
+            what = f"ONNX file in onnxruntime's {self.provider} ({self.precision})"
         return [
-            f"What was timed is the torch model in {self.precision} ({self.runtime}), not the ONNX file: "
-            f"its answers are at most {found.max_abs_difference:.2g} away from float32, "
-            f"{found.agreement:.1%} agree."
+            f"What was timed is the {what}: its answers are at most {found.max_abs_difference:.2g} away "
+            f"from float32, {found.agreement:.1%} agree."
         ]
 
     def environment(self) -> dict[str, Fact]:
         """The GPU that timed, with its driver, clock and temperature now; nothing of a processor."""
-        if self.by_file:
+        if not self.on_gpu:
             return {}
         facts = {key: value for key, value in self.facts().items() if value is not None}
-        return {"gpu": facts.pop("provider"), **{key: v for key, v in facts.items() if key != "version"}}
+        if not self.by_file:
+            facts["gpu"] = facts.pop("provider")
+        return {key: value for key, value in facts.items() if key != "version"}
 
     def rig(self) -> blocks.Rig:
         """How chains of single sites are run here."""
-        if self.by_file:
+        if not self.on_gpu:
             return blocks.on_processor(self.threads)
+        make = blocks.in_onnxruntime(self.threads, self.provider) if self.by_file else self._chain
         return blocks.Rig(
-            self._chain,
+            make,
             time.perf_counter,
             least_mb=2 * OVER_CACHE * self.profile.cache_mb,  # float32 megabytes, of a model in half of it
             group_mb=GPU_GROUP_MB,
@@ -163,7 +186,7 @@ class Place:
 
     def empty_table(self) -> Table:
         """A table of this machine, runtime and precision without any rows."""
-        if self.by_file:
+        if not self.on_gpu:
             return blocks.empty_table(self.threads)
         return Table(
             fingerprint=self.fingerprint,
@@ -177,20 +200,21 @@ class Place:
     @property
     def fingerprint(self) -> str:
         """A short hash of what decides speed here."""
-        if self.by_file:
+        if not self.on_gpu:
             return bench.fingerprint()
         driver = cuda.conditions().get("driver", "") if self.device.startswith("cuda") else ""
-        return digest(cuda.gpu(), torch.__version__, driver, self.graphs)[:16]
+        return digest(cuda.gpu(), self.facts()["version"], driver, self.graphs)[:16]
 
     def meter(self) -> Meter:
         """The energy counter of what runs: the GPU's own, or the processor's."""
-        return Rapl() if self.by_file else Nvml()
+        return Nvml() if self.on_gpu else Rapl()
 
     def facts(self) -> dict[str, Fact]:
         """Runtime, version, provider and, on a GPU, driver, clock and temperature at this moment."""
-        if self.by_file:
-            return {**runners.facts(), "provider": runners.CPU, "threads": self.threads}
         found = cuda.gpu() if self.device.startswith("cuda") else None
+        if self.by_file:
+            of_gpu = {} if found is None else {"gpu": found.name, "cuda": found.cuda, **cuda.conditions()}
+            return {**runners.facts(), "provider": self.provider, "threads": self.threads, **of_gpu}
         return {
             "runtime": self.runtime,
             "version": torch.__version__,
@@ -232,13 +256,15 @@ class Place:
         return call
 
 
-VERSIONS = ("version", "provider", "cuda", "driver", "cuda_graph")
+VERSIONS = ("version", "provider", "gpu", "cuda", "driver", "cuda_graph")
 
 
 def place_of(profile: Profile, threads: int) -> Place | None:
     """Where a target can be timed on this machine, None when it is another device."""
     if profile.measured_here:
         return Place(profile, "onnxruntime", "cpu", threads)
-    if cuda.at_hand(profile):
-        return Place(profile, cuda.RUNTIME, "cuda", threads)
-    return None
+    if not cuda.at_hand(profile):
+        return None
+    if runners.starts(runners.CUDA):
+        return Place(profile, "onnxruntime", "cuda", threads, graphs=False)
+    return Place(profile, cuda.RUNTIME, "cuda", threads)

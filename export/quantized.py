@@ -102,6 +102,9 @@ def _made_up(precision: Precision, out: int, inner: int, random: np.random.Gener
     largest = min(grid.high, 63)
     codes = random.integers(-largest, largest + 1, (out, inner), dtype=np.int8)
     step = torch.full((out, blocks(inner, grid.block)), 1e-3)
+    if grid.floating:
+        floats = torch.from_numpy(codes).float().to(torch.float8_e4m3fn)
+        return Quantized(precision, floats, step, CHAIN_SPAN[0])
     static = CHAIN_SPAN if precision == "int8-static" else (None, 0)
     return Quantized(precision, torch.from_numpy(codes), step, *static)
 
