@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from compress import bench, formed
-from compress.errors import CompressError
 from compress.export import decode, decoder, onnx
+from compress.export.cuda import CudaRunner
 from compress.export.onnx import Exported, Lower
 from compress.export.place import Place, Timed
 from compress.export.runners import OrtRunner
@@ -55,15 +55,9 @@ def in_forms(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> nn.
 
 
 def timed(job: Job, runner: Timed, phase: Phase | None = None) -> bench.Runner:
-    """One run of a model, ready to be measured.
-
-    Raises:
-        CompressError: a token after a past is asked for of a module on a GPU.
-    """
+    """One run of a model, ready to be measured."""
     if isinstance(runner, OrtRunner):
         return runner.timed(inputs(job, runner, phase))
-    if job.decodes and (phase or job.recipe.shapes.phase) == "decode":
-        raise CompressError(
-            "on a GPU a decoder is timed in torch, where only its prompt is; leave out --phase decode"
-        )
+    if isinstance(runner, CudaRunner) and (phase or job.recipe.shapes.phase) == "decode":
+        return runner.timed_step(job.prompt)
     return runner.timed(job.prompt)

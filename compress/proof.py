@@ -46,7 +46,7 @@ def compare(
 ) -> Comparison:
     """The dense model and another one, timed in turn on the job's example, in the phase asked for.
 
-    On this processor the files are timed, on a GPU the modules.
+    Where files are not what runs, as in torch on a GPU, the modules are timed.
     """
     wanted = job.recipe.bench
     named = f"time {file.stem}" if phase is None else f"time {phase}"
@@ -127,7 +127,7 @@ def _rounded(model: nn.Module) -> bool:
 def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None) -> Phases | None:
     """Both phases of a decoder; the one that was not asked for is timed here, for a turn of the loop."""
     place = job.place
-    if not job.decodes or comparison is None or place is None or not place.by_file:
+    if not job.decodes or comparison is None or place is None:
         return None
     asked = job.recipe.shapes.phase
     other: Phase = "prefill" if asked == "decode" else "decode"

@@ -117,13 +117,21 @@ class Place:
         logits: Callable[[object], Tensor],
         name: str,
         inputs: Mapping[str, Array],
+        *,
+        steps: bool = False,
     ) -> "Place":
-        """This place, without graphs if the model cannot be captured: all that is compared runs alike."""
+        """This place, without graphs if the model cannot be captured: all that is compared runs alike.
+
+        With `steps` it is one more token after the inputs that is timed.
+        """
         if self.by_file or not self.graphs:
             return self
         try:
             with self.runner(model, Path(), logits, name) as runner:
-                runner.timed(inputs)
+                if steps and isinstance(runner, CudaRunner):
+                    runner.timed_step(inputs)
+                else:
+                    runner.timed(inputs)
         except CompressError:
             return replace(self, graphs=False)
         return self
