@@ -71,8 +71,9 @@ def levels(site: Site, form: str, units: Sequence[int], *, in_torch: bool = Fals
 
     They are those that structure offers, moved to where the form fits.
     """
-    steps = products.form(form)[:2] if in_torch else _steps(Option.of(form, None))
-    fitting = [count for count in range(site.units, 0, -1) if _fits(site, steps, count)]
+    option = Option.of(form, None)
+    steps = products.form(form)[:2] if in_torch else _steps(option)
+    fitting = [count for count in range(site.units, 0, -1) if _fits(site, option, steps, count)]
     nearest = {min(fitting, key=lambda fit: abs(fit - count)) for count in units if count and fitting}
     ordered = sorted(nearest, reverse=True)
     if len(ordered) <= LEVELS:
@@ -207,11 +208,12 @@ def _steps(option: Option) -> tuple[int, int]:
     return (1, 1) if option.pattern == "dense" else option.block
 
 
-def _fits(site: Site, steps: tuple[int, int], units: int) -> bool:
-    """Whether every product of the site can take a form of these multiples at this number of units."""
+def _fits(site: Site, option: Option, steps: tuple[int, int], units: int) -> bool:
+    """Whether every product of the site, at these units, is of the multiples and keeps something."""
     rows, columns = steps
+    least = columns / 2 / option.density  # of inputs: half a block is rounded to a whole one
     shapes = [matmul.features(units) for matmul in site.matmuls]
-    return all(out % rows == 0 and inner % columns == 0 for out, inner in shapes)
+    return all(out % rows == 0 and inner % columns == 0 and inner >= least for out, inner in shapes)
 
 
 def _shared(site: Site) -> bool:

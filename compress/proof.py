@@ -390,6 +390,9 @@ def _attribution(job: Job, costs: Costs) -> list[str]:
         lines.append(f"Sites come from names, not from the program: {job.found.fallback}")
     if "2:4" not in (*job.profile.patterns, *job.recipe.options.moves):
         lines.append(f"2:4 sparsity was not considered: {job.profile.name} gains no time from it.")
+    looked = {form.partition("-")[0] for row in costs.gains.values() for form in (*row, *costs.untimed)}
+    for move in sorted({"int8", "fp8"} & set(job.recipe.options.moves) - looked):
+        lines.append(f"{move} was not considered: no site is multiplied in it on {job.profile.name} here.")
     return lines
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from compress.core import fakequant
 from compress.core.fakequant import Precision, Quantized
+from compress.core.support import quota
 from compress.errors import CompressError
 from compress.ir import Option
 
@@ -291,7 +292,7 @@ def prune_blocks(weight: Tensor, rows: int, columns: int, density: float) -> Ten
     out, inner = weight.shape
     tiles = weight.reshape(out // rows, rows, inner // columns, columns)
     norms = tiles.square().sum((1, 3))  # [bands, column blocks]
-    kept = norms.argsort(dim=1, descending=True, stable=True)[:, : max(1, round(density * norms.shape[1]))]
+    kept = norms.argsort(dim=1, descending=True, stable=True)[:, : quota(norms.shape[1], density)]
     mask = torch.zeros_like(norms, dtype=torch.bool).scatter_(1, kept, True)
     return (tiles * mask[:, None, :, None]).reshape(out, inner)
 

@@ -123,6 +123,11 @@ def test_levels_in_torch_lie_where_its_kernels_fit():
     assert forms.levels(ffn, "2:4", [128, 100, 30, 5], in_torch=True) == [128, 64]
     assert forms.levels(ffn, "fp8", [128, 100, 30, 5], in_torch=True) == [128, 96, 32, 16]
     assert forms.levels(ffn, "2:4", [128, 100], in_torch=False) == [128, 104]
+    # A quarter of a single block of 64 inputs is none; half of one is rounded to it.
+    assert forms.levels(ffn, "block:64x64@0.25", [128, 64], in_torch=True) == []
+    assert forms.levels(ffn, "block:64x64@0.5", [128, 64], in_torch=True) == [128, 64]
+    assert forms.levels(ffn, "block:64x32@0.25", [128]) == [128]
+    assert forms.levels(ffn, "block:64x64@0.25", [128]) == []
 
 
 def compiled(monkeypatch, folder, moves, speedup, **more):
@@ -156,7 +161,7 @@ def test_a_form_that_pays_in_torch_is_chosen_built_and_keeps_the_promise(monkeyp
     assert chosen & {"fp8", "int8-dynamic"}
     assert all(site.option.units == site.option.units_total for site in found.sites)  # nothing was removed
     words = "\n".join((*found.attribution, *found.warnings))
-    assert "2:4: 1.00x on a whole site; not chosen: it saves no time here." in words
+    assert "2:4: 1.00x to 1.00x on a whole site; not chosen: it saves no time here." in words
     assert "What was timed is the torch model in fp16 (torch-cpu), not the ONNX file" in words
     assert found.compressed.weight_bytes < found.baseline.weight_bytes
 

@@ -74,7 +74,7 @@ class Synthetic(Task):
 def bert_base() -> Synthetic:
     """BERT-base, or a toy of its shape."""
     sizes = (
-        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+        {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
         if QUICK
         else {
             "hidden_size": 768,
@@ -99,10 +99,10 @@ def vit_base() -> Synthetic:
     """ViT-B/16 at 224 pixels, or a toy of its shape."""
     sizes = (
         {
-            "hidden_size": 64,
+            "hidden_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
-            "intermediate_size": 128,
+            "intermediate_size": 256,
             "image_size": 32,
             "patch_size": 8,
         }
