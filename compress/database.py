@@ -18,7 +18,7 @@ from compress.ir import Option, Site
 from compress.surgery import Removal, products, writer_columns
 
 PARTS = ("kept", "weight", "bias")
-READER, LEFT, RIGHT, CODES, STEP = "reader/", "left/", "right/", "codes/", "step/"
+READER, LEFT, RIGHT, CODES, STEP, READ = "reader/", "left/", "right/", "codes/", "step/", "read/"
 Errors = dict[str, dict[str, float]]
 Candidate = tuple[Removal, float]  # what is stored of one option, all of it present, and its layer error
 
@@ -85,6 +85,8 @@ def packed(one: Removal) -> dict[str, Tensor]:
         tensors |= {LEFT + name: left, RIGHT + name: right}
     for name, found in one.codes.items():
         tensors |= {CODES + name: found.codes, STEP + name: found.step}
+        if found.input_step is not None:
+            tensors[READ + name] = torch.tensor([found.input_step, found.input_zero], dtype=torch.float64)
     return tensors
 
 
@@ -100,10 +102,16 @@ def unpacked(tensors: Mapping[str, Tensor], form: str) -> Removal:
         form,
         {name: (value, tensors[RIGHT + name]) for name, value in left.items()},
         {
-            name: Quantized(PRECISIONS[precision], value, tensors[STEP + name])
+            name: _quantized(precision, value, tensors[STEP + name], tensors.get(READ + name))
             for name, value in codes.items()
         },
     )
+
+
+def _quantized(precision: str, codes: Tensor, step: Tensor, read: Tensor | None) -> Quantized:
+    """A stored weight in low precision; `read` holds step and zero point of its input, if they are fixed."""
+    fixed = () if read is None else (float(read[0]), int(read[1]))
+    return Quantized(PRECISIONS[precision], codes, step, *fixed)
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

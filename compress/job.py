@@ -75,7 +75,9 @@ class Job:
         found = place_of(self.profile, self.recipe.bench.threads)
         if found is None:
             return None
-        return found.suited(self.task.model, self.task.logits, self.task.output_name, self.prompt)
+        steps = self.recipe.shapes.phase == "decode"
+        task = self.task
+        return found.suited(task.model, task.logits, task.output_name, self.prompt, steps=steps)
 
     @property
     def prompt(self) -> dict[str, Array]:

@@ -74,7 +74,7 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
         else:
             rounds, turn = choose(pruned, costs, menus, judge, asked, rounds)
         model, removals, notes = build(pruned, turn, judge)
-        comparison = _proof_timing(job, model)
+        comparison = _proof_timing(job, model, removals)
         if comparison is None or proof.timing(comparison).speedup >= asked:
             break
         rounds = _with_timing(rounds, turn, proof.timing(comparison))
@@ -83,7 +83,7 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
     if job.recipe.recovery.mode != "none":
         notes += recovery.recover(job, model, removals)
         save(job, turn, model, removals)
-        comparison = _proof_timing(job, model)
+        comparison = _proof_timing(job, model, removals)
     result = proof.assemble(
         job,
         costs,
@@ -159,7 +159,7 @@ def _trial(job: Job, place: Place, choices: Mapping[str, Option]) -> tuple[nn.Mo
     model = surgery.shrink(job.task.model, job.sites, removals)
     if place.by_file:
         export(job, model, file, removals)
-    return model, file
+    return files.in_forms(job, model, removals), file
 
 
 def time_plan(job: Job) -> TimePlan:
@@ -228,11 +228,12 @@ def _refitted(
     return removals, f"Sequential refit not used: divergence {turn.loss:.4g} would become {found:.4g}"
 
 
-def _proof_timing(job: Job, model: nn.Module) -> Comparison | None:
+def _proof_timing(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> Comparison | None:
     """The shipped model against the dense one; None when this machine is not the target."""
     if job.place is None:
         return None
-    return proof.compare(job, job.place, model, job.file, blocks=FINAL_BLOCKS * job.recipe.bench.blocks)
+    blocks = FINAL_BLOCKS * job.recipe.bench.blocks
+    return proof.compare(job, job.place, files.in_forms(job, model, removals), job.file, blocks=blocks)
 
 
 def _with_timing(rounds: Rounds, turn: Round, timing: Timing) -> Rounds:
