@@ -47,6 +47,7 @@ def of(site: Site, moves: Sequence[str], profile: Profile) -> tuple[str, ...]:
     ranks = [max(1, round(share * hidden)) for share in (*RANKS, MIXED[1])]
     by_move = {
         "structure": (),
+        "width": (),
         "int8": ("int8-dynamic",),
         "block": BLOCKS,
         "2:4": ("2:4",),
