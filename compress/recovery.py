@@ -48,10 +48,10 @@ def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list
     data = artifact.digest(job.key, *seen)
     made_from = artifact.digest(data, wanted, *fingerprint(model))
     answers = artifact.folder(job.folder / ANSWERS, data)
-    teacher = Teacher(
-        job.task, job.task.model, distill.places(job.task.model, job.sites), answers, wanted.cache_mb
-    )
-    lesson = Lesson(job.task, teacher, batches, len(seen), wanted)
+    dense = job.baseline.task.model
+    teacher = Teacher(job.task, dense, distill.places(dense, job.sites), answers, wanted.cache_mb)
+    down = None if job.narrowed is None else job.narrowed.down
+    lesson = Lesson(job.task, teacher, batches, len(seen), wanted, down)
     judge = Judge(job)
     fixed = {name for one in removals.values() for name in (*one.factors, *one.codes)}
     run = Run(
@@ -119,7 +119,7 @@ class Judge:
         self.scored = first is not None and first.labels is not None and job.task.labelled
         if not self.empty and not self.scored:
             self._batches = list(job.task.batches("validation", job.recipe.recovery.batch, NEARNESS))
-            self._dense = stitch.logits(job.task, job.task.model, self._batches)
+            self._dense = stitch.logits(job.task, job.baseline.task.model, self._batches)
 
     @property
     def name(self) -> str:

@@ -255,6 +255,23 @@ def search_widths(
     return best, tuple(tried[width] for width in sorted(tried, reverse=True))
 
 
+def outlook(job: Job, stream: Stream, dense_ms: float) -> list[dict[str, object]]:
+    """What each width would take and lose by itself, before anything is built; times are estimates."""
+    seen = directions(job, stream)
+    rows: list[dict[str, object]] = []
+    for units in levels(job, stream):
+        share = _share(job, stream, units)
+        rows.append(
+            {
+                "width": units,
+                "latency_ms_estimate": round(share * dense_ms, 4),
+                "speedup_estimate": round(1 / share, 3),
+                "stream_error": round(seen.error(units), 4),
+            }
+        )
+    return rows
+
+
 def _units(found: Found, stream: Stream) -> int:
     less = found.ground.job.narrowed
     return stream.width if less is None else less.units

@@ -1,6 +1,9 @@
 """The outer loop over hidden widths: what it tries, what it leaves out, and that it keeps the best."""
 
+import copy
+import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import families
@@ -8,16 +11,33 @@ import numpy as np
 import pytest
 import torch
 
+import compress
+from compress import (
+    artifact,
+    choosing,
+    distill,
+    files,
+    pipeline,
+    profiles,
+    proof,
+    recovery,
+    stitch,
+    surgery,
+)
 from compress import width as widths
 from compress.analyze import find_sites
 from compress.console import Quiet
 from compress.errors import CompressError
-from compress.ir import Option, Whole
-from compress.job import Stages
+from compress.export.runners import OrtRunner
+from compress.ir import Budget, Option, Whole
+from compress.job import Job, Stages
 from compress.loop import Menus, OutOfReachError, Round, Rounds, Timing
-from compress.recipe import Options
+from compress.quality import kl
+from compress.recipe import Options, Recipe, Recovery, Search, Shapes
 from compress.residual import find_stream, narrow
 from compress.search import Menu
+from compress.surgery import Removal
+from compress.task import Batch, Task
 from compress.width import Found, Ground, levels, narrow_site, search_widths
 
 
@@ -140,3 +160,166 @@ def test_the_error_of_the_narrowest_is_told_when_no_width_is_fast_enough(monkeyp
     alone = dict.fromkeys((FULL, *LEVELS), 0.5)
     with pytest.raises(OutOfReachError, match="32 is too slow"):
         play(monkeypatch, alone, dict.fromkeys(alone))
+
+
+class Sample(Task):
+    """A toy family with seeded inputs; the writers of its stream span few directions, so width is cheap."""
+
+    def __init__(self, family, rank=None):
+        self.model, example = families.build(family)
+        self.name = "classification" if family in ("bert", "vit") else "text-generation"
+        self.inputs = example
+        if rank is not None:
+            flatten(self.model, example, rank)
+
+    def example(self, batch, tokens):
+        return dict(self.inputs)
+
+    def batches(self, split, size, limit=None):
+        make = families.pixels if "pixel_values" in self.inputs else families.tokens
+        for seed in range(4):
+            yield Batch(make(seed))
+
+    def divergence(self, logits, dense, batch):
+        return kl(logits, dense).mean()
+
+
+def flatten(model, example, rank):
+    """Leave a stream of `rank` directions: every writer is projected on them."""
+    stream = find_stream(model, example)
+    basis = torch.randn(stream.width, rank, generator=torch.Generator().manual_seed(3))
+    if stream.centered:
+        basis = basis - basis.mean(0)
+    basis = torch.linalg.qr(basis).Q
+    with torch.no_grad():
+        for part in stream.writers:
+            value = model.get_parameter(part.tensor)
+            value.copy_((value.movedim(part.dim, -1) @ basis @ basis.T).movedim(-1, part.dim))
+
+
+def job_of(family, folder, rank=None, **changes):
+    task = Sample(family, rank)
+    recipe = Recipe(
+        target="cpu", budget=Budget(speedup=2.0), out=str(folder), shapes=Shapes(batch=2, tokens=7),
+        options=Options(moves=("structure", "width")), **changes,
+    )  # fmt: skip
+    found = find_sites(task.model, task.example(2, 7))
+    batches = tuple(task.batches("calibration", 2))
+    return Job(
+        recipe, task, profiles.load("cpu"), artifact.claim(folder), Stages(Quiet()), "m", "k", found,
+        found.sites, batches,
+    )  # fmt: skip
+
+
+def logits(task, model, inputs):
+    with torch.no_grad():
+        return task.logits(model(**inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "gpt2", "opt", "llama", "mistral", "qwen2", "qwen3"])
+def test_a_narrow_and_cut_model_is_saved_loaded_and_exported_alike(family, tmp_path):
+    wide = job_of(family, tmp_path / "out")
+    seen = widths.directions(wide, widths.stream_of(wide))
+    job = widths.narrow(wide, seen, 16)
+    choices = {site.name: Option(units=site.units - 1) for site in job.sites}
+    removals = {
+        site.name: Removal(torch.arange(1, site.units), bias=0.1 * torch.ones(16)) for site in job.sites
+    }
+    model = surgery.shrink(job.task.model, job.sites, removals)
+    pipeline.save(job, Round(limit_ms=1, predicted_ms=1, choices=choices, loss=0), model, removals)
+    again = compress.load(tmp_path / "out")
+    inputs = wide.task.example(2, 7)
+    expected = logits(job.task, model, inputs)
+    assert torch.equal(logits(job.task, again, inputs), expected)
+    assert not torch.allclose(logits(job.task, wide.task.model, inputs), expected, atol=1e-3)
+    found = proof.parity(job, model, job.file)
+    assert found.max_abs_difference <= found.tolerance
+    assert found.agreement == 1.0
+    with OrtRunner(job.file, 1) as runner:
+        given = files.inputs(job, runner)
+        assert np.allclose(runner.infer(given)["logits"], expected.numpy(), atol=1e-4)
+    assert widths.narrow(wide, seen, 16).key == job.key != wide.key
+
+
+def test_a_stream_of_few_directions_loses_nothing_at_their_number_and_is_judged_by_the_dense_model(tmp_path):
+    wide = job_of("llama", tmp_path / "out", rank=10)
+    seen = widths.directions(wide, widths.stream_of(wide))
+    menus = SimpleNamespace(options=tuple((Option(),) for _ in wide.sites))
+    dense = choosing.judge_of(wide, menus)
+    exact, less = widths.narrow(wide, seen, 10), widths.narrow(wide, seen, 6)
+    assert seen.error(10) < 1e-6 < seen.error(6)
+    assert dense.of(exact.task.model) == pytest.approx(0, abs=1e-6)
+    lost = dense.of(less.task.model)
+    assert lost > 1e-4
+    own = choosing.judge_of(less, menus)
+    assert own(tuple(0 for _ in wide.sites)) == pytest.approx(lost, rel=1e-5)
+    assert (less.baseline, wide.baseline) == (wide, wide)
+
+
+def test_a_narrow_student_is_held_against_what_its_stream_can_hold(tmp_path):
+    wide = job_of("gpt2", tmp_path / "out", rank=9)
+    seen = widths.directions(wide, widths.stream_of(wide))
+    at = distill.places(wide.task.model, wide.sites)
+    batch = wide.calibration[0]
+    told = distill.answers(wide.task, wide.task.model, batch, at)
+    for units, near in ((10, True), (6, False)):
+        job = widths.narrow(wide, seen, units)
+        said = distill.answers(job.task, job.task.model, batch, at)
+        goal = distill.lowered(told, said, job.narrowed.down)
+        assert [part.shape for part in goal.hidden] == [part.shape for part in said.hidden]
+        assert torch.equal(goal.logits, told.logits)
+        loss = float(distill.hidden_loss(said.hidden, goal.hidden))
+        assert (loss < 1e-8) is near
+
+
+def test_recovery_of_a_narrow_model_brings_it_nearer_to_the_dense_one(tmp_path):
+    wanted = Recovery(mode="fast", epochs=8, batch=2, rate=3e-3)
+    wide = job_of("llama", tmp_path / "out", recovery=wanted)
+    seen = widths.directions(wide, widths.stream_of(wide))
+    job = widths.narrow(wide, seen, 16)
+    model = copy.deepcopy(job.task.model)
+    dense = stitch.logits(wide.task, wide.task.model, wide.calibration)
+    before = stitch.divergence(wide.task, model, wide.calibration, dense)
+    recovery.recover(job, model, {})
+    assert stitch.divergence(wide.task, model, wide.calibration, dense) < 0.7 * before
+
+
+def test_post_norm_is_refused_in_one_message_that_names_the_place_and_the_remedy(tmp_path):
+    job = job_of("bert", tmp_path / "out")
+    with pytest.raises(CompressError) as refusal:
+        pipeline.compiled(job)
+    said = str(refusal.value)
+    assert said.startswith("--moves width is not for this model: the width of BertForSequenceClassification")
+    assert "normalization after the sum (post-norm): bert.embeddings.LayerNorm writes" in said
+    assert said.endswith("Ask for --moves structure")
+    assert sorted(path.name for path in (tmp_path / "out" / "compression").iterdir()) == []
+
+
+def test_without_the_move_nothing_is_looked_for(tmp_path):
+    job = job_of("bert", tmp_path / "out")
+    plain = job.recipe.model_copy(update={"options": Options()})
+    assert widths.stream_of(replace(job, recipe=plain)) is None
+
+
+@pytest.mark.slow
+def test_a_compilation_cuts_the_width_where_that_loses_least(tmp_path):
+    wide = job_of("llama", tmp_path / "out", rank=8, search=Search(samples=8, generations=1))
+    recipe = wide.recipe.model_copy(update={"target": "rpi5", "budget": Budget(size_mb=0.0425)})
+    job = replace(wide, recipe=recipe, profile=profiles.load("rpi5"))
+    job.task.samples, job.task.score = {"test": 8}, lambda run, split="test", limit=None: 0.5
+    found = pipeline.compiled(job).report
+    assert [one.units for one in found.widths if one.chosen] == [8]
+    alone = {one.units: one.loss for one in found.widths}
+    assert abs(alone[8]) < 1e-5
+    assert {site.kind for site in found.sites} == {"heads", "ffn", "residual"}
+    (cut,) = [site for site in found.sites if site.kind == "residual"]
+    assert (cut.option.units, cut.option.units_total) == (8, 24)
+    assert cut.error < 1e-6
+    assert cut.dense_latency_ms == found.verdict.predicted.baseline_latency_ms > cut.latency_ms
+    assert any(line.startswith("Hidden width 8: ") and "; chosen: " in line for line in found.attribution)
+    plan = json.loads((tmp_path / "out" / "compression" / "plan.json").read_text())["value"]
+    assert plan["choices"]["residual"]["units"] == 8
+    assert found.compressed.file_bytes <= 0.0425e6
+    again = compress.load(tmp_path / "out")
+    assert sum(value.numel() for value in again.parameters()) == found.compressed.parameters
