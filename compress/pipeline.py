@@ -2,6 +2,7 @@
 
     job -> costs -> candidates -> (plan -> file -> timing)* -> refit -> file -> recovery -> file -> proof
 
+Where the hidden width may be cut, costs to timing run once for every width that may win.
 Every arrow leaves an artifact in `<out>/compression/`, stored with the hash of what it was made from:
 a second run takes up whatever is still valid, and a killed run loses at most the stage it was in.
 """
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from compress import (
     artifact,
+    aware,
     choosing,
     files,
     page,
@@ -88,6 +90,7 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
         notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
     own = found.ground.job
     if job.recipe.recovery.mode != "none":
+        notes += aware.recover(own, model, removals)
         notes += recovery.recover(own, model, removals)
         save(own, found.turn, model, removals)
         comparison = _proof_timing(job, model)

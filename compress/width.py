@@ -10,9 +10,9 @@ order of promise; the best plan that keeps the budget stays, whatever its width.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-import torch
+from torch import Tensor, nn
 
 from compress import artifact, cost, residual, search
 from compress.core.rotation import Narrowing, narrowing, principal
@@ -27,8 +27,11 @@ from compress.stitch import Stitched
 from compress.stream import Stream
 
 MOVE = "width"
-WORSE = "another width loses less within the budget"
 BEST = "no other width loses less within the budget"
+WORSE = "another width loses less within the budget"
+MISSED = "its plans miss the budget"
+FASTEST = "no width keeps the budget, and this one is the fastest"
+TOO_SLOW = "the budget is out of reach at this width"
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ class Found:
     turn: Round
 
     def rank(self, asked: float) -> tuple[bool, float]:
-        """Smaller is better: plans that keep the budget first, then those that lose least."""
+        """Smaller is better: plans that keep the budget, by their loss; then the others, by their speed."""
         missed = self.turn.timing is not None and self.turn.speedup < asked
-        return missed, self.turn.loss
+        return missed, -self.turn.speedup if missed else self.turn.loss
 
     @property
     def speedup(self) -> float:
@@ -117,8 +120,8 @@ class Directions:
     """What flows through a stream: its directions [width, k] by falling moment, and the moments [k]."""
 
     stream: Stream
-    basis: torch.Tensor
-    moments: torch.Tensor
+    basis: Tensor
+    moments: Tensor
 
     def kept(self, units: int) -> Narrowing:
         """From the stream to one of `units` channels, and back."""
@@ -137,15 +140,20 @@ def directions(job: Job, stream: Stream) -> Directions:
     return Directions(stream, *principal(second, centered=stream.centered))
 
 
+def narrow_model(job: Job, found: Directions, units: int) -> nn.Module:
+    """A copy of the job's model with `units` channels in its stream."""
+    model = copy.deepcopy(job.task.model)
+    residual.rewrite(model, found.stream, found.kept(units))
+    return model
+
+
 def narrow(job: Job, found: Directions, units: int) -> Job:
     """The job with its model narrowed to `units` channels, all else the same.
 
     Its sites are those of the job with narrower products; it works in a folder of its own.
     """
-    stream, made = found.stream, found.kept(units)
-    task = copy.copy(job.task)
-    task.model = copy.deepcopy(job.task.model)
-    residual.rewrite(task.model, stream, made)
+    stream, task = found.stream, copy.copy(job.task)
+    task.model = narrow_model(job, found, units)
     recorded, _ = residual.recorded(task.model, stream)
     folder = job.folder / f"width-{units}"
     folder.mkdir(exist_ok=True)
@@ -162,7 +170,7 @@ def narrow(job: Job, found: Directions, units: int) -> Job:
             site=residual.site_of(stream),
             units=units,
             error=found.error(units),
-            down=made.down,
+            down=found.kept(units).down,
             stated=not recorded,
         ),
     )
@@ -178,6 +186,45 @@ def narrow_site(site: Site, stream: Stream, units: int) -> Site:
         sides |= {"out": units} if matmul.weight in writes else {}
         matmuls.append(matmul.model_copy(update=sides))
     return site.model_copy(update={"matmuls": tuple(matmuls)})
+
+
+@dataclass
+class _Race:
+    """The best plan so far, and what came of every width."""
+
+    asked: float
+    best: Found | None = None
+    tried: dict[int, Width] = field(default_factory=dict)
+    refusals: dict[int, OutOfReachError] = field(default_factory=dict)
+
+    def enter(self, width: Width, choose: Callable[[], Found]) -> None:
+        """Search one width."""
+        try:
+            found = choose()
+        except OutOfReachError as error:
+            self.refusals[width.units] = error
+            self.tried[width.units] = width.model_copy(update={"why": TOO_SLOW})
+            return
+        menus = found.ground.menus
+        self.tried[width.units] = width.model_copy(
+            update={
+                "latency_ms": menus.latency_ms(menus.dense),
+                "source": found.ground.costs.source,
+                "plan_loss": found.turn.loss,
+                "plan_speedup": found.speedup,
+                "why": MISSED if found.rank(self.asked)[0] else WORSE,
+            }
+        )
+        if self.best is None or found.rank(self.asked) < self.best.rank(self.asked):
+            self.best = found
+
+    def hopeless(self, width: Width) -> bool:
+        """Whether a width cannot win, since nothing that is removed besides makes its loss smaller."""
+        if self.best is None or (False, width.loss) < self.best.rank(self.asked):
+            return False
+        why = f"with all units it loses {width.loss:.3g}, and another width's plan {self.best.turn.loss:.3g}"
+        self.tried[width.units] = width.model_copy(update={"why": why})
+        return True
 
 
 def search_widths(
@@ -199,60 +246,44 @@ def search_widths(
     Raises:
         OutOfReachError: no width reaches the budget.
     """
-    job = ground.job
+    job, costs, race = ground.job, ground.costs, _Race(asked)
     units = levels(job, stream)
-    tried: dict[int, Width] = {}
-    best: Found | None = None
-    refusals: dict[int, OutOfReachError] = {}
-
-    def attempt(own: Job, width: Width) -> Found | None:
-        say = job.stages.progress.say
-        say(f"hidden width {width.units} of {stream.width}: divergence {width.loss:.3g} with all units")
-        try:
-            one = ground if own is job else prepare(own)
-            found = choose(one)
-        except OutOfReachError as error:
-            refusals[width.units] = error
-            tried[width.units] = width.model_copy(update={"why": "the budget is out of reach at this width"})
-            return best
-        tried[width.units] = width.model_copy(
-            update={
-                "latency_ms": one.menus.latency_ms(one.menus.dense),
-                "source": one.costs.source,
-                "plan_loss": found.turn.loss,
-                "plan_speedup": found.speedup,
-                "why": WORSE,
-            }
-        )
-        return found if best is None or found.rank(asked) < best.rank(asked) else best
-
-    dense_ms, source = ground.costs.dense_ms, ground.costs.source
-    best = attempt(job, Width(units=stream.width, loss=0.0, latency_ms=dense_ms, source=source))
+    whole = Width(units=stream.width, loss=0.0, latency_ms=costs.dense_ms, source=costs.source)
+    race.enter(whole, lambda: choose(ground))
     seen = directions(job, stream)
-    cheaper = {width: _share(job, stream, width) for width in units}
-    waiting = {}
+    for trial in _by_promise(ground, seen, units, race.best):
+        if not race.hopeless(trial):
+            said = f"divergence {trial.loss:.3g} with all units"
+            job.stages.progress.say(f"hidden width {trial.units} of {stream.width}: {said}")
+            own = narrow(job, seen, trial.units)
+            race.enter(trial, lambda own=own: choose(prepare(own)))
+    best = race.best
+    if best is None:
+        raise race.refusals[min(race.refusals)]
+    less = best.ground.job.narrowed
+    kept = race.tried[stream.width if less is None else less.units]
+    why = FASTEST if best.rank(asked)[0] else BEST
+    race.tried[kept.units] = kept.model_copy(update={"chosen": True, "why": why})
+    return best, tuple(race.tried[one] for one in sorted(race.tried, reverse=True))
+
+
+def _by_promise(ground: Ground, seen: Directions, units: list[int], best: Found | None) -> list[Width]:
+    """The widths with their losses, judged with all units in place, the most promising first.
+
+    A promise is that loss, and what the single losses of the sites at the whole width say of taking the
+    rest of the time that the best plan there takes.
+    """
+    job, menus = ground.job, ground.menus
+    limit_ms = menus.latency_ms(menus.cheapest()) if best is None else best.turn.predicted_ms
+    promises: list[tuple[float, Width]] = []
     with job.stages("narrow") as tick:
         for number, width in enumerate(units, 1):
-            loss = ground.judge.of(narrow(job, seen, width).task.model)
-            ms = cheaper[width] * dense_ms
-            waiting[width] = Width(units=width, loss=loss, latency_ms=ms, source="estimated")
+            loss, share = ground.judge.of(narrow_model(job, seen, width)), _share(job, seen.stream, width)
+            ms = share * ground.costs.dense_ms
+            trial = Width(units=width, loss=loss, latency_ms=ms, source="estimated")
+            promises.append((loss + _rest(menus, limit_ms / share), trial))
             tick(number, len(units))
-    limit_ms = ground.menus.latency_ms(ground.menus.cheapest()) if best is None else best.turn.predicted_ms
-    hopes = {
-        width: trial.loss + _rest(ground.menus, limit_ms / cheaper[width]) for width, trial in waiting.items()
-    }
-    for width in sorted(hopes, key=hopes.__getitem__):
-        trial = waiting[width]
-        if best is not None and (False, trial.loss) >= best.rank(asked):
-            why = f"it loses {trial.loss:.3g} with all units, more than the plan at {_units(best, stream)}"
-            tried[width] = trial.model_copy(update={"why": why})
-            continue
-        best = attempt(narrow(job, seen, width), trial)
-    if best is None:
-        raise refusals[min(refusals)]
-    kept = _units(best, stream)
-    tried[kept] = tried[kept].model_copy(update={"chosen": True, "why": BEST})
-    return best, tuple(tried[width] for width in sorted(tried, reverse=True))
+    return [trial for _, trial in sorted(promises, key=lambda pair: pair[0])]
 
 
 def outlook(job: Job, stream: Stream, dense_ms: float) -> list[dict[str, object]]:
@@ -270,11 +301,6 @@ def outlook(job: Job, stream: Stream, dense_ms: float) -> list[dict[str, object]
             }
         )
     return rows
-
-
-def _units(found: Found, stream: Stream) -> int:
-    less = found.ground.job.narrowed
-    return stream.width if less is None else less.units
 
 
 def _share(job: Job, stream: Stream, units: int) -> float:

@@ -36,7 +36,7 @@ ROWS = (
     "pricing",
     "power",
     "choosing proof recovery",
-    "thrift width",
+    "aware thrift width",
     "pipeline survey export.deliver",
     "gradual",
     "cli",
