@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -229,7 +230,7 @@ def test_a_narrow_student_is_held_against_what_its_stream_can_hold(tmp_path):
 
 
 def test_recovery_of_a_narrow_model_brings_it_nearer_to_the_dense_one(tmp_path):
-    wanted = Recovery(mode="fast", epochs=8, batch=2, rate=3e-3)
+    wanted = Recovery(mode="fast", epochs=12, batch=2, rate=3e-3)
     wide = job_of("llama", tmp_path / "out", recovery=wanted)
     seen = widths.directions(wide, widths.stream_of(wide))
     job = widths.narrow(wide, seen, 16)
@@ -246,7 +247,7 @@ def test_post_norm_is_refused_in_one_message_that_names_the_place_and_the_remedy
         pipeline.compiled(job)
     said = str(refusal.value)
     assert said.startswith("--moves width is not for this model: the width of BertForSequenceClassification")
-    assert "normalization after the sum (post-norm): bert.embeddings.LayerNorm writes" in said
+    assert re.search(r"normalization after the sum \(post-norm\): bert\.\S+LayerNorm writes", said)
     assert said.endswith("Ask for --moves structure")
     assert sorted(path.name for path in (tmp_path / "out" / "compression").iterdir()) == []
 

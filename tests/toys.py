@@ -14,23 +14,38 @@ from compress.residual import find_stream
 from compress.task import Batch, Task
 
 
+def lively(model):
+    """Scales, shifts and biases that matter, so that one that is forgotten shows."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            if value.ndim > 1:
+                value.copy_(noise / value.shape[-1] ** 0.5)
+            else:
+                value.copy_(0.3 * noise + ("bias" not in name))
+    return model.eval()
+
+
 class Sample(Task):
-    """A toy family with seeded inputs; the writers of its stream span few directions, so width is cheap."""
+    """A toy family with seeded inputs; with a `rank` its stream has so many directions."""
 
     def __init__(self, family, rank=None):
-        self.model, example = families.build(family)
+        model, example = families.build(family)
+        self.model, self.pictures = lively(model), "pixel_values" in example
         self.name = "classification" if family in ("bert", "vit") else "text-generation"
-        self.inputs = example
         if rank is not None:
             flatten(self.model, example, rank)
 
     def example(self, batch, tokens):
-        return dict(self.inputs)
+        if self.pictures:
+            generator = torch.Generator().manual_seed(5)
+            return {"pixel_values": torch.randn(batch, 3, 8, 8, generator=generator)}
+        return families.tokens(5, batch=batch, length=tokens)
 
     def batches(self, split, size, limit=None):
-        make = families.pixels if "pixel_values" in self.inputs else families.tokens
         for seed in range(4):
-            yield Batch(make(seed))
+            yield Batch(families.pixels(seed) if self.pictures else families.tokens(seed))
 
     def divergence(self, logits, dense, batch):
         return kl(logits, dense).mean()
