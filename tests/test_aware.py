@@ -12,7 +12,7 @@ from compress.recipe import Recovery
 from compress.surgery import Removal
 
 UNITS = 16
-WANTED = Recovery(mode="fast", epochs=12, batch=2, rate=3e-3)
+WANTED = Recovery(mode="fast", epochs=25, batch=2, rate=3e-3)
 
 
 @pytest.fixture(scope="module")
