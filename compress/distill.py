@@ -1,7 +1,8 @@
 """How far a student is from its teacher: losses on answers, on hidden states, on rankings; and the teacher.
 
 Removing structure leaves every layer where it was and as wide as it was outside, so hidden states are
-compared token by token and layer by layer without any mapping. Padding enters nothing. The answers of
+compared token by token and layer by layer without any mapping; those of a student with a narrower stream
+with what that stream can hold of the teacher's. Padding enters nothing. The answers of
 the teacher never change: they are computed once and kept on disk, up to a bound.
 
 References: Kurtic, Frantar, Alistarh, "ZipLM", arXiv 2302.04089 (task, logits and token losses);
@@ -93,6 +94,20 @@ def answers(task: Task, model: nn.Module, batch: Batch, at: Sequence[Place]) -> 
         for handle in handles:
             handle.remove()
     return Answers(logits, tuple(caught[place] for place in at))
+
+
+def lowered(teacher: Answers, student: Answers, down: Tensor) -> Answers:
+    """What the teacher says, its hidden states as a narrower student can have them.
+
+    Args:
+        teacher: hidden states of width d, or of another one where they lie outside of the stream.
+        student: says which of them are narrower in it.
+        down: [n, d] from a state of the stream to the one that stands for it.
+    """
+    narrow = down.to(teacher.logits)
+    pairs = zip(teacher.hidden, student.hidden, strict=True)
+    hidden = (theirs @ narrow.T if ours.shape[-1] < theirs.shape[-1] else theirs for theirs, ours in pairs)
+    return Answers(teacher.logits, tuple(hidden))
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

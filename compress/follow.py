@@ -71,6 +71,7 @@ class Follower:
                 surgery.shrink(self.task.model, sites, removals),
                 removals,
                 Path(answers),
+                dense=self.task.model,
                 judge=_nothing,
                 tick=lambda done, work: None,
                 say=lambda line: None,

@@ -50,6 +50,7 @@ def of(site: Site, moves: Sequence[str], profile: Profile, *, in_torch: bool = F
     ranks = [max(1, round(share * hidden)) for share in (*RANKS, MIXED[1])]
     by_move = {
         "structure": (),
+        "width": (),
         "int8": ("int8-dynamic",),
         "fp8": ("fp8",),
         "block": GPU_BLOCKS if in_torch else BLOCKS,

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress import analyze, artifact, profiles, several
 from compress.analyze import Sites
@@ -51,11 +51,33 @@ class Stages:
         self.seconds.append(Stage(name=name, seconds=round(time.perf_counter() - began, 3)))
 
 
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """What a job's model has lost of the one that was asked about: channels of its residual stream.
+
+    Attributes:
+        wide: the job on the model that was asked about.
+        site: the residual stream of that model.
+        units: channels that are left.
+        error: share of what flowed through the stream that is gone.
+        down: [units, site.units] from a hidden state to the one that stands for it.
+        stated: whether the model's configuration says the new width, so that loading need not be told.
+    """
+
+    wide: "Job"
+    site: Site
+    units: int
+    error: float
+    down: Tensor
+    stated: bool
+
+
 @dataclass(frozen=True)
 class Job:
     """One compilation. `model_key` names the model and shapes, `key` also data and options.
 
     `sites` are at the shape of the phase that was asked for, so that they cost what a run of it costs.
+    `narrowed` says what the model lacks where it is a narrower one than was asked about.
     """
 
     recipe: Recipe
@@ -68,6 +90,12 @@ class Job:
     found: Sites
     sites: tuple[Site, ...]
     calibration: tuple[Batch, ...]
+    narrowed: Narrowed | None = None
+
+    @property
+    def baseline(self) -> "Job":
+        """The job on the model that everything is compared with."""
+        return self if self.narrowed is None else self.narrowed.wide
 
     @cached_property
     def place(self) -> Place | None:

@@ -193,7 +193,9 @@ def shipped(profile: Profile) -> Table | None:
 
 def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
     """Times for a device that is not here: from its shipped table where that knows a shape, else roofline."""
-    profile, table = job.profile, shipped(job.profile)
+    profile = job.profile
+    # A table knows the shapes of one width; two widths are compared by one way of estimating.
+    table = shipped(profile) if job.narrowed is None else None
     threads = 1 if table is None else table.threads
     alone = {
         site.name: {
@@ -208,8 +210,15 @@ def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs
         for site in job.sites
     }
     inside = sum(alone[site.name]["dense"][site.units] for site in job.sites)
-    fixed_ms = _outside_ms(job)
-    whole = Whole(inside_ms=(inside,), whole_ms=(inside + fixed_ms,))
+    whole_ms = inside + _outside_ms(job)
+    whole = Whole(inside_ms=(inside,), whole_ms=(whole_ms,))
+    if job.narrowed is not None:
+        wide = job.baseline
+        dense_ms = sum(roofline.roofline(s, s.units, profile, threads=threads) for s in wide.sites)
+        dense_ms += _outside_ms(wide)
+        if dense_ms > whole_ms:
+            slower = inside * dense_ms / whole_ms
+            whole = Whole(inside_ms=(slower, inside), whole_ms=(dense_ms, whole_ms))
     return _costs(job, alone, 1.0, whole, "estimated")
 
 

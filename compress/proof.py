@@ -48,10 +48,11 @@ def compare(
 
     Where files are not what runs, as in torch on a GPU, the modules are timed.
     """
+    base = job.baseline
     wanted = job.recipe.bench
     named = f"time {file.stem}" if phase is None else f"time {phase}"
     with (
-        files.opened(job, place, job.task.model, job.folder / "dense.onnx") as dense,
+        files.opened(base, place, base.task.model, base.folder / "dense.onnx") as dense,
         files.opened(job, place, model, file) as quick,
         job.stages(named) as tick,
     ):
@@ -217,6 +218,19 @@ def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[Sit
                 source=costs.source,
             )
         )
+    less = job.narrowed
+    if less is not None:  # every site lies in the stream: its time is that of the whole model
+        found.append(
+            SiteReport(
+                name=less.site.name,
+                kind=less.site.kind,
+                option=Chosen(units=less.units, units_total=less.site.units),
+                error=less.error,
+                latency_ms=menus.latency_ms(menus.dense),
+                dense_latency_ms=costs.dense_ms,
+                source=costs.source,
+            )
+        )
     return tuple(found)
 
 
@@ -336,8 +350,8 @@ def assemble(
         | {"compress": __version__},
         protocol={} if comparison is None else comparison.protocol.model_dump(),
         inputs={
-            "model_and_shapes": job.model_key,
-            "data_and_options": job.key,
+            "model_and_shapes": job.baseline.model_key,
+            "data_and_options": job.baseline.key,
             "file_sha256": runners.sha256(files_of["compressed"][1]),
             "dense_sha256": runners.sha256(files_of["dense"][1]),
         },

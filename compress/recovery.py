@@ -62,6 +62,8 @@ def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list
                 say=job.stages.progress.say,
                 checkpoint=job.folder / CHECKPOINT,
                 made_from=made_from,
+                dense=job.baseline.task.model,
+                down=None if job.narrowed is None else job.narrowed.down,
             )
     shutil.rmtree(answers)
     return [_said(scores, judge, wanted.mode, len(scores) - 1)]
@@ -78,8 +80,10 @@ def learn(
     judge: Callable[[nn.Module], float],
     tick: Tick,
     say: Callable[[str], None],
+    dense: nn.Module,
     checkpoint: Path | None = None,
     made_from: str = "",
+    down: Tensor | None = None,
 ) -> tuple[float, ...]:
     """Tune a shrunk model in place; the scores before and after each epoch.
 
@@ -87,7 +91,7 @@ def learn(
     checkpoint count.
 
     Args:
-        task: gives the dense model and the data.
+        task: gives the data.
         sites: of the dense model.
         wanted: the settings.
         model: what `surgery.shrink` gave for `removals`.
@@ -96,16 +100,18 @@ def learn(
         judge: larger is better.
         tick: takes steps done and steps in all.
         say: takes how long it will last.
+        dense: the teacher.
         checkpoint: a file that is written now and then, and taken up if made from `made_from`.
         made_from: a hash of student, teacher, data and settings.
+        down: what of the teacher's hidden states a narrower student can have.
     """
     several.alike("training data", several.contents(lessons(task, wanted)))
-    several.spread(task.model)
+    several.spread(dense)
     several.spread(model)
-    at = distill.places(task.model, sites)
-    teacher = Teacher(task, task.model, at, answers, wanted.cache_mb / several.size())
+    at = distill.places(dense, sites)
+    teacher = Teacher(task, dense, at, answers, wanted.cache_mb / several.size())
     count = sum(1 for _ in lessons(task, wanted))
-    lesson = Lesson(task, teacher, lambda: lessons(task, wanted), count, wanted)
+    lesson = Lesson(task, teacher, lambda: lessons(task, wanted), count, wanted, down)
     fixed = {name for one in removals.values() for name in (*one.factors, *one.codes)}
     zeros = tune.zeros_of(model, _patterned(sites, removals) - fixed)
     run = Run(model, lesson, zeros=zeros, fixed=fixed, checkpoint=checkpoint, made_from=made_from)
@@ -183,7 +189,7 @@ class Judge:
         self.scored = first is not None and first.labels is not None and job.task.labelled
         if not self.empty and not self.scored:
             self._batches = list(job.task.batches("validation", job.recipe.recovery.batch, NEARNESS))
-            self._dense = stitch.logits(job.task, job.task.model, self._batches)
+            self._dense = stitch.logits(job.task, job.baseline.task.model, self._batches)
 
     @property
     def name(self) -> str:

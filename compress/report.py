@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from compress.errors import CompressError
-from compress.ir import SCHEMA_VERSION, Budget, Document, Kind, Latency, Source
+from compress.ir import SCHEMA_VERSION, Budget, Document, Kind, Latency, Source, Width
 from compress.recipe import Phase, explain
 from compress.wording import PERCENT, amount, exact, score_text
 
@@ -218,6 +218,7 @@ class Report(Document):
     score: Score
     parity: Parity | None = None
     sites: tuple[SiteReport, ...] = ()
+    widths: tuple[Width, ...] = ()
     rounds: tuple[Round, ...] = ()
     stages: tuple[Stage, ...] = ()
     front: tuple[FrontPoint, ...] = ()

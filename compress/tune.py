@@ -55,19 +55,25 @@ class State(Document):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learned from: `batches` gives the same `count` batches in the same order every time."""
+    """What is learned from: `batches` gives the same `count` batches in the same order every time.
+
+    `down` [n, d] is there where the student's residual stream is narrower than the teacher's.
+    """
 
     task: Task
     teacher: Teacher
     batches: Batches
     count: int
     wanted: Recovery
+    down: Tensor | None = None
 
     def loss(self, model: nn.Module, number: int, batch: Batch) -> Tensor:
         """The distillation loss of one batch, or what this process's part of it adds to that."""
         mine, part = several.split(batch)
         goal = self.teacher(number, mine)
         said = distill.answers(self.task, model, mine, self.teacher.at)
+        if self.down is not None:
+            goal = distill.lowered(goal, said, self.down)
         return distill.loss(self.task, mine, said, goal, self.wanted, part)
 
 

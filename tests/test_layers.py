@@ -36,7 +36,7 @@ ROWS = (
     "pricing",
     "power",
     "choosing proof recovery",
-    "thrift",
+    "aware thrift width",
     "pipeline survey export.deliver follow",
     "gradual",
     "cli",
