@@ -174,7 +174,7 @@ def run(session: "Session", words: Words) -> int:
         if several.rank():
             return _follow()
     session.out = Path(recipe.out)
-    from compress import console, pipeline, report
+    from compress import advice, console, pipeline, report
 
     console.use_cores()
     if recipe.speedups:
@@ -186,7 +186,7 @@ def run(session: "Session", words: Words) -> int:
     result = pipeline.run(recipe, session.progress)
     page = str(session.out / "compression" / "report.html")
     session.answer(result.model_dump(mode="json"), report.verdict_line(result, page))
-    for line in (report.next_step(result, recipe.out), report.ruin(result)):
+    for line in (advice.next_step(result, recipe.out), advice.ruin(result)):
         if line is not None:
             session.progress.say(line)
     return report.exit_code(result)
