@@ -218,10 +218,12 @@ def test_a_narrow_student_is_held_against_what_its_stream_can_hold(tmp_path):
     seen = widths.directions(wide, widths.stream_of(wide))
     at = distill.places(wide.task.model, wide.sites)
     batch = wide.calibration[0]
-    told = distill.answers(wide.task, wide.task.model, batch, at)
+    with torch.no_grad():
+        told = distill.answers(wide.task, wide.task.model, batch, at)
     for units, near in ((10, True), (6, False)):
         job = widths.narrow(wide, seen, units)
-        said = distill.answers(job.task, job.task.model, batch, at)
+        with torch.no_grad():
+            said = distill.answers(job.task, job.task.model, batch, at)
         goal = distill.lowered(told, said, job.narrowed.down)
         assert [part.shape for part in goal.hidden] == [part.shape for part in said.hidden]
         assert torch.equal(goal.logits, told.logits)
