@@ -2,7 +2,8 @@
 
 Products are taken in float32 within a batch, about a fixed shift near the mean, and added up in
 float64, so that neither many batches nor a large mean cost digits; padding never enters. When the
-matrices of all sites do not fit into the memory allowed, the data is passed several times.
+matrices of all sites do not fit into the memory allowed, the data is passed several times. Several
+processes take a share of the batches each, and add up what they have found.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compress import several
 from compress.errors import CompressError
 from compress.ir import Site
 from compress.task import Batch, Task
@@ -51,12 +53,20 @@ class Moments:
         self.taylor = torch.zeros(0)
         self.samples = 0
 
+    def aim(self, rows: Tensor) -> None:
+        """Measure from the mean of these rows [rows, in], if there are any; they are not counted."""
+        if not len(rows):
+            return
+        self.shift = rows.mean(0)
+        self.sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        self.square = self.sum.new_zeros(rows.shape[1], rows.shape[1])
+
     def add(self, rows: Tensor) -> None:
         """Count these rows [rows, in] in."""
-        if not self.count:
-            self.shift = rows.mean(0)
-            self.sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-            self.square = self.sum.new_zeros(rows.shape[1], rows.shape[1])
+        if not len(self.shift):
+            self.aim(rows)
+        if not len(rows):
+            return
         self.count += len(rows)
         off = rows - self.shift
         self.sum += off.sum(0, dtype=torch.float64)
@@ -83,6 +93,26 @@ class Moments:
         if self.samples:
             found["taylor"] = self.taylor / self.samples
         return found
+
+    def over_all(self, width: int) -> dict[str, Tensor]:
+        """`tensors`, over the rows of all processes; float64 sums, the same in each of them."""
+        if several.size() == 1:
+            return self.tensors() if self.count else {}
+        seen = torch.tensor([self.count, self.samples], dtype=torch.float64)
+        several.add_up([seen])
+        if not seen[0]:
+            return {}
+        empty = {
+            "mean": torch.zeros(width),
+            "second": torch.zeros(width, width),
+            "taylor": torch.zeros(width),
+        }
+        here = empty | (self.tensors() if self.count else {})
+        found = {name: here[name].double().cpu() * self.count / seen[0] for name in ("mean", "second")}
+        if seen[1]:
+            found["taylor"] = here["taylor"].double() * self.samples / seen[1]
+        several.add_up(list(found.values()))
+        return found | {"count": seen[:1]}
 
 
 def collect(
@@ -121,10 +151,40 @@ def collect(
             if progress is not None:
                 progress(before * len(batches) + done, len(passes) * len(batches))
 
-        moments, seen = _pass(task, [sites[i] for i in group], batches, taylor, readers, tick)
-        for index, found, read_by in zip(group, moments, seen, strict=True):
-            more = {"reader": read_by.tensors()["second"]} if readers else {}
-            write(directory / f"{index:03d}.safetensors", found.tensors() | more)
+        watched = [sites[i] for i in group]
+        dumped = [site.model_dump(mode="json") for site in watched]
+        several.call("calibrate", {"sites": dumped, "taylor": taylor, "readers": readers})
+
+        def keep(place: int, tensors: dict[str, Tensor], group: list[int] = group) -> None:
+            write(directory / f"{group[place]:03d}.safetensors", tensors)
+
+        observe(task, watched, batches, keep, tick, taylor=taylor, readers=readers)
+
+
+def observe(
+    task: Task,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    keep: Callable[[int, dict[str, Tensor]], None],
+    tick: Callable[[int], None],
+    *,
+    taylor: bool,
+    readers: bool,
+) -> None:
+    """One pass over the data; what `read` reads of each site is given to `keep`, with the site's place.
+
+    Of several processes each calls this with all batches, and takes its share of them.
+    """
+    with several.working():
+        several.alike("calibration data", several.contents(batches))
+        several.spread(task.model)
+        moments, seen = _pass(task, sites, batches, taylor, readers, tick)
+        for place, (site, own, read_by) in enumerate(zip(sites, moments, seen, strict=True)):
+            found = own.over_all(writer_width(site))
+            if not found:
+                raise CompressError("no real token reached a site; the calibration data is all padding")
+            more = {"reader": read_by.over_all(reader_width(site))["second"]} if readers else {}
+            keep(place, found | more)
 
 
 def read(directory: Path, index: int) -> Statistics:
@@ -191,14 +251,20 @@ def _pass(
     readers: bool,
     tick: Callable[[int], None],
 ) -> tuple[list[Moments], list[Moments]]:
-    """All batches through the model, with hooks on the writers, and on a reader, of `sites`."""
+    """This process's batches through the model, with hooks on the writers, and on a reader, of `sites`."""
     moments, seen = [Moments() for _ in sites], [Moments() for _ in sites]
     current: list[Batch] = []
+    mine = several.share(batches)
+    aiming = several.rank() > 0
 
     def watch(site: Site, own: Moments, taylor: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             values = arguments[0]
-            own.add(finite_rows(site, values, current[-1]))
+            rows = finite_rows(site, values, current[-1])
+            if aiming:
+                own.aim(rows)
+                return
+            own.add(rows)
             if taylor:
                 # torch leaves this one method without types.
                 values.register_hook(  # type: ignore[no-untyped-call]
@@ -215,7 +281,12 @@ def _pass(
         for name, site, own, first in watched
     ]
     try:
-        for done, batch in enumerate(batches, 1):
+        if aiming:  # one shift for all processes, since rounding depends on it
+            current.append(batches[0])
+            with torch.no_grad():
+                task.model(**batches[0].inputs)
+            aiming = False
+        for done, batch in enumerate(mine, 1):
             current.append(batch)
             if taylor:
                 with torch.enable_grad():
@@ -224,12 +295,10 @@ def _pass(
             else:
                 with torch.inference_mode():
                     task.model(**batch.inputs)
-            tick(done)
+            tick(min(len(batches), done * several.size()))
     finally:
         for handle in hooks:
             handle.remove()
-    if any(own.count == 0 for own in moments):
-        raise CompressError("no real token reached a site; the calibration data is all padding")
     return moments, seen
 
 

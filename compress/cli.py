@@ -15,6 +15,7 @@ import click
 
 from compress import __version__
 from compress.errors import CompressError
+from compress.launch import launched, mute
 
 if TYPE_CHECKING:
     from compress.ir import Budget
@@ -67,11 +68,16 @@ def _options(*options: Callable[[Any], Any]) -> Decorator:
     return apply
 
 
-def _verb(work: "Callable[[Session, Words], int]") -> Command:
-    """A click callback that does `work` in a session of its own."""
+def _verb(work: "Callable[[Session, Words], int]", *, shared: bool = False) -> Command:
+    """A click callback that does `work` in a session of its own.
+
+    Of several processes the first does it alone, unless it is `shared`.
+    """
 
     @functools.wraps(work)
     def act(**words: Any) -> int:
+        if launched().rank and not shared:
+            return 0
         from compress import console
         from compress.session import Session
 
@@ -80,9 +86,14 @@ def _verb(work: "Callable[[Session, Words], int]") -> Command:
             progress = console.progress(streams.err, quiet=words["quiet"])
             session = Session(streams, progress, words["as_json"])
             try:
-                return work(session, words)
+                code = work(session, words)
             except (Exception, KeyboardInterrupt) as error:
-                return session.fail(error)
+                code = session.fail(error)
+            if launched().size > 1 and shared:
+                from compress import several
+
+                several.dismiss(code)
+            return code
 
     return act
 
@@ -117,7 +128,7 @@ REQUEST = _options(
     click.option("--task", metavar="TASK", help="What the model does, if its config does not say."),
     click.option("--text", metavar="COLUMN", help="The text column, if it is not found."),
     click.option("--label", metavar="COLUMN", help="The label column, if it is not found."),
-    click.option("--moves", metavar="LIST", help="What may be done: structure,width,int8,block,lowrank,2:4."),
+    click.option("--moves", metavar="LIST", help="May be done: structure,width,int8,fp8,block,lowrank,2:4."),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A request as TOML."),
     click.option(
         "--recover",
@@ -152,10 +163,16 @@ def app() -> None:
 
 @app.command()
 @REQUEST
-@_verb
+@functools.partial(_verb, shared=True)
 def run(session: "Session", words: Words) -> int:
     """Compile MODEL to a budget, and measure that it was met."""
     recipe = request(words)
+    if launched().size > 1:
+        from compress import several
+
+        several.join()
+        if several.rank():
+            return _follow()
     session.out = Path(recipe.out)
     from compress import console, pipeline, report
 
@@ -173,6 +190,14 @@ def run(session: "Session", words: Words) -> int:
         if line is not None:
             session.progress.say(line)
     return report.exit_code(result)
+
+
+def _follow() -> int:
+    """A share of what the first process does; the exit code that it gives."""
+    from compress import console, follow
+
+    console.use_cores()
+    return follow.serve()
 
 
 @app.command()
@@ -390,4 +415,6 @@ def perform(words: Sequence[str]) -> int:
 
 def main() -> None:
     """The `compress` command."""
+    if launched().rank:
+        mute()
     sys.exit(perform(sys.argv[1:]))

@@ -80,7 +80,7 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
     found, widths = search(ground_of(pruned, costs), stream, asked)
     for attempt in range(ATTEMPTS):
         model, removals, notes = build(found)
-        comparison = _proof_timing(job, model)
+        comparison = _proof_timing(job, model, removals)
         missed = comparison is not None and proof.timing(comparison).speedup < asked
         if comparison is None or not missed or attempt == ATTEMPTS - 1:
             break
@@ -93,7 +93,7 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
         notes += aware.recover(own, model, removals)
         notes += recovery.recover(own, model, removals)
         save(own, found.turn, model, removals)
-        comparison = _proof_timing(job, model)
+        comparison = _proof_timing(job, model, removals)
     result = proof.assemble(
         own,
         found.ground.costs,
@@ -196,7 +196,7 @@ def _trial(job: Job, place: Place, choices: Mapping[str, Option]) -> tuple[nn.Mo
     model = surgery.shrink(job.task.model, job.sites, removals)
     if place.by_file:
         export(job, model, file, removals)
-    return model, file
+    return files.in_forms(job, model, removals), file
 
 
 def time_plan(job: Job) -> TimePlan:
@@ -270,11 +270,12 @@ def _refitted(
     return removals, f"Sequential refit not used: divergence {turn.loss:.4g} would become {found:.4g}"
 
 
-def _proof_timing(job: Job, model: nn.Module) -> Comparison | None:
+def _proof_timing(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> Comparison | None:
     """The shipped model against the dense one; None when this machine is not the target."""
     if job.place is None:
         return None
-    return proof.compare(job, job.place, model, job.file, blocks=FINAL_BLOCKS * job.recipe.bench.blocks)
+    blocks = FINAL_BLOCKS * job.recipe.bench.blocks
+    return proof.compare(job, job.place, files.in_forms(job, model, removals), job.file, blocks=blocks)
 
 
 def _with_timing(rounds: Rounds, turn: Round, timing: Timing) -> Rounds:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from compress.errors import CompressError
 from compress.ir import Budget, Document
 
-Move = Literal["structure", "width", "int8", "block", "lowrank", "2:4"]
+Move = Literal["structure", "width", "int8", "fp8", "block", "lowrank", "2:4"]
 TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
 Phase = Literal["prefill", "decode"]
 UNITS = {"speedup": "x", "latency_ms": "ms", "energy_mj": "mJ", "power_w": "W", "size_mb": "MB"}

@@ -4,20 +4,22 @@ The graph is final before this begins, so the measured time stays what it was.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import artifact, distill, stitch, surgery, tune
+from compress import artifact, database, distill, several, stitch, surgery, tune
 from compress.console import span
 from compress.distill import Teacher
-from compress.ir import Option
-from compress.job import Job, content, fingerprint
+from compress.ir import Option, Site
+from compress.job import Job, Tick, content, fingerprint
+from compress.recipe import Recovery
 from compress.surgery import Removal
-from compress.task import Batch
+from compress.task import Batch, Task
 from compress.task import Run as Answering
 from compress.tune import Lesson, Run
 
@@ -40,41 +42,109 @@ def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list
     wanted = job.recipe.recovery
     if wanted.mode == "none":
         return []
-
-    def batches() -> Iterator[Batch]:
-        return job.task.batches("calibration", wanted.batch, wanted.samples)
-
-    seen = [_content(batch) for batch in batches()]
-    data = artifact.digest(job.key, *seen)
-    made_from = artifact.digest(data, wanted, *fingerprint(model))
-    answers = artifact.folder(job.folder / ANSWERS, data)
-    dense = job.baseline.task.model
-    teacher = Teacher(job.task, dense, distill.places(dense, job.sites), answers, wanted.cache_mb)
-    down = None if job.narrowed is None else job.narrowed.down
-    lesson = Lesson(job.task, teacher, batches, len(seen), wanted, down)
-    judge = Judge(job)
-    fixed = {name for one in removals.values() for name in (*one.factors, *one.codes)}
-    run = Run(
-        model,
-        lesson,
-        zeros=tune.zeros_of(model, _patterned(job, removals) - fixed),
-        fixed=fixed,
-        checkpoint=job.folder / CHECKPOINT,
-        made_from=made_from,
-    )
-    if not run.finished:
-        job.stages.progress.say(_announced(model, lesson))
-    with job.stages(f"recover ({wanted.mode})") as tick:
-        scores = tune.tune(run, judge, tick)
+    if several.size() > 1:
+        _call(job, removals)
+    with several.working():
+        data = artifact.digest(job.key, *map(_content, lessons(job.task, wanted)))
+        made_from = artifact.digest(data, wanted, *fingerprint(model))
+        answers = artifact.folder(job.folder / ANSWERS, artifact.digest(data, several.size()))
+        judge = Judge(job)
+        with job.stages(f"recover ({wanted.mode})") as tick:
+            scores = learn(
+                job.task,
+                job.sites,
+                wanted,
+                model,
+                removals,
+                answers,
+                judge=judge,
+                tick=tick,
+                say=job.stages.progress.say,
+                checkpoint=job.folder / CHECKPOINT,
+                made_from=made_from,
+                dense=job.baseline.task.model,
+                down=None if job.narrowed is None else job.narrowed.down,
+            )
     shutil.rmtree(answers)
     return [_said(scores, judge, wanted.mode, len(scores) - 1)]
 
 
-def _patterned(job: Job, removals: Mapping[str, Removal]) -> set[str]:
+def learn(
+    task: Task,
+    sites: Sequence[Site],
+    wanted: Recovery,
+    model: nn.Module,
+    removals: Mapping[str, Removal],
+    answers: Path,
+    *,
+    judge: Callable[[nn.Module], float],
+    tick: Tick,
+    say: Callable[[str], None],
+    dense: nn.Module,
+    checkpoint: Path | None = None,
+    made_from: str = "",
+    down: Tensor | None = None,
+) -> tuple[float, ...]:
+    """Tune a shrunk model in place; the scores before and after each epoch.
+
+    Of several processes each calls this with the same model and data; the first one's judge, progress and
+    checkpoint count.
+
+    Args:
+        task: gives the data.
+        sites: of the dense model.
+        wanted: the settings.
+        model: what `surgery.shrink` gave for `removals`.
+        removals: by site name.
+        answers: where this process keeps the teacher's answers.
+        judge: larger is better.
+        tick: takes steps done and steps in all.
+        say: takes how long it will last.
+        dense: the teacher.
+        checkpoint: a file that is written now and then, and taken up if made from `made_from`.
+        made_from: a hash of student, teacher, data and settings.
+        down: what of the teacher's hidden states a narrower student can have.
+    """
+    several.alike("training data", several.contents(lessons(task, wanted)))
+    several.spread(dense)
+    several.spread(model)
+    at = distill.places(dense, sites)
+    teacher = Teacher(task, dense, at, answers, wanted.cache_mb / several.size())
+    count = sum(1 for _ in lessons(task, wanted))
+    lesson = Lesson(task, teacher, lambda: lessons(task, wanted), count, wanted, down)
+    fixed = {name for one in removals.values() for name in (*one.factors, *one.codes)}
+    zeros = tune.zeros_of(model, _patterned(sites, removals) - fixed)
+    run = Run(model, lesson, zeros=zeros, fixed=fixed, checkpoint=checkpoint, made_from=made_from)
+    if not run.finished:
+        say(_announced(model, lesson))
+    return tune.tune(run, judge, tick)
+
+
+def lessons(task: Task, wanted: Recovery) -> Iterator[Batch]:
+    """The inputs that are learned from, the same every time."""
+    return task.batches("calibration", wanted.batch, wanted.samples)
+
+
+def _call(job: Job, removals: Mapping[str, Removal]) -> None:
+    """Tell the other processes what is to be tuned; they hold the dense model."""
+    words = {
+        "recovery": job.recipe.recovery.model_dump(mode="json"),
+        "sites": [site.model_dump(mode="json") for site in job.sites],
+        "forms": {name: one.form for name, one in removals.items()},
+    }
+    tensors = {
+        f"{name}/{part}": value
+        for name, one in removals.items()
+        for part, value in database.packed(one).items()
+    }
+    several.call("recover", words, tensors)
+
+
+def _patterned(sites: Sequence[Site], removals: Mapping[str, Removal]) -> set[str]:
     """Names of the matrices whose zeros are a pattern."""
     return {
         name
-        for site in job.sites
+        for site in sites
         if site.name in removals and Option.of(removals[site.name].form, None).pattern != "dense"
         for name in (site.writer, *surgery.readers(site))
     }

@@ -70,6 +70,16 @@ class Phases(Document):
     per_token: Measured
 
 
+class Engine(Document):
+    """A TensorRT engine of the file: layers that 2:4 kernels were possible for, and that run with them."""
+
+    device: str
+    tensorrt: str
+    sparse: bool
+    eligible: tuple[str, ...] = ()
+    picked: tuple[str, ...] = ()
+
+
 class Predicted(Document):
     """What the plan promises: an estimate, from the profile's roofline or from a measured table."""
 
@@ -215,6 +225,7 @@ class Report(Document):
     samples: Samples = Samples()
     waterfall: tuple[Step, ...] = ()
     phases: Phases | None = None
+    engine: Engine | None = None
     fixed_ms: float | None = None
     attribution: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

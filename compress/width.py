@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from compress import artifact, cost, residual, search
+from compress import artifact, cost, residual, search, several
 from compress.core.rotation import Narrowing, narrowing, principal
 from compress.errors import CompressError
 from compress.ir import Option, Site, Width
@@ -72,6 +72,10 @@ def stream_of(job: Job) -> Stream | None:
     """
     if MOVE not in job.recipe.options.moves:
         return None
+    if several.size() > 1:
+        raise CompressError(
+            f"--moves {MOVE} runs in one process, {several.size()} were started; start one, or leave it out"
+        )
     try:
         return found_stream(job)
     except CompressError as error:
