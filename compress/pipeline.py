@@ -106,7 +106,7 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
         notes,
         found.ground.prices,
     )
-    result = width.told(result, widths)
+    result = width.told(result, found, widths)
     artifact.store(job.folder / "plan.json", job.key, choosing.plan_of(own, found.ground.menus, found.turn))
     page.write(result, job.folder)
     card = page.card(result, name=Path(job.recipe.model or "compress-demo").name)

@@ -217,19 +217,6 @@ def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[Sit
                 source=costs.source,
             )
         )
-    less = job.narrowed
-    if less is not None:  # every site lies in the stream: its time is that of the whole model
-        found.append(
-            SiteReport(
-                name=less.site.name,
-                kind=less.site.kind,
-                option=Chosen(units=less.units, units_total=less.site.units),
-                error=less.error,
-                latency_ms=menus.latency_ms(menus.dense),
-                dense_latency_ms=costs.dense_ms,
-                source=costs.source,
-            )
-        )
     return tuple(found)
 
 
