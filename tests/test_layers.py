@@ -46,8 +46,8 @@ ROWS = (
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
     "advice errors ir profiles artifact recipe wording tables svg search report data charts loop bench "
-    "energy roofline page published family cost console devices doctor session measurement merge cli export.device "
-    "launch"
+    "energy roofline page published family cost console devices doctor session measurement merge cli "
+    "export.device launch"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets
