@@ -8,9 +8,11 @@
     python tools/benchmark.py precision                 our 8 and 4 bits against onnxruntime's own quantizer
     python tools/benchmark.py blocks                    block-sparse products against their dense Gemm
     python tools/benchmark.py encoder                   an encoder with all its products in blocks
-    python tools/benchmark.py pat --data DIR            the hidden width, pruned while tuning or before
+    python tools/benchmark.py pat --data DATA           the hidden width, pruned while tuning or before
+    python tools/benchmark.py sltrain --data DATA       trained dense, low-rank, or sparse plus low-rank
 
 DIR is what `tools/finetune_sst2.py` wrote: a Hugging Face directory beside `train.csv` and `dev.csv`.
+DATA holds public data sets in folders: `cifar10`, `tinyshakespeare`, `wikitext2`.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks import blocks, hidden_width, precision
+from benchmarks import blocks, hidden_width, precision, sltrain
 from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
@@ -353,6 +355,7 @@ BENCHMARKS = {
     "blocks": blocks.run,
     "encoder": blocks.encoder,
     "pat": hidden_width.run,
+    "sltrain": sltrain.run,
 }
 
 
@@ -370,9 +373,10 @@ def main() -> None:
     parser.add_argument(
         "--patterns", default=blocks.PATTERNS, help="comma list of block patterns, for blocks"
     )
-    parser.add_argument("--data", type=Path, help="a directory with cifar10/ and tinyshakespeare/")
+    parser.add_argument("--data", type=Path, help="a directory with the data sets, for pat and sltrain")
     parser.add_argument("--dense-steps", type=int, default=600, help="training from scratch, for pat")
-    parser.add_argument("--steps", type=int, default=200, help="tuning, for pat")
+    parser.add_argument("--steps", type=int, help="of training or tuning, for pat (200) and sltrain (500)")
+    parser.add_argument("--seeds", type=int, default=1, help="for sltrain")
     parser.add_argument("--batch", type=int, default=64, help="inputs a step, for pat")
     parser.add_argument("--threads", type=int, default=bench.physical_cores())
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"))

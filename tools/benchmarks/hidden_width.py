@@ -30,6 +30,7 @@ from compress.stream import Stream
 
 Row = dict[str, object]
 REMOVED = 0.25
+STEPS = 200  # of tuning
 MOMENTS = 8  # batches for the directions
 RATE = 1e-3
 TUNED_RATE = 5e-4
@@ -136,7 +137,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
         for seed in range(arguments.repeats):
             for name, act in METHODS.items():
                 began = time.perf_counter()
-                tuned = act(lesson, stream, second, width, seed, arguments.steps)
+                tuned = act(lesson, stream, second, width, seed, arguments.steps or STEPS)
                 rows.append(_row(lesson, name, seed, lesson.score(tuned), began))
         rows += _means(rows, lesson)
     return rows + speeds(out)
