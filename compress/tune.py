@@ -14,7 +14,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,17 +34,22 @@ from compress.task import Batch, Task
 
 POOL_BYTES = 2**28  # inputs held back to be shuffled; all of them where they are this small
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LOOKED_AT = 8  # batches that tell how far late layers are after a course
 
 Batches = Callable[[], Iterable[Batch]]
 Progress = Callable[[int, int], None]
 
 
 class State(Document):
-    """How far a run is: steps taken, and the score before the first and after every epoch."""
+    """How far a run is: steps taken, and the score before the first and after every epoch.
+
+    `factors` weigh the features of late layers since the last course; none in the first.
+    """
 
     made_from: str = ""
     step: int = 0
     scores: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
 
     @property
     def epochs(self) -> int:
@@ -62,11 +67,21 @@ class Lesson:
     count: int
     wanted: Recovery
 
-    def loss(self, model: nn.Module, number: int, batch: Batch) -> Tensor:
-        """The distillation loss of one batch."""
+    def loss(self, model: nn.Module, number: int, batch: Batch, factors: Sequence[float] = ()) -> Tensor:
+        """The distillation loss of one batch; `factors` weigh the features of late layers."""
         goal = self.teacher(number, batch)
         said = distill.answers(self.task, model, batch, self.teacher.at)
-        return distill.loss(self.task, batch, said, goal, self.wanted)
+        return distill.loss(self.task, batch, said, goal, self.wanted, factors)
+
+    @torch.no_grad()
+    def apart(self, model: nn.Module) -> list[float]:
+        """How far each late layer of a model is from the teacher's, in the mean of the first batches."""
+        found = []
+        for number, batch in enumerate(itertools.islice(self.batches(), LOOKED_AT)):
+            said = distill.answers(self.task, model, batch, self.teacher.at)
+            found.append(distill.features(self.task, batch, said, self.teacher(number, batch), self.wanted))
+        mean: list[float] = torch.stack(found).mean(0).tolist()
+        return mean
 
 
 def tune(
@@ -162,7 +177,7 @@ class Run:
             torch.manual_seed(
                 int(np.random.SeedSequence((wanted.seed, self.state.step)).generate_state(1)[0])
             )
-            loss = self.lesson.loss(self.model, number, batch)
+            loss = self.lesson.loss(self.model, number, batch, self.state.factors)
             if not bool(torch.isfinite(loss)):
                 raise CompressError(
                     f"recovery: the loss became {loss.item()} at step {self.state.step}; lower rate in "
@@ -191,9 +206,12 @@ class Run:
         self._save()
 
     def restart(self) -> None:
-        """Begin another course: the best weights, no moments."""
+        """Begin another course: the best weights, no moments, late layers weighed by how near they came."""
         self._take(self.best)
         self.optimizer = self._fresh()
+        if self.lesson.wanted.features and self.lesson.teacher.at:
+            factors = distill.aware(self.lesson.apart(self.model))
+            self.state = self.state.model_copy(update={"factors": factors})
 
     def release(self) -> None:
         """Leave the best weights in the model, and its gradients as they were asked for before."""
