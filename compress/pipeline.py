@@ -2,6 +2,7 @@
 
     job -> costs -> candidates -> (plan -> file -> timing)* -> refit -> file -> recovery -> file -> proof
 
+Split weights are matched block by block right after the refit.
 Every arrow leaves an artifact in `<out>/compression/`, stored with the hash of what it was made from:
 a second run takes up whatever is still valid, and a killed run loses at most the stage it was in.
 """
@@ -21,6 +22,7 @@ from compress.export.place import Place
 from compress.ir import Option
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus, Round, Rounds, Timing
+from compress.matching import match
 from compress.power import Prices
 from compress.pricing import Costs, price
 from compress.recipe import Recipe
@@ -190,6 +192,9 @@ def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, dict[str, 
     if job.recipe.calibration.refit and job.recipe.options.score == "obs":
         removals, note = _refitted(job, removals, turn, judge)
         notes.append(note)
+        if any(removal.factors for removal in removals.values()):
+            removals, note = _matched(job, removals, judge)
+            notes.append(note)
     model = surgery.shrink(job.task.model, job.sites, removals)
     save(job, turn, model, removals)
     return model, removals, notes
@@ -226,6 +231,24 @@ def _refitted(
             f"Sequential refit: divergence from dense {turn.loss:.4g} -> {found:.4g}",
         )
     return removals, f"Sequential refit not used: divergence {turn.loss:.4g} would become {found:.4g}"
+
+
+def _matched(job: Job, removals: dict[str, Removal], judge: Stitched) -> tuple[dict[str, Removal], str]:
+    """The removals after the matching of whole blocks, unless unseen inputs say that it did harm."""
+
+    def loss(found: Mapping[str, Removal]) -> float:
+        small = surgery.shrink(job.task.model, job.sites, found)
+        return judge.of(quantize.emulated(small, job.sites, found))
+
+    with job.stages("match blocks") as tick:
+        memory_mb = job.recipe.calibration.memory_mb
+        better = match(
+            job.task.model, job.sites, removals, job.calibration, memory_mb=memory_mb, progress=tick
+        )
+        before, after = loss(removals), loss(better)
+    if after < before:
+        return better, f"Blocks matched: divergence from dense {before:.4g} -> {after:.4g}"
+    return removals, f"Matching of blocks not used: divergence {before:.4g} would become {after:.4g}"
 
 
 def _proof_timing(job: Job, model: nn.Module) -> Comparison | None:

@@ -3,14 +3,16 @@
 import gzip
 import importlib
 import json
+import lzma
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from compress.core.sltrain import account, dense_account
+from compress.errors import CompressError
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -43,6 +45,7 @@ def wikitext(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_sltrain_compares_every_method_and_counts_its_bytes(monkeypatch, wikitext):
     rows = run(monkeypatch, wikitext, "sltrain", "--data", str(wikitext), "--steps", "2")
     dense, mixed, low, same = rows
@@ -82,13 +85,62 @@ def test_bytes_on_the_tensors_are_those_of_the_account(monkeypatch):
         assert held["dense"] - held[name] == pytest.approx(formula["dense"] - formula[name], abs=2e-3)
 
 
-def test_factors_alone_begin_with_a_product_that_varies_as_a_dense_weight(monkeypatch):
+def test_factors_alone_begin_with_a_product_that_varies_as_the_dense_weight(monkeypatch):
     bench = tool(monkeypatch, "benchmarks.sltrain")
     torch.manual_seed(0)
-    layer = bench.Thin(300, 200, 32)
+    weight = 0.02 * torch.randn(300, 200)
+    layer = bench.Thin(weight, 32)
     product = (layer.left @ layer.right).detach()
-    assert product.std().item() == pytest.approx(nn.Linear(200, 300).weight.std().item(), rel=0.1)
+    assert product.std().item() == pytest.approx(weight.std().item(), rel=0.1)
     x = torch.randn(5, 200)
     assert torch.allclose(layer(x), x @ product.T, atol=1e-5)
     layer(x).square().sum().backward()
     assert float(layer.left.grad.abs().max()) > 0 < float(layer.right.grad.abs().max())
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """A directory with 300 random pictures to learn from and 60 held out, stored as CIFAR-10 is."""
+    (tmp_path / "cifar10").mkdir()
+    random = np.random.default_rng(0)
+    labels = {}
+    for name, file, count in (("train", "train_1", 300), ("test", "test", 60)):
+        pixels = random.integers(0, 256, (count, 3, 32, 32), np.uint8)
+        with lzma.open(tmp_path / "cifar10" / f"{file}.xz", "wb", preset=0) as out:
+            out.write(pixels.tobytes())
+        labels[name] = random.integers(0, 10, count)
+    np.savez(tmp_path / "cifar10" / "labels.npz", **labels)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_gpusq_leaves_out_every_term_and_counts_packed_bytes(monkeypatch, cifar):
+    words = ("--data", str(cifar), "--dense-steps", "3", "--steps", "3", "--seeds", "1", "--batch", "8")
+    rows = run(monkeypatch, cifar, "gpusq", *words)
+    bench = tool(monkeypatch, "benchmarks.gpusq")
+    dense, bits, sparse, both, shapes = rows[:5]
+    tuned = [row for row in rows[5:] if row["seed"] != "mean"]
+    assert [row["what"] for row in tuned] == [*bench.TERMS]
+    assert [row["what"] for row in rows if row.get("seed") == "mean"] == [*bench.TERMS]
+    assert (dense["divergence"], dense["products_smaller"]) == (0, 1)
+    assert 0 < bits["divergence"] < both["divergence"]
+    # 32 bits a weight against 8; against 16 and 2 of position; against half of 8 and 1 of position.
+    assert [row["weights_smaller"] for row in (bits, sparse)] == [4.0, 1.88]
+    assert {row["weights_smaller"] for row in (both, shapes, *tuned)} == {6.4}
+    assert shapes["products_smaller"] == pytest.approx(6.4, rel=0.02)
+    for row in tuned:
+        assert 2 < row["model_smaller"] < row["products_smaller"] < 6.4
+        assert np.mean(row["factors"]) == pytest.approx(1, abs=0.01)
+    scores = {(row["what"], row["seed"]): row["divergence"] for row in tuned}
+    for terms in set(bench.TERMS) - {"all terms"}:  # the control: every term changes what is learned
+        assert scores[terms, 0] != scores["all terms", 0]
+
+
+def test_a_weight_that_is_not_2_4_is_not_counted_as_if_it_were(monkeypatch):
+    bench = tool(monkeypatch, "benchmarks.gpusq")
+    weight = torch.zeros(2, 16, dtype=torch.int8)
+    weight[:, ::2] = 3
+    assert bench.packed_bytes(weight) == 2 * 8 + 2 * 2
+    weight[0, 1] = 1
+    with pytest.raises(CompressError, match="a group of 4 holds 3"):
+        bench.packed_bytes(weight)

@@ -10,6 +10,7 @@
     python tools/benchmark.py encoder                   an encoder with all its products in blocks
     python tools/benchmark.py pat --data DATA           the hidden width, pruned while tuning or before
     python tools/benchmark.py sltrain --data DATA       trained dense, low-rank, or sparse plus low-rank
+    python tools/benchmark.py gpusq --data DATA         2:4 on 8 bits, with and without each distillation term
 
 DIR is what `tools/finetune_sst2.py` wrote: a Hugging Face directory beside `train.csv` and `dev.csv`.
 DATA holds public data sets in folders: `cifar10`, `tinyshakespeare`, `wikitext2`.
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks import blocks, hidden_width, precision, sltrain
+from benchmarks import blocks, gpusq, hidden_width, precision, sltrain
 from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
@@ -356,6 +357,7 @@ BENCHMARKS = {
     "encoder": blocks.encoder,
     "pat": hidden_width.run,
     "sltrain": sltrain.run,
+    "gpusq": gpusq.run,
 }
 
 
@@ -367,17 +369,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
-    parser.add_argument("--methods", help=f"comma list of {', '.join([*METHODS, *MOVES])}")
+    parser.add_argument("--methods", help=f"comma list of {', '.join([*METHODS, *MOVES, *sltrain.METHODS])}")
     parser.add_argument("--products", default="3072x768,768x3072", help="comma list of OUTxIN, for blocks")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128], help="rows of x, for blocks")
     parser.add_argument(
         "--patterns", default=blocks.PATTERNS, help="comma list of block patterns, for blocks"
     )
-    parser.add_argument("--data", type=Path, help="a directory with the data sets, for pat and sltrain")
-    parser.add_argument("--dense-steps", type=int, default=600, help="training from scratch, for pat")
-    parser.add_argument("--steps", type=int, help="of training or tuning, for pat (200) and sltrain (500)")
-    parser.add_argument("--seeds", type=int, default=1, help="for sltrain")
-    parser.add_argument("--batch", type=int, default=64, help="inputs a step, for pat")
+    parser.add_argument(
+        "--data", type=Path, help="a directory with the data sets, for pat, sltrain and gpusq"
+    )
+    parser.add_argument("--dense-steps", type=int, help="from scratch, for pat (600) and gpusq (1500)")
+    parser.add_argument(
+        "--steps", type=int, help="for pat (200), sltrain (500) and each stage of gpusq (100)"
+    )
+    parser.add_argument("--seeds", type=int, help="for sltrain (1) and gpusq (2)")
+    parser.add_argument("--batch", type=int, default=64, help="inputs a step, for pat and gpusq")
     parser.add_argument("--threads", type=int, default=bench.physical_cores())
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()

@@ -3,8 +3,8 @@
 All begin from nothing, on the same windows of WikiText-2 in byte-level pieces that are learned from its
 training text. Two low-rank models are controls: one of the same rank as the sparse plus low-rank model, and
 one of the rank that takes as many parameters. Factors alone must not start at zero as they do beside a sparse
-part: with all products zero no gradient reaches them. They start so that their product varies as a dense
-weight does. Bytes are counted on the tensors that are there after a step.
+part: with all products zero no gradient reaches them. They start alike, so that their product varies as the
+dense weight in their place. Bytes are counted on the tensors that are there after a step.
 
 Data lies in a directory with `wikitext2/`.
 """
@@ -92,13 +92,14 @@ def products(net: nn.Module) -> list[str]:
 
 
 class Thin(nn.Module):
-    """`x -> x (left right)^T` of two factors alone; the product's entries vary as a dense weight's."""
+    """`x -> x (left right)^T` of two factors alone; the product's entries vary as those of a dense weight."""
 
-    def __init__(self, out: int, inner: int, rank: int) -> None:
+    def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
-        bound = inner**-0.5
-        self.right = nn.Parameter(torch.empty(rank, inner).uniform_(-bound, bound))
-        self.left = nn.Parameter(torch.randn(out, rank) * rank**-0.5)
+        out, inner = weight.shape
+        spread = float((weight.detach().std() * rank**-0.5).sqrt())
+        self.right = nn.Parameter(torch.randn(rank, inner) * spread)
+        self.left = nn.Parameter(torch.randn(out, rank) * spread)
 
     def forward(self, x: Tensor) -> Tensor:
         """The output [..., out] of inputs [..., in]."""
@@ -108,11 +109,11 @@ class Thin(nn.Module):
 def thin(net: nn.Module, *, same_parameters: bool) -> None:
     """Low rank alone, in place: of RANK, or of the rank with as many parameters as RANK and DENSITY."""
     for name in products(net):
-        out, inner = net.get_submodule(name).weight.shape
+        weight = net.get_submodule(name).weight
         rank = RANK
         if same_parameters:
-            rank = round(account(out, inner, RANK, DENSITY).parameters / (out + inner))
-        net.set_submodule(name, Thin(out, inner, rank))
+            rank = round(account(*weight.shape, RANK, DENSITY).parameters / sum(weight.shape))
+        net.set_submodule(name, Thin(weight, rank))
 
 
 def mixed(net: nn.Module, seed: int) -> None:
@@ -124,7 +125,7 @@ METHODS: dict[str, Callable[[nn.Module, int], None]] = {
     "dense": lambda net, seed: None,
     "sparse + low rank": mixed,
     "low rank": lambda net, seed: thin(net, same_parameters=False),
-    "low rank, as many parameters": lambda net, seed: thin(net, same_parameters=True),
+    "low rank of as many parameters": lambda net, seed: thin(net, same_parameters=True),
 }
 
 
@@ -132,11 +133,11 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     """Perplexity and bytes of every method and seed."""
     text = read(arguments.data / "wikitext2")
     rows: list[Row] = []
-    for seed in range(arguments.seeds):
-        for name, act in METHODS.items():
+    for seed in range(arguments.seeds or 1):
+        for name in arguments.methods.split(",") if arguments.methods else METHODS:
             began = time.perf_counter()
             net = model(seed)
-            act(net, seed)
+            METHODS[name](net, seed)
             optimizer = fit(net, text.known, seed, arguments.steps or STEPS)
             row: Row = {"method": name, "seed": seed, "perplexity": round(perplexity(net, text.held), 2)}
             row |= megabytes(net, optimizer, text.held[:WINDOWS])
