@@ -138,7 +138,7 @@ def packed_bytes(values: Tensor) -> int:
     return kept.numel() * kept.element_size() + positions.numel() * positions.element_size()
 
 
-def pruned(task: Task, names: Sequence[str]) -> nn.Module:
+def pruned(task: Pictures, names: Sequence[str]) -> nn.Module:
     """A copy at 2:4, each layer solved for what it reads in the model."""
     seen = quantize.observe(task, names, task.known[:OBSERVED])
     made = copy.deepcopy(task.model)
@@ -150,14 +150,16 @@ def pruned(task: Task, names: Sequence[str]) -> nn.Module:
     return made
 
 
-def rounded(task: Task, names: Sequence[str], *, learn: bool) -> nn.Module:
+def rounded(task: Pictures, names: Sequence[str], *, learn: bool) -> nn.Module:
     """A copy on 8 bits, a step for every row of a weight and a range for every input; zeros stay zeros."""
     seen = quantize.observe(task, names, task.known[:OBSERVED])
     made = copy.deepcopy(task.model)
     places = {}
     for name in names:
         span = ranges.span(seen[name].histogram, "mse")
-        places[name] = quantize.Place(fakequant.nearest(made.get_parameter(name), "int8-static", span))
+        places[name] = quantize.Place(
+            fakequant.nearest(made.get_parameter(name).detach(), "int8-static", span)
+        )
     quantize.insert(made, places, learn=learn)
     return made.eval()
 
@@ -176,10 +178,10 @@ class Stages:
         self.at = distill.places(self.dense, find_sites(self.dense, self.known[0].inputs).sites)
 
     def lesson(self, teacher: nn.Module, wanted: Recovery, folder: Path) -> tune.Lesson:
-        """What one model teaches; its answers are kept in a folder."""
+        """What one model teaches; its answers are kept in a folder, if at all."""
         folder.mkdir(parents=True, exist_ok=True)
         task = Pictures(teacher, self.known)
-        told = distill.Teacher(task, teacher, self.at, folder, 2000)
+        told = distill.Teacher(task, teacher, self.at, folder, wanted.cache_mb)
         return tune.Lesson(task, told, lambda: self.known, len(self.known), wanted)
 
     def prune(self, sparse: nn.Module, wanted: Recovery) -> tuple[nn.Module, tuple[float, ...]]:
@@ -193,7 +195,7 @@ class Stages:
         """The 2:4 model on 8 bits, taught by the 2:4 model: weights, steps and ranges learn."""
         made = rounded(Pictures(sparse, self.known), self.names, learn=True)
         wanted = wanted.model_copy(update={"rate": RATES[1], "cache_mb": 0})
-        lesson = self.lesson(sparse, wanted, self.folder / "sparse" / str(id(made)))
+        lesson = self.lesson(sparse, wanted, self.folder / "sparse")
         run = tune.Run(made, lesson, zeros=tune.zeros_of(sparse, self.names))
         run.state = run.state.model_copy(update={"factors": factors})
         tune.tune(run, lambda _: 0.0)
@@ -222,7 +224,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     return rows + means(rows)
 
 
-def untuned(task: Task, sparse: nn.Module, names: Sequence[str], held: Held) -> list[Row]:
+def untuned(task: Pictures, sparse: nn.Module, names: Sequence[str], held: Held) -> list[Row]:
     """Dense and 2:4, in floats and on 8 bits, with nothing trained; and the bytes of DeiT-B's shapes."""
     full = counted(task.model, names, {}, sparse=False)
     rows: list[Row] = []
@@ -248,7 +250,8 @@ def tuned(stages: Stages, sparse: nn.Module, held: Held, seed: int) -> Iterator[
         began = time.perf_counter()
         wanted = GPUSQ.model_copy(update={**changes, "seed": seed})
         first, factors = stages.prune(sparse, wanted)
-        made = stages.quantize(first, wanted, () if terms == "no factors" else factors)
+        factors = () if terms == "no factors" else factors
+        made = stages.quantize(first, wanted, factors)
         scores = held.judge(made)
         size = counted(made, stages.names, quantize.settle(made), sparse=True)
         row: Row = {"what": terms, "seed": seed, "accuracy_2:4": held.judge(first)["accuracy"]}
