@@ -169,9 +169,9 @@ def run(session: "Session", words: Words) -> int:
     result = pipeline.run(recipe, session.progress)
     page = str(session.out / "compression" / "report.html")
     session.answer(result.model_dump(mode="json"), report.verdict_line(result, page))
-    step = report.next_step(result, recipe.out)
-    if step is not None:
-        session.progress.say(step)
+    for line in (report.next_step(result, recipe.out), report.ruin(result)):
+        if line is not None:
+            session.progress.say(line)
     return report.exit_code(result)
 
 

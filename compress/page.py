@@ -25,6 +25,7 @@ from compress.report import (
     found,
     next_step,
     quality,
+    ruin,
     verdict_line,
 )
 from compress.svg import PALETTE, Chart
@@ -315,8 +316,7 @@ def notes(report: Report) -> list[str]:
     if verdict.reason:
         found_notes.append(f"{verdict.reason[:1].upper()}{verdict.reason[1:]}.")
     step = next_step(report)
-    if step is not None:
-        found_notes.append(f"{step}.")
+    found_notes += [f"{line}." for line in (step, ruin(report)) if line is not None]
     if verdict.status == "met" and asked.speedup and measured:
         low = measured.interval95[0]
         if low < asked.speedup:
