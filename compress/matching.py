@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from compress import distill, sltrain, surgery
 from compress.calibrate import real_rows
@@ -76,9 +77,9 @@ def match(
             blocks.setdefault(place, []).append(site)
     for done, (place, inside) in enumerate(blocks.items(), 1):
         layers = _split(small, inside, removals)
-        learn(
-            small.get_submodule(place.name), place, layers, examples(model, small, place, batches, memory_mb)
-        )
+        if layers:
+            shown = examples(model, small, place, batches, memory_mb)
+            learn(small.get_submodule(place.name), place, layers, shown)
         for site in inside:
             found[site.name] = _removal(site, removals[site.name], layers)
         sltrain.merge(small)
@@ -109,12 +110,14 @@ def _call(model: nn.Module, place: Place, batch: Batch) -> tuple[tuple[object, .
     caught: list[tuple[tuple[object, ...], dict[str, object]]] = []
 
     def before(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        caught.append((args, {name: value for name, value in kwargs.items() if "past_key" not in name}))
+        caught.append((args, kwargs))
         raise _ReachedError
 
     hook = model.get_submodule(place.name).register_forward_pre_hook(before, with_kwargs=True)
     _until_reached(model, batch, hook.remove)
-    return caught[0]
+    ((args, kwargs),) = caught
+    plain = tuple(None if isinstance(value, Cache) else value for value in args)
+    return plain, {name: value for name, value in kwargs.items() if not isinstance(value, Cache)}
 
 
 def _answer(model: nn.Module, place: Place, batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@ import copy
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 from classifier import padded
@@ -167,6 +168,17 @@ def test_a_layer_that_stores_its_weight_across_stays(split):
     small.get_submodule(name).__class__ = Across
     layers = matching._split(small, [site], removals)
     assert set(layers) == set(removals[site.name].factors) - {site.writer}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_block_of_a_decoder_that_keeps_a_cache_answers_alike_every_time(name):
+    model, inputs = families.build(name)
+    batch = Batch({**inputs, "use_cache": True})
+    place = Place({"llama": "model.layers.1", "gpt2": "transformer.h.1"}[name])
+    (shown,) = matching.examples(model, model, place, [batch], 100)
+    block = model.get_submodule(place.name)
+    with torch.no_grad():
+        assert [float(matching.distance(block, place, shown)) for _ in range(3)] == [0.0] * 3
 
 
 @pytest.mark.parametrize("helps", [True, False])
