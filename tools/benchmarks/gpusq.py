@@ -77,7 +77,7 @@ class Held:
         found = answers(net, self.pixels)
         return {
             "accuracy": round(float((found.argmax(-1) == self.labels).float().mean()), 4),
-            "divergence": round(float(kl(found, self.dense).mean()), 4),
+            "divergence": round(float(kl(found, self.dense).mean()), 6),
         }
 
 
@@ -221,7 +221,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
         if not rows:
             rows += untuned(task, sparse, stages.names, held)
         rows += tuned(stages, sparse, held, seed)
-    return rows + means(rows)
+    return [*rows, *means(rows)]
 
 
 def untuned(task: Pictures, sparse: nn.Module, names: Sequence[str], held: Held) -> list[Row]:
@@ -272,7 +272,7 @@ def means(rows: Sequence[Row]) -> Iterator[Row]:
             "what": terms,
             "seed": "mean",
             "accuracy": round(float(values[:, 0].mean()), 4),
-            "divergence": round(float(values[:, 1].mean()), 4),
+            "divergence": round(float(values[:, 1].mean()), 6),
             "points_against_all_terms": round(float(change.mean()), 2),
             "each_seed": [round(float(one), 2) for one in change],
         }
