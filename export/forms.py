@@ -9,7 +9,7 @@ from compress.core.fakequant import Quantized
 from compress.export import lowering, quantized, sparse
 from compress.export.lowering import Lowering
 from compress.ir import Option, Site
-from compress.surgery import Removal, readers
+from compress.surgery import ROUNDING, Removal, readers
 
 
 def lower(graph: ir.Model, sites: Iterable[Site], removals: Mapping[str, Removal]) -> None:
@@ -47,7 +47,7 @@ def _lowering(graph: ir.Model, name: str, option: Option, removal: Removal) -> L
     blocks = None
     if option.pattern != "dense":
         rows, columns = option.block
-        kept = weight if rest is None else np.where(np.abs(rest) > 1e-7 * np.abs(weight).max(), rest, 0.0)
+        kept = weight if rest is None else np.where(np.abs(rest) > ROUNDING * np.abs(weight).max(), rest, 0.0)
         rest = None if rest is None else kept
         blocks = sparse.find(kept, rows, columns)
     return Lowering(blocks=blocks, left=left, right=right, sparse=rest)
