@@ -81,7 +81,8 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
     if start is not None:
         notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
     if job.recipe.recovery.mode != "none":
-        notes += recovery.recover(job, model, removals)
+        removals, learned = recovery.recover(job, model, removals)
+        notes += learned
         save(job, turn, model, removals)
         comparison = _proof_timing(job, model)
     result = proof.assemble(

@@ -1,6 +1,7 @@
 """Winning quality back after pruning: the shrunk model is tuned on the job's data, judged on unseen inputs.
 
-The graph is final before this begins, so the measured time stays what it was.
+The graph is final before this begins, so the measured time stays what it was. Products learn in the forms
+in which they run: integers through their rounding, thin factors as factors, zeros of a pattern as zeros.
 """
 
 import shutil
@@ -11,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import artifact, distill, stitch, surgery, tune
+from compress import artifact, distill, formed, quantize, stitch, tune
 from compress.console import span
 from compress.distill import Teacher
-from compress.ir import Option
 from compress.job import Job, content, fingerprint
 from compress.surgery import Removal
 from compress.task import Batch
@@ -26,11 +26,12 @@ ANSWERS = "answers"
 CHECKPOINT = "recovery.safetensors"
 
 
-def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list[str]:
-    """Tune a shrunk model in place, as the recipe's `[recovery]` says; what is worth a note.
+def recover(
+    job: Job, model: nn.Module, removals: Mapping[str, Removal]
+) -> tuple[dict[str, Removal], list[str]]:
+    """Tune a shrunk model in place, as the recipe's `[recovery]` says.
 
-    Zeros of a pattern stay zeros. Weights that stand in the file as integers or thin factors stay as they
-    are, since what they stand for was rounded or factored once; everything around them is tuned.
+    Gives the removals with the codes and factors that were learned, and what is worth a note.
 
     Args:
         job: gives the dense model, the data and the settings.
@@ -39,45 +40,30 @@ def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list
     """
     wanted = job.recipe.recovery
     if wanted.mode == "none":
-        return []
+        return dict(removals), []
 
     def batches() -> Iterator[Batch]:
         return job.task.batches("calibration", wanted.batch, wanted.samples)
 
     seen = [_content(batch) for batch in batches()]
     data = artifact.digest(job.key, *seen)
-    made_from = artifact.digest(data, wanted, *fingerprint(model))
+    zeros = formed.insert(model, job.sites, removals)
+    forms = sorted({one.form for one in removals.values()} - {"dense"})
+    made_from = artifact.digest(data, wanted, forms, *fingerprint(model))
     answers = artifact.folder(job.folder / ANSWERS, data)
     teacher = Teacher(
         job.task, job.task.model, distill.places(job.task.model, job.sites), answers, wanted.cache_mb
     )
     lesson = Lesson(job.task, teacher, batches, len(seen), wanted)
     judge = Judge(job)
-    fixed = {name for one in removals.values() for name in (*one.factors, *one.codes)}
-    run = Run(
-        model,
-        lesson,
-        zeros=tune.zeros_of(model, _patterned(job, removals) - fixed),
-        fixed=fixed,
-        checkpoint=job.folder / CHECKPOINT,
-        made_from=made_from,
-    )
+    run = Run(model, lesson, zeros=zeros, checkpoint=job.folder / CHECKPOINT, made_from=made_from)
     if not run.finished:
         job.stages.progress.say(_announced(model, lesson))
     with job.stages(f"recover ({wanted.mode})") as tick:
         scores = tune.tune(run, judge, tick)
     shutil.rmtree(answers)
-    return [_said(scores, judge, wanted.mode, len(scores) - 1)]
-
-
-def _patterned(job: Job, removals: Mapping[str, Removal]) -> set[str]:
-    """Names of the matrices whose zeros are a pattern."""
-    return {
-        name
-        for site in job.sites
-        if site.name in removals and Option.of(removals[site.name].form, None).pattern != "dense"
-        for name in (site.writer, *surgery.readers(site))
-    }
+    learned = formed.settle(model, job.sites, removals)
+    return learned, [_said(scores, judge, wanted.mode, forms)]
 
 
 def _content(batch: Batch) -> str:
@@ -97,9 +83,10 @@ def _announced(model: nn.Module, lesson: Lesson) -> str:
     return f"recovery: at most {wanted.courses} courses of {course}; it ends when the score stops rising"
 
 
-def _said(scores: Sequence[float], judge: "Judge", mode: str, epochs: int) -> str:
+def _said(scores: Sequence[float], judge: "Judge", mode: str, forms: Sequence[str]) -> str:
     before, after = (judge.worded(score) for score in (scores[0], max(scores)))
-    return f"Recovery ({mode}, {epochs} epochs): {judge.name} {before} -> {after}"
+    learned = f", learning in {', '.join(forms)}" if forms else ""
+    return f"Recovery ({mode}, {len(scores) - 1} epochs{learned}): {judge.name} {before} -> {after}"
 
 
 class Judge:
@@ -133,12 +120,13 @@ class Judge:
         return f"{score if self.scored and self._task.higher_is_better else abs(score):.4g}"
 
     def __call__(self, model: nn.Module) -> float:
-        """Larger is better."""
+        """Larger is better; weights that learn through rounding are rounded once for all inputs."""
         if self.empty:
             return 0.0
-        if not self.scored:
-            return -stitch.divergence(self._task, model, self._batches, self._dense)
-        found = self._task.score(self._run(model), "validation", self._limit)
+        with quantize.held(model):
+            if not self.scored:
+                return -stitch.divergence(self._task, model, self._batches, self._dense)
+            found = self._task.score(self._run(model), "validation", self._limit)
         return found if self._task.higher_is_better else -found
 
     def _run(self, model: nn.Module) -> Answering:
