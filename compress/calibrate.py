@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compress.core import ranges
+from compress.core.ranges import Histogram, Range, Span
 from compress.errors import CompressError
 from compress.ir import Site
 from compress.task import Batch, Task
@@ -31,6 +33,8 @@ class Statistics:
         second: [in, in] `E[x x^T]`, not centered.
         taylor: [in] mean over samples of `(sum over tokens of x dL/dx)^2`, None when not asked for.
         reader: [hidden, hidden] `E[x x^T]` of what the site's readers see, None when not asked for.
+        range: what bytes should cover of the writer's inputs, None when not asked for.
+        reader_span: the same of what the readers see.
     """
 
     count: int
@@ -38,13 +42,20 @@ class Statistics:
     second: Tensor
     taylor: Tensor | None = None
     reader: Tensor | None = None
+    range: Range | None = None
+    reader_span: Span | None = None
 
 
 class Moments:
-    """Running sums about a shift that the first rows set, on the device of the rows."""
+    """Running sums about a shift that the first rows set, on the device of the rows.
 
-    def __init__(self) -> None:
+    With a `histogram` values are counted as well, for the range that bytes should cover.
+    """
+
+    def __init__(self, histogram: Histogram | None = None) -> None:
         self.count = 0
+        self.histogram = histogram
+        self.low = self.high = torch.zeros(0)
         self.shift = torch.zeros(0)
         self.sum = torch.zeros(0)
         self.square = torch.zeros(0)
@@ -57,6 +68,10 @@ class Moments:
             self.shift = rows.mean(0)
             self.sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
             self.square = self.sum.new_zeros(rows.shape[1], rows.shape[1])
+            self.low, self.high = rows.amin(0), rows.amax(0)
+        if self.histogram is not None:
+            self.histogram.add(rows)
+            self.low, self.high = self.low.minimum(rows.amin(0)), self.high.maximum(rows.amax(0))
         self.count += len(rows)
         off = rows - self.shift
         self.sum += off.sum(0, dtype=torch.float64)
@@ -82,7 +97,27 @@ class Moments:
         }
         if self.samples:
             found["taylor"] = self.taylor / self.samples
+        if self.histogram is not None:
+            covered = torch.tensor(ranges.span(self.histogram), dtype=torch.float64)
+            found |= {"span": covered, "low": self.low, "high": self.high}
         return found
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is collected besides the moments of the writers."""
+
+    taylor: bool
+    readers: bool
+    spans: bool
+
+    def found(self, statistics: Statistics) -> bool:
+        """Whether it is all there."""
+        return not (
+            (self.taylor and statistics.taylor is None)
+            or (self.readers and statistics.reader is None)
+            or (self.spans and (statistics.range is None or statistics.reader_span is None))
+        )
 
 
 def collect(
@@ -94,6 +129,7 @@ def collect(
     memory_mb: int = 2048,
     taylor: bool = False,
     readers: bool = False,
+    spans: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write `directory/<index>.safetensors` for every site that has no valid file there yet.
@@ -106,6 +142,7 @@ def collect(
         memory_mb: what the float64 matrices of one pass may take.
         taylor: also collect first-order scores, by a backward pass for every batch.
         readers: also collect the second moments of what the readers see.
+        spans: also find the ranges that bytes should cover, of the writers' inputs and the readers'.
         progress: called with batches done and batches in all, over all passes.
 
     Raises:
@@ -113,18 +150,23 @@ def collect(
     """
     if not batches:
         raise CompressError("there is no calibration data; give some with --data")
-    missing = [i for i, site in enumerate(sites) if not _valid(directory, i, site, taylor, readers)]
-    passes = _passes([(i, sites[i]) for i in missing], memory_mb * 1e6, readers)
+    wanted = _Wanted(taylor, readers or spans, spans)
+    missing = [i for i, site in enumerate(sites) if not _valid(directory, i, site, wanted)]
+    passes = _passes([(i, sites[i]) for i in missing], memory_mb * 1e6, wanted.readers)
     for number, group in enumerate(passes):
 
         def tick(done: int, before: int = number) -> None:
             if progress is not None:
                 progress(before * len(batches) + done, len(passes) * len(batches))
 
-        moments, seen = _pass(task, [sites[i] for i in group], batches, taylor, readers, tick)
+        moments, seen = _pass(task, [sites[i] for i in group], batches, wanted, tick)
         for index, found, read_by in zip(group, moments, seen, strict=True):
-            more = {"reader": read_by.tensors()["second"]} if readers else {}
-            write(directory / f"{index:03d}.safetensors", found.tensors() | more)
+            tensors = found.tensors()
+            if wanted.readers:
+                of_readers = read_by.tensors()
+                tensors["reader"] = of_readers["second"]
+                tensors |= {"reader_span": of_readers["span"]} if spans else {}
+            write(directory / f"{index:03d}.safetensors", tensors)
 
 
 def read(directory: Path, index: int) -> Statistics:
@@ -137,10 +179,21 @@ def read(directory: Path, index: int) -> Statistics:
     try:
         found = load_file(path)
         return Statistics(
-            int(found["count"]), found["mean"], found["second"], found.get("taylor"), found.get("reader")
+            int(found["count"]),
+            found["mean"],
+            found["second"],
+            found.get("taylor"),
+            found.get("reader"),
+            Range(_span(found["span"]), found["low"], found["high"]) if "span" in found else None,
+            _span(found["reader_span"]) if "reader_span" in found else None,
         )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CompressError(f"{path} is missing or damaged ({error}); run again to rebuild it") from error
+
+
+def _span(ends: Tensor) -> Span:
+    low, high = ends.tolist()
+    return low, high
 
 
 def writer_width(site: Site) -> int:
@@ -158,15 +211,14 @@ def reader_width(site: Site) -> int:
     return next(m.inner for m in site.matmuls if m.weight != site.writer)
 
 
-def _valid(directory: Path, index: int, site: Site, taylor: bool, readers: bool) -> bool:
+def _valid(directory: Path, index: int, site: Site, wanted: _Wanted) -> bool:
     try:
         found = read(directory, index)
     except CompressError:
         return False
     width = writer_width(site)
     whole = found.mean.shape == (width,) and found.second.shape == (width, width)
-    whole = whole and (found.reader is not None or not readers)
-    return whole and found.count > 0 and (found.taylor is not None or not taylor)
+    return whole and found.count > 0 and wanted.found(found)
 
 
 def _passes(sites: Sequence[tuple[int, Site]], room: float, readers: bool) -> list[list[int]]:
@@ -187,12 +239,11 @@ def _pass(
     task: Task,
     sites: Sequence[Site],
     batches: Sequence[Batch],
-    taylor: bool,
-    readers: bool,
+    wanted: _Wanted,
     tick: Callable[[int], None],
 ) -> tuple[list[Moments], list[Moments]]:
     """All batches through the model, with hooks on the writers, and on a reader, of `sites`."""
-    moments, seen = [Moments() for _ in sites], [Moments() for _ in sites]
+    moments, seen = ([Moments(Histogram() if wanted.spans else None) for _ in sites] for _ in range(2))
     current: list[Batch] = []
 
     def watch(site: Site, own: Moments, taylor: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -207,8 +258,8 @@ def _pass(
 
         return hook
 
-    watched = [(site.writer, site, own, taylor) for site, own in zip(sites, moments, strict=True)]
-    if readers:
+    watched = [(site.writer, site, own, wanted.taylor) for site, own in zip(sites, moments, strict=True)]
+    if wanted.readers:
         watched += [(reader(site), site, own, False) for site, own in zip(sites, seen, strict=True)]
     hooks = [
         task.model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(watch(site, own, first))
@@ -217,7 +268,7 @@ def _pass(
     try:
         for done, batch in enumerate(batches, 1):
             current.append(batch)
-            if taylor:
+            if wanted.taylor:
                 with torch.enable_grad():
                     torch.autograd.backward(task.loss(task.logits(task.model(**batch.inputs)), batch))
                 task.model.zero_grad(set_to_none=True)

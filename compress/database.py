@@ -19,7 +19,7 @@ from compress.ir import Option, Site
 from compress.surgery import Removal, products, writer_columns
 
 PARTS = ("kept", "weight", "bias")
-READER, LEFT, RIGHT, CODES, STEP = "reader/", "left/", "right/", "codes/", "step/"
+READER, LEFT, RIGHT, CODES, STEP, READ = "reader/", "left/", "right/", "codes/", "step/", "read/"
 SafeFile = Any  # safetensors leaves the type of an open file to the reader
 Errors = dict[str, dict[str, float]]
 Candidate = tuple[Removal, float]  # what is stored of one option, all of it present, and its layer error
@@ -72,8 +72,8 @@ def removal(directory: Path, index: int, option: Option) -> Removal:
     try:
         with safe_open(path, framework="pt") as file:
             kept, weight, bias = (file.get_tensor(f"{option.key}/{part}") for part in PARTS)
-            readers, left, right, codes, steps = (
-                _named(file, f"{option.key}/{part}") for part in (READER, LEFT, RIGHT, CODES, STEP)
+            readers, left, right, codes, steps, read = (
+                _named(file, f"{option.key}/{part}") for part in (READER, LEFT, RIGHT, CODES, STEP, READ)
             )
     except (OSError, SafetensorError) as error:
         raise CompressError(f"{path} is missing or damaged ({error}); run again to rebuild it") from error
@@ -84,8 +84,14 @@ def removal(directory: Path, index: int, option: Option) -> Removal:
         readers,
         option.form,
         {name: (left[name], right[name]) for name in left},
-        {name: Quantized(PRECISIONS[option.precision], codes[name], steps[name]) for name in codes},
+        {name: _quantized(option, codes[name], steps[name], read.get(name)) for name in codes},
     )
+
+
+def _quantized(option: Option, codes: Tensor, step: Tensor, read: Tensor | None) -> Quantized:
+    """A stored weight in low precision; `read` holds step and zero point of its input, if they are fixed."""
+    fixed = () if read is None else (float(read[0]), int(read[1]))
+    return Quantized(PRECISIONS[option.precision], codes, step, *fixed)
 
 
 def _named(file: SafeFile, prefix: str) -> dict[str, Tensor]:
@@ -106,6 +112,9 @@ def _write(path: Path, made: Mapping[str, Candidate]) -> dict[str, float]:
             tensors |= {f"{key}/{LEFT}{name}": left, f"{key}/{RIGHT}{name}": right}
         for name, found in one.codes.items():
             tensors |= {f"{key}/{CODES}{name}": found.codes, f"{key}/{STEP}{name}": found.step}
+            if found.input_step is not None:
+                read = torch.tensor([found.input_step, found.input_zero], dtype=torch.float64)
+                tensors[f"{key}/{READ}{name}"] = read
     errors = {key: error for key, (_, error) in made.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
@@ -151,10 +160,13 @@ def _build_site(
     else:
         cut = _solved(weight, own, site, statistics, levels, damping)
     uncut = Removal(torch.arange(site.units), weight.float(), own.float().clone())
-    made = {}
+    made: dict[str, Candidate] = {}
     for option in options:
         removal, error = (uncut, 0.0) if option.units is None else cut[option.units]
-        if option.form != "dense":
+        twin = made.get(option.model_copy(update={"precision": forms.DYNAMIC}).key)
+        if option.precision == forms.STATIC and twin is not None:  # the codes are those
+            removal, error = forms.static(site, twin[0], statistics), twin[1]
+        elif option.form != "dense":
             removal, more = forms.treat(model, site, option, removal, statistics, damping)
             error = 1 - (1 - min(error, 1.0)) * (1 - min(more, 1.0))
         made[option.key] = (removal, error)

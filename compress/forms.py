@@ -6,15 +6,16 @@ whose shapes it fits. Errors are relative, as those of structure are; readers ar
 what comes after them is not linear, the writer about its mean, which its bias takes up.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from compress import surgery
 from compress.calibrate import Statistics
-from compress.core import block, gptq, lowrank, nm, obs
+from compress.core import block, fakequant, gptq, lowrank, nm, obs
 from compress.core.fakequant import PRECISIONS, Quantized
 from compress.core.support import Block, Layer, prepare
 from compress.errors import CompressError
@@ -25,6 +26,7 @@ from compress.surgery import Removal
 BLOCKS = ("block:64x32@0.5", "block:64x32@0.25")
 RANKS = (0.25, 0.125)  # of the hidden width
 MIXED = ("block:64x32@0.25", 0.0625)
+DYNAMIC, STATIC = "int8-dynamic", "int8-static"
 LEVELS = 8  # numbers of units at which a site is offered in a form
 
 
@@ -47,7 +49,9 @@ def of(site: Site, moves: Sequence[str], profile: Profile) -> tuple[str, ...]:
     ranks = [max(1, round(share * hidden)) for share in (*RANKS, MIXED[1])]
     by_move = {
         "structure": (),
-        "int8": ("int8-dynamic",),
+        "int8": (DYNAMIC,),
+        "int8-static": (STATIC,),
+        "int4": ("int4",),
         "block": BLOCKS,
         "2:4": ("2:4",),
         "lowrank": tuple(f"rank:{rank}" for rank in ranks[: len(RANKS)]),
@@ -98,6 +102,10 @@ def treat(
     """
     if statistics.reader is None or removal.weight is None or removal.bias is None:
         raise CompressError(f"{site.name}: no statistics of its readers; calibrate with readers = true")
+    if option.precision == STATIC:
+        twin = option.model_copy(update={"precision": DYNAMIC})
+        rounded, error = treat(model, site, twin, removal, statistics, damping)
+        return static(site, rounded, statistics), error
     stay = obs.columns(removal.kept, site.column.width)
     writer = shape(
         option,
@@ -129,6 +137,29 @@ def treat(
         ),
         1 - (1 - min(writer.error, 1.0)) * (1 - min(mean, 1.0)),
     )
+
+
+def static(site: Site, removal: Removal, statistics: Statistics) -> Removal:
+    """A removal in int8-dynamic as int8-static: the same codes, for inputs whose ranges are fixed.
+
+    Raises:
+        CompressError: the statistics hold no ranges.
+    """
+    if statistics.range is None or statistics.reader_span is None:
+        raise CompressError(f"{site.name}: no ranges of its inputs; calibrate with spans = true")
+    own = statistics.range.of(obs.columns(removal.kept, site.column.width))
+    twin = copy.deepcopy(removal)  # a file stores no tensor twice under two names
+    codes = {
+        name: fakequant.packed(
+            PRECISIONS[STATIC],
+            found.codes,
+            found.step,
+            own if name == site.writer else statistics.reader_span,
+        )
+        for name, found in twin.codes.items()
+    }
+    option = Option.of(removal.form, None).model_copy(update={"precision": STATIC})
+    return replace(twin, form=option.form, codes=codes)
 
 
 def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping: float) -> Shaped:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import artifact, distill, formed, quantize, stitch, tune
+from compress import artifact, distill, learning, quantize, stitch, tune
 from compress.console import span
 from compress.distill import Teacher
 from compress.job import Job, content, fingerprint
@@ -47,7 +47,7 @@ def recover(
 
     seen = [_content(batch) for batch in batches()]
     data = artifact.digest(job.key, *seen)
-    zeros = formed.insert(model, job.sites, removals)
+    zeros = learning.insert(model, job.sites, removals)
     forms = sorted({one.form for one in removals.values()} - {"dense"})
     made_from = artifact.digest(data, wanted, forms, *fingerprint(model))
     answers = artifact.folder(job.folder / ANSWERS, data)
@@ -62,7 +62,7 @@ def recover(
     with job.stages(f"recover ({wanted.mode})") as tick:
         scores = tune.tune(run, judge, tick)
     shutil.rmtree(answers)
-    learned = formed.settle(model, job.sites, removals)
+    learned = learning.settle(model, job.sites, removals)
     return learned, [_said(scores, judge, wanted.mode, forms)]
 
 

@@ -32,7 +32,7 @@ ROWS = (
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",
     "files",
-    "formed stitch anchor pat tune",
+    "learning stitch anchor pat tune",
     "pricing",
     "power",
     "choosing proof recovery",
