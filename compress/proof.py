@@ -375,6 +375,12 @@ def _attribution(job: Job, costs: Costs) -> list[str]:
         lines.append(f"Sites come from names, not from the program: {job.found.fallback}")
     if "2:4" not in (*job.profile.patterns, *job.recipe.options.moves):
         lines.append(f"2:4 sparsity was not considered: {job.profile.name} gains no time from it.")
+    rounded = [move for move in job.recipe.options.moves if move.startswith("int")]
+    if rounded and not any("int" in form for row in costs.gains.values() for form in row):
+        lines.append(
+            f"{', '.join(rounded)}: offered at no site; integers are for linear layers on a processor "
+            "that is timed here."
+        )
     return lines
 
 
