@@ -273,8 +273,9 @@ def doubts(drift: float, settled: Mapping[str, bool], elsewhere: float = 0.0) ->
             "not alike: on a quiet machine the speedup may lie outside the interval. Time it again there."
         )
     if abs(drift) > DRIFTED:
+        course = "slower" if drift > 0 else "faster"
         found.append(
-            f"The dense model was {drift:+.1%} slower at the end than at the start; the "
+            f"The dense model was {abs(drift):.1%} {course} at the end than at the start; the "
             "interleaved ratio is not affected, single latencies are."
         )
     return found + [

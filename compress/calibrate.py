@@ -2,7 +2,8 @@
 
 Products are taken in float32 within a batch, about a fixed shift near the mean, and added up in
 float64, so that neither many batches nor a large mean cost digits; padding never enters. When the
-matrices of all sites do not fit into the memory allowed, the data is passed several times.
+matrices of all sites do not fit into the memory allowed, the data is passed several times. Several
+processes take a share of the batches each, and add up what they have found.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compress import several
 from compress.core import ranges
 from compress.core.ranges import Histogram, Range, Span
 from compress.errors import CompressError
@@ -62,16 +64,25 @@ class Moments:
         self.taylor = torch.zeros(0)
         self.samples = 0
 
+    def aim(self, rows: Tensor) -> None:
+        """Measure from the mean of these rows [rows, in], if there are any; they are not counted."""
+        if not len(rows):
+            return
+        self.shift = rows.mean(0)
+        self.sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        self.square = self.sum.new_zeros(rows.shape[1], rows.shape[1])
+
     def add(self, rows: Tensor) -> None:
         """Count these rows [rows, in] in."""
-        if not self.count:
-            self.shift = rows.mean(0)
-            self.sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-            self.square = self.sum.new_zeros(rows.shape[1], rows.shape[1])
-            self.low, self.high = rows.amin(0), rows.amax(0)
+        if not len(self.shift):
+            self.aim(rows)
+        if not len(rows):
+            return
         if self.histogram is not None:
             self.histogram.add(rows)
-            self.low, self.high = self.low.minimum(rows.amin(0)), self.high.maximum(rows.amax(0))
+            low, high = rows.amin(0), rows.amax(0)
+            first = not len(self.low)
+            self.low, self.high = (low, high) if first else (self.low.minimum(low), self.high.maximum(high))
         self.count += len(rows)
         off = rows - self.shift
         self.sum += off.sum(0, dtype=torch.float64)
@@ -101,6 +112,26 @@ class Moments:
             covered = torch.tensor(ranges.span(self.histogram), dtype=torch.float64)
             found |= {"span": covered, "low": self.low, "high": self.high}
         return found
+
+    def over_all(self, width: int) -> dict[str, Tensor]:
+        """`tensors`, over the rows of all processes; float64 sums, the same in each of them."""
+        if several.size() == 1:
+            return self.tensors() if self.count else {}
+        seen = torch.tensor([self.count, self.samples], dtype=torch.float64)
+        several.add_up([seen])
+        if not seen[0]:
+            return {}
+        empty = {
+            "mean": torch.zeros(width),
+            "second": torch.zeros(width, width),
+            "taylor": torch.zeros(width),
+        }
+        here = empty | (self.tensors() if self.count else {})
+        found = {name: here[name].double().cpu() * self.count / seen[0] for name in ("mean", "second")}
+        if seen[1]:
+            found["taylor"] = here["taylor"].double() * self.samples / seen[1]
+        several.add_up(list(found.values()))
+        return found | {"count": seen[:1]}
 
 
 @dataclass(frozen=True)
@@ -150,6 +181,11 @@ def collect(
     """
     if not batches:
         raise CompressError("there is no calibration data; give some with --data")
+    if spans and several.size() > 1:
+        raise CompressError(
+            f"ranges of inputs, for int8-static, are found by one process; there are {several.size()}. Start "
+            "one, or leave int8-static out of --moves"
+        )
     wanted = _Wanted(taylor, readers or spans, spans)
     missing = [i for i, site in enumerate(sites) if not _valid(directory, i, site, wanted)]
     passes = _passes([(i, sites[i]) for i in missing], memory_mb * 1e6, wanted.readers)
@@ -159,14 +195,44 @@ def collect(
             if progress is not None:
                 progress(before * len(batches) + done, len(passes) * len(batches))
 
-        moments, seen = _pass(task, [sites[i] for i in group], batches, wanted, tick)
-        for index, found, read_by in zip(group, moments, seen, strict=True):
-            tensors = found.tensors()
-            if wanted.readers:
-                of_readers = read_by.tensors()
-                tensors["reader"] = of_readers["second"]
-                tensors |= {"reader_span": of_readers["span"]} if spans else {}
-            write(directory / f"{index:03d}.safetensors", tensors)
+        watched = [sites[i] for i in group]
+        dumped = [site.model_dump(mode="json") for site in watched]
+        several.call("calibrate", {"sites": dumped, "taylor": taylor, "readers": wanted.readers})
+
+        def keep(place: int, tensors: dict[str, Tensor], group: list[int] = group) -> None:
+            write(directory / f"{group[place]:03d}.safetensors", tensors)
+
+        observe(task, watched, batches, keep, tick, taylor=taylor, readers=wanted.readers, spans=spans)
+
+
+def observe(
+    task: Task,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    keep: Callable[[int, dict[str, Tensor]], None],
+    tick: Callable[[int], None],
+    *,
+    taylor: bool,
+    readers: bool,
+    spans: bool = False,
+) -> None:
+    """One pass over the data; what `read` reads of each site is given to `keep`, with the site's place.
+
+    Of several processes each calls this with all batches, and takes its share of them.
+    """
+    with several.working():
+        several.alike("calibration data", several.contents(batches))
+        several.spread(task.model)
+        moments, seen = _pass(task, sites, batches, _Wanted(taylor, readers, spans), tick)
+        for place, (site, own, read_by) in enumerate(zip(sites, moments, seen, strict=True)):
+            found = own.over_all(writer_width(site))
+            if not found:
+                raise CompressError("no real token reached a site; the calibration data is all padding")
+            if readers:
+                of_readers = read_by.over_all(reader_width(site))
+                found["reader"] = of_readers["second"]
+                found |= {"reader_span": of_readers["span"]} if spans else {}
+            keep(place, found)
 
 
 def read(directory: Path, index: int) -> Statistics:
@@ -242,14 +308,20 @@ def _pass(
     wanted: _Wanted,
     tick: Callable[[int], None],
 ) -> tuple[list[Moments], list[Moments]]:
-    """All batches through the model, with hooks on the writers, and on a reader, of `sites`."""
+    """This process's batches through the model, with hooks on the writers, and on a reader, of `sites`."""
     moments, seen = ([Moments(Histogram() if wanted.spans else None) for _ in sites] for _ in range(2))
     current: list[Batch] = []
+    mine = several.share(batches)
+    aiming = several.rank() > 0
 
     def watch(site: Site, own: Moments, taylor: bool) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             values = arguments[0]
-            own.add(finite_rows(site, values, current[-1]))
+            rows = finite_rows(site, values, current[-1])
+            if aiming:
+                own.aim(rows)
+                return
+            own.add(rows)
             if taylor:
                 # torch leaves this one method without types.
                 values.register_hook(  # type: ignore[no-untyped-call]
@@ -266,7 +338,12 @@ def _pass(
         for name, site, own, first in watched
     ]
     try:
-        for done, batch in enumerate(batches, 1):
+        if aiming:  # one shift for all processes, since rounding depends on it
+            current.append(batches[0])
+            with torch.no_grad():
+                task.model(**batches[0].inputs)
+            aiming = False
+        for done, batch in enumerate(mine, 1):
             current.append(batch)
             if wanted.taylor:
                 with torch.enable_grad():
@@ -275,12 +352,10 @@ def _pass(
             else:
                 with torch.inference_mode():
                     task.model(**batch.inputs)
-            tick(done)
+            tick(min(len(batches), done * several.size()))
     finally:
         for handle in hooks:
             handle.remove()
-    if any(own.count == 0 for own in moments):
-        raise CompressError("no real token reached a site; the calibration data is all padding")
     return moments, seen
 
 

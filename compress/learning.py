@@ -20,6 +20,8 @@ from compress.ir import Option, Site
 from compress.modeling import owner
 from compress.surgery import Removal, readers
 
+STILL = ("fp8",)  # one step for a whole weight is not trained; everything around it is
+
 
 class FactoredLinear(nn.Module):
     """`S x + L (R x) + b` in the place of a linear layer; without `sparse` there is no S."""
@@ -88,7 +90,8 @@ def insert(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Remov
         if removal is None or removal.form == "dense" or not len(removal.kept):
             continue
         option = Option.of(removal.form, None)
-        quantize.insert(model, quantize.places(model, site, removal, masked=False), learn=True)
+        found = quantize.places(model, site, removal, masked=False)
+        quantize.insert(model, found, learn=option.precision not in STILL)
         if option.precision == "int8-static":
             quantize.share_input(model, readers(site))
         patterned = option.pattern != "dense"
@@ -127,6 +130,18 @@ def settle(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Remov
             removal, factors=factors, codes={name: codes[name] for name in removal.codes}
         )
     return found
+
+
+def fingerprint(removals: Mapping[str, Removal]) -> list[bytes | str]:
+    """What learning in these forms starts from besides the weights: forms, steps and factors."""
+    parts: list[bytes | str] = []
+    for name, one in removals.items():
+        parts += [name, one.form]
+        for found in one.codes.values():
+            parts += [str(found.input_step), found.step.numpy().tobytes()]
+        for factors in one.factors.values():
+            parts += [part.numpy().tobytes() for part in factors]
+    return parts
 
 
 def _across(site: Site, name: str) -> bool:

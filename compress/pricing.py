@@ -26,12 +26,14 @@ class Costs(Document):
 
     `rows[site][form][units]` is the time that a site adds to a small model, `whole` makes of their sum
     the time of the model: both measured when `source` says so. Only what pays is in `rows`;
-    `gains[site][form]` is the speedup of the uncut site in every form that was looked at.
+    `gains[site][form]` is the speedup of the uncut site in every form that was looked at; `untimed` are
+    the forms that were to be timed here, and could not be at any site.
     """
 
     whole: Whole
     rows: dict[str, dict[str, dict[int, float]]]
     gains: dict[str, dict[str, float]] = Field(default_factory=dict)
+    untimed: tuple[str, ...] = ()
     source: Source
 
     @property
@@ -110,10 +112,9 @@ def wanted_levels(job: Job, site: Site) -> dict[str, list[int]]:
     if "structure" not in options.moves:
         levels = levels[:1]
     wanted = {"dense": levels}
-    if job.place is not None and not job.place.by_file:
-        return wanted  # in torch only structure is built
-    for form in forms.of(site, options.moves, job.profile):
-        wanted[form] = forms.levels(site, form, levels)
+    in_torch = job.place is not None and not job.place.by_file
+    for form in forms.of(site, options.moves, job.profile, in_torch=in_torch):
+        wanted[form] = forms.levels(site, form, levels, in_torch=in_torch)
     return wanted
 
 
@@ -143,7 +144,12 @@ def _measured(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int
         site.name: {
             form: {
                 units: cost.price(
-                    site, Option.of(form, units), profile=job.profile, table=table, threads=place.threads
+                    site,
+                    Option.of(form, units),
+                    profile=job.profile,
+                    table=table,
+                    precision=place.precision,
+                    threads=place.threads,
                 ).latency_ms
                 for units in row
             }
@@ -153,7 +159,10 @@ def _measured(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int
         for site in job.sites
     }
     factor, whole = anchor.measure(job, place, {name: rows["dense"] for name, rows in alone.items()})
-    return _costs(job, alone, factor, whole, "measured")
+    wanted = {form for row in levels.values() for form, units in row.items() if units}
+    timed = {form for row in alone.values() for form in row}
+    costs = _costs(job, alone, factor, whole, "measured")
+    return costs.model_copy(update={"untimed": tuple(sorted(wanted - timed))})
 
 
 def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
@@ -202,7 +211,9 @@ def shipped(profile: Profile) -> Table | None:
 
 def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
     """Times for a device that is not here: from its shipped table where that knows a shape, else roofline."""
-    profile, table = job.profile, shipped(job.profile)
+    profile = job.profile
+    # A table knows the shapes of one width; two widths are compared by one way of estimating.
+    table = shipped(profile) if job.narrowed is None else None
     threads = 1 if table is None else table.threads
     alone = {
         site.name: {
@@ -217,8 +228,15 @@ def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs
         for site in job.sites
     }
     inside = sum(alone[site.name]["dense"][site.units] for site in job.sites)
-    fixed_ms = _outside_ms(job)
-    whole = Whole(inside_ms=(inside,), whole_ms=(inside + fixed_ms,))
+    whole_ms = inside + _outside_ms(job)
+    whole = Whole(inside_ms=(inside,), whole_ms=(whole_ms,))
+    if job.narrowed is not None:
+        wide = job.baseline
+        dense_ms = sum(roofline.roofline(s, s.units, profile, threads=threads) for s in wide.sites)
+        dense_ms += _outside_ms(wide)
+        if dense_ms > whole_ms:
+            slower = inside * dense_ms / whole_ms
+            whole = Whole(inside_ms=(slower, inside), whole_ms=(dense_ms, whole_ms))
     return _costs(job, alone, 1.0, whole, "estimated")
 
 

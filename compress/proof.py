@@ -38,6 +38,7 @@ from compress.report import (
 from compress.surgery import Removal
 
 FLOAT = "fp32"  # the precision of exported weights without a form
+ROUNDED = {"int8": "int8-dynamic", "int8-static": "int8-static", "int4": "int4", "fp8": "fp8"}  # by move
 STEPS = 16  # tokens that are read one by one when a cache is verified
 
 
@@ -46,12 +47,13 @@ def compare(
 ) -> Comparison:
     """The dense model and another one, timed in turn on the job's example, in the phase asked for.
 
-    On this processor the files are timed, on a GPU the modules.
+    Where files are not what runs, as in torch on a GPU, the modules are timed.
     """
+    base = job.baseline
     wanted = job.recipe.bench
     named = f"time {file.stem}" if phase is None else f"time {phase}"
     with (
-        files.opened(job, place, job.task.model, job.folder / "dense.onnx") as dense,
+        files.opened(base, place, base.task.model, base.folder / "dense.onnx") as dense,
         files.opened(job, place, model, file) as quick,
         job.stages(named) as tick,
     ):
@@ -90,7 +92,7 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
         runners.TorchRunner(model, job.task.logits, job.task.output_name) as reference,
         runners.OrtRunner(file, threads=job.recipe.bench.threads) as runner,
     ):
-        rounded = any(isinstance(module, quantize.QuantizedLinear) for module in model.modules())
+        rounded = _rounded(model)
         found = verify.parity(
             reference,
             runner,
@@ -109,10 +111,25 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
     )
 
 
+def _agreement(job: Job, expected: nn.Module, model: nn.Module, file: Path) -> list[str]:
+    """How far what was timed is from what is expected, where it is not the file that was timed."""
+    if job.place is None or not job.place.on_gpu:
+        return []
+    examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
+    with files.opened(job, job.place, model, file) as runner:
+        rounded = _rounded(expected)
+        return job.place.agreement(expected, runner, job.task.logits, examples, rounded=rounded)
+
+
+def _rounded(model: nn.Module) -> bool:
+    """Whether products in low precision are emulated in a model."""
+    return any(isinstance(module, quantize.QuantizedLinear) for module in model.modules())
+
+
 def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None) -> Phases | None:
     """Both phases of a decoder; the one that was not asked for is timed here, for a turn of the loop."""
     place = job.place
-    if not job.decodes or comparison is None or place is None or not place.by_file:
+    if not job.decodes or comparison is None or place is None:
         return None
     asked = job.recipe.shapes.phase
     other: Phase = "prefill" if asked == "decode" else "decode"
@@ -202,6 +219,19 @@ def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[Sit
                 source=costs.source,
             )
         )
+    less = job.narrowed
+    if less is not None:  # every site lies in the stream: its time is that of the whole model
+        found.append(
+            SiteReport(
+                name=less.site.name,
+                kind=less.site.kind,
+                option=Chosen(units=less.units, units_total=less.site.units),
+                error=less.error,
+                latency_ms=menus.latency_ms(menus.dense),
+                dense_latency_ms=costs.dense_ms,
+                source=costs.source,
+            )
+        )
     return tuple(found)
 
 
@@ -242,12 +272,12 @@ def assemble(
 ) -> Report:
     """Check, score and gather: the report of one finished compilation."""
     shrunk, shipped = files_of["compressed"]
-    agreement = parity(job, quantize.emulated(shrunk, job.sites, removals), shipped)
-    if job.place is not None:
-        examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
-        notes = notes + job.place.agreement(shrunk, job.task.logits, job.task.output_name, examples)
+    emulated = quantize.emulated(shrunk, job.sites, removals)
+    agreement = parity(job, emulated, shipped)
+    shaped = files.in_forms(job, shrunk, removals)
+    notes = notes + _agreement(job, emulated, shaped, shipped)
     dense = figures(job, *files_of["dense"], comparison, "dense")
-    quick = figures(job, *files_of["compressed"], comparison, "compressed", _saved_bytes(job, turn))
+    quick = figures(job, shaped, shipped, comparison, "compressed", _saved_bytes(job, turn))
     drop = _drop(job, dense, quick)
     measured = None
     if comparison is not None:
@@ -305,7 +335,7 @@ def assemble(
             compressed=report.thin(comparison.samples("compressed")),
         ),
         waterfall=steps,
-        phases=phases(job, *files_of["compressed"], comparison),
+        phases=phases(job, shaped, shipped, comparison),
         fixed_ms=costs.fixed_ms,
         attribution=(*_attribution(job, costs), *_forms(costs, turn)),
         warnings=tuple(
@@ -321,8 +351,8 @@ def assemble(
         | {"compress": __version__},
         protocol={} if comparison is None else comparison.protocol.model_dump(),
         inputs={
-            "model_and_shapes": job.model_key,
-            "data_and_options": job.key,
+            "model_and_shapes": job.baseline.model_key,
+            "data_and_options": job.baseline.key,
             "file_sha256": runners.sha256(files_of["compressed"][1]),
             "dense_sha256": runners.sha256(files_of["dense"][1]),
         },
@@ -340,7 +370,7 @@ def _target(job: Job) -> Target:
         runtime_version=None if place is None else str(place.facts()["version"]),
         provider=None if place is None else str(place.facts()["provider"]),
         threads=place.threads if place is not None and place.by_file else None,
-        precision=job.profile.baseline_precision,
+        precision=job.profile.baseline_precision if place is None else place.precision,
         shapes=dict(zip(names, shape, strict=False)),
         phase=job.recipe.shapes.phase if job.decodes else None,
     )
@@ -375,12 +405,12 @@ def _attribution(job: Job, costs: Costs) -> list[str]:
         lines.append(f"Sites come from names, not from the program: {job.found.fallback}")
     if "2:4" not in (*job.profile.patterns, *job.recipe.options.moves):
         lines.append(f"2:4 sparsity was not considered: {job.profile.name} gains no time from it.")
-    rounded = [move for move in job.recipe.options.moves if move.startswith("int")]
-    if rounded and not any("int" in form for row in costs.gains.values() for form in row):
-        lines.append(
-            f"{', '.join(rounded)}: offered at no site; integers are for linear layers on a processor "
-            "that is timed here."
-        )
+    looked = {form for row in costs.gains.values() for form in (*row, *costs.untimed)}
+    for move, form in ROUNDED.items():
+        if move in job.recipe.options.moves and form not in looked:
+            lines.append(
+                f"{move} was not considered: no site is multiplied in it on {job.profile.name} here."
+            )
     return lines
 
 
@@ -393,6 +423,8 @@ def _forms(costs: Costs, turn: Round) -> list[str]:
         for form, gain in row.items():
             gains.setdefault(form, []).append(gain)
     lines = []
+    for form in costs.untimed:
+        lines.append(f"{form}: not offered, since no site could be timed in it here.")
     for form, found in sorted(gains.items()):
         count = chosen[form]
         why = f"chosen at {count} of {len(turn.choices)} sites" if count else "not chosen"

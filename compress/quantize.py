@@ -104,7 +104,11 @@ class QuantizedLinear(nn.Linear):
         if self.precision == "int4":
             return self._blockwise(values, codes * fakequant.spread(step, codes.shape[1], self.grid.block))
         input_step, zero = self._input(values)
-        product = F.linear(fakequant.input_codes(values, input_step, zero), codes)
+        if self.grid.floating:
+            read = fakequant.float_codes(values, input_step)
+        else:
+            read = fakequant.input_codes(values, input_step, zero)
+        product = F.linear(read, codes)
         scale = input_step * step[:, 0]
         if self.bias is None:
             return product * scale
@@ -143,8 +147,9 @@ class QuantizedLinear(nn.Linear):
         """The codes and steps as they are now, of the columns that remain."""
         weight = self.weight if self.columns is None else self.weight[:, self.columns]
         step = self.steps().float()
-        codes = fakequant.weight_codes(weight, step, self.grid).to(torch.int8)
-        if self.precision != "int8-static":
+        codes = fakequant.weight_codes(weight, step, self.grid)
+        codes = codes.to(torch.float8_e4m3fn if self.grid.floating else torch.int8)
+        if self.precision in ("int8-dynamic", "int4"):
             return Quantized(self.precision, codes, step)
         return Quantized(self.precision, codes, step, float(self.input_steps()), int(self.input_zero))
 
@@ -158,8 +163,11 @@ def insert(model: nn.Module, places: Mapping[str, Place], *, learn: bool = False
         learn: weights, biases and steps take gradients.
 
     Raises:
-        CompressError: a name is no weight of an `nn.Linear`, or sizes do not fit; nothing is changed.
+        CompressError: a name is no weight of an `nn.Linear`, sizes do not fit, or fp8 is to learn; nothing
+            is changed.
     """
+    if learn and any(GRIDS[place.quantized.precision].floating for place in places.values()):
+        raise CompressError("fp8 has one step for a whole weight, which is not trained; tune before rounding")
     layers = {name: _linear(model, name) for name in places}
     for name, layer in layers.items():
         _check(name, layer, places[name])

@@ -5,19 +5,22 @@ in which they run: integers through their rounding, thin factors as factors, zer
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import artifact, distill, learning, quantize, stitch, tune
+from compress import artifact, database, distill, learning, quantize, several, stitch, tune
 from compress.console import span
 from compress.distill import Teacher
-from compress.job import Job, content, fingerprint
+from compress.ir import Site
+from compress.job import Job, Tick, content, fingerprint
+from compress.recipe import Recovery
 from compress.surgery import Removal
-from compress.task import Batch
+from compress.task import Batch, Task
 from compress.task import Run as Answering
 from compress.tune import Lesson, Run
 
@@ -41,29 +44,103 @@ def recover(
     wanted = job.recipe.recovery
     if wanted.mode == "none":
         return dict(removals), []
-
-    def batches() -> Iterator[Batch]:
-        return job.task.batches("calibration", wanted.batch, wanted.samples)
-
-    seen = [_content(batch) for batch in batches()]
-    data = artifact.digest(job.key, *seen)
-    zeros = learning.insert(model, job.sites, removals)
-    forms = sorted({one.form for one in removals.values()} - {"dense"})
-    made_from = artifact.digest(data, wanted, forms, *fingerprint(model))
-    answers = artifact.folder(job.folder / ANSWERS, data)
-    teacher = Teacher(
-        job.task, job.task.model, distill.places(job.task.model, job.sites), answers, wanted.cache_mb
-    )
-    lesson = Lesson(job.task, teacher, batches, len(seen), wanted)
-    judge = Judge(job)
-    run = Run(model, lesson, zeros=zeros, checkpoint=job.folder / CHECKPOINT, made_from=made_from)
-    if not run.finished:
-        job.stages.progress.say(_announced(model, lesson))
-    with job.stages(f"recover ({wanted.mode})") as tick:
-        scores = tune.tune(run, judge, tick)
+    if several.size() > 1:
+        _call(job, removals)
+    with several.working():
+        data = artifact.digest(job.key, *map(_content, lessons(job.task, wanted)))
+        made_from = artifact.digest(data, wanted, *fingerprint(model), *learning.fingerprint(removals))
+        answers = artifact.folder(job.folder / ANSWERS, artifact.digest(data, several.size()))
+        judge = Judge(job)
+        with job.stages(f"recover ({wanted.mode})") as tick:
+            scores, learned = learn(
+                job.task,
+                job.sites,
+                wanted,
+                model,
+                removals,
+                answers,
+                judge=judge,
+                tick=tick,
+                say=job.stages.progress.say,
+                checkpoint=job.folder / CHECKPOINT,
+                made_from=made_from,
+                dense=job.baseline.task.model,
+                down=None if job.narrowed is None else job.narrowed.down,
+            )
     shutil.rmtree(answers)
-    learned = learning.settle(model, job.sites, removals)
+    forms = sorted({one.form for one in removals.values()} - {"dense"})
     return learned, [_said(scores, judge, wanted.mode, forms)]
+
+
+def learn(
+    task: Task,
+    sites: Sequence[Site],
+    wanted: Recovery,
+    model: nn.Module,
+    removals: Mapping[str, Removal],
+    answers: Path,
+    *,
+    judge: Callable[[nn.Module], float],
+    tick: Tick,
+    say: Callable[[str], None],
+    dense: nn.Module,
+    checkpoint: Path | None = None,
+    made_from: str = "",
+    down: Tensor | None = None,
+) -> tuple[tuple[float, ...], dict[str, Removal]]:
+    """Tune a shrunk model in place; the scores before and after each epoch, and the removals as learned.
+
+    Of several processes each calls this with the same model and data; the first one's judge, progress and
+    checkpoint count.
+
+    Args:
+        task: gives the data.
+        sites: of the dense model.
+        wanted: the settings.
+        model: what `surgery.shrink` gave for `removals`.
+        removals: by site name.
+        answers: where this process keeps the teacher's answers.
+        judge: larger is better.
+        tick: takes steps done and steps in all.
+        say: takes how long it will last.
+        dense: the teacher.
+        checkpoint: a file that is written now and then, and taken up if made from `made_from`.
+        made_from: a hash of student, teacher, data and settings.
+        down: what of the teacher's hidden states a narrower student can have.
+    """
+    several.alike("training data", several.contents(lessons(task, wanted)))
+    several.spread(dense)
+    several.spread(model)
+    at = distill.places(dense, sites)
+    teacher = Teacher(task, dense, at, answers, wanted.cache_mb / several.size())
+    count = sum(1 for _ in lessons(task, wanted))
+    lesson = Lesson(task, teacher, lambda: lessons(task, wanted), count, wanted, down)
+    zeros = learning.insert(model, sites, removals)
+    run = Run(model, lesson, zeros=zeros, checkpoint=checkpoint, made_from=made_from)
+    if not run.finished:
+        say(_announced(model, lesson))
+    scores = tune.tune(run, judge, tick)
+    return scores, learning.settle(model, sites, removals)
+
+
+def lessons(task: Task, wanted: Recovery) -> Iterator[Batch]:
+    """The inputs that are learned from, the same every time."""
+    return task.batches("calibration", wanted.batch, wanted.samples)
+
+
+def _call(job: Job, removals: Mapping[str, Removal]) -> None:
+    """Tell the other processes what is to be tuned; they hold the dense model."""
+    words = {
+        "recovery": job.recipe.recovery.model_dump(mode="json"),
+        "sites": [site.model_dump(mode="json") for site in job.sites],
+        "forms": {name: one.form for name, one in removals.items()},
+    }
+    tensors = {
+        f"{name}/{part}": value
+        for name, one in removals.items()
+        for part, value in database.packed(one).items()
+    }
+    several.call("recover", words, tensors)
 
 
 def _content(batch: Batch) -> str:
@@ -106,7 +183,7 @@ class Judge:
         self.scored = first is not None and first.labels is not None and job.task.labelled
         if not self.empty and not self.scored:
             self._batches = list(job.task.batches("validation", job.recipe.recovery.batch, NEARNESS))
-            self._dense = stitch.logits(job.task, job.task.model, self._batches)
+            self._dense = stitch.logits(job.task, job.baseline.task.model, self._batches)
 
     @property
     def name(self) -> str:

@@ -109,7 +109,7 @@ def save(
         _write_weights(_weights(model), directory / WEIGHTS)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
-            plain = _portable(json.loads(generation.to_json_string()))
+            plain = _public(_portable(json.loads(generation.to_json_string())))
             artifact.write_text(directory / GENERATION, _text(plain))
         artifact.write_text(directory / CONFIG, _text(config))
     except OSError as error:
@@ -181,6 +181,11 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
 def _portable(words: dict[str, Any]) -> dict[str, Any]:
     """Without the path of the machine that the model was read from, and without ways to other code."""
     return {key: value for key, value in words.items() if key not in ("_name_or_path", "auto_map")}
+
+
+def _public(words: dict[str, Any]) -> dict[str, Any]:
+    """Without what one version of transformers notes for itself, which another one misreads."""
+    return {key: value for key, value in words.items() if not key.startswith("_")}
 
 
 def _auto_classes(model: nn.Module) -> list[str]:
@@ -373,7 +378,7 @@ def _set_generation(model: nn.Module, path: Path) -> None:
         return
     from transformers import GenerationConfig
 
-    words = _trusted(_read_object(path))
+    words = _public(_trusted(_read_object(path)))
     try:
         model.generation_config = GenerationConfig.from_dict(words)
     except (TypeError, ValueError, AttributeError) as error:

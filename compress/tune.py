@@ -7,7 +7,8 @@ speaks without noise, and a student that equals it must have nothing to learn.
 
 Everything random follows from the seed and the number of the step or epoch, and a checkpoint holds
 weights, best weights and moments; a run that was killed and resumed gives the same bits as one that
-was not.
+was not. Several processes take a part of every batch each and add up their gradients, so that they make
+the steps that one alone makes; the first of them judges, and keeps the checkpoint.
 """
 
 import itertools
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress import distill
+from compress import distill, several
 from compress.distill import Teacher
 from compress.errors import CompressError
 from compress.ir import Document
@@ -54,19 +55,26 @@ class State(Document):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learned from: `batches` gives the same `count` batches in the same order every time."""
+    """What is learned from: `batches` gives the same `count` batches in the same order every time.
+
+    `down` [n, d] is there where the student's residual stream is narrower than the teacher's.
+    """
 
     task: Task
     teacher: Teacher
     batches: Batches
     count: int
     wanted: Recovery
+    down: Tensor | None = None
 
     def loss(self, model: nn.Module, number: int, batch: Batch) -> Tensor:
-        """The distillation loss of one batch."""
-        goal = self.teacher(number, batch)
-        said = distill.answers(self.task, model, batch, self.teacher.at)
-        return distill.loss(self.task, batch, said, goal, self.wanted)
+        """The distillation loss of one batch, or what this process's part of it adds to that."""
+        mine, part = several.split(batch)
+        goal = self.teacher(number, mine)
+        said = distill.answers(self.task, model, mine, self.teacher.at)
+        if self.down is not None:
+            goal = distill.lowered(goal, said, self.down)
+        return distill.loss(self.task, mine, said, goal, self.wanted, part)
 
 
 def tune(
@@ -141,6 +149,7 @@ class Run:
         self.best = self._copy()
         self._checkpoint, self._saved = checkpoint, time.monotonic()
         self._load()
+        self._agree()
 
     @property
     def finished(self) -> bool:
@@ -160,12 +169,15 @@ class Run:
                 int(np.random.SeedSequence((wanted.seed, self.state.step)).generate_state(1)[0])
             )
             loss = self.lesson.loss(self.model, number, batch)
-            if not bool(torch.isfinite(loss)):
+            whole = loss.detach().clone()
+            several.add_up([whole])
+            if not bool(torch.isfinite(whole)):
                 raise CompressError(
-                    f"recovery: the loss became {loss.item()} at step {self.state.step}; lower rate in "
+                    f"recovery: the loss became {whole.item()} at step {self.state.step}; lower rate in "
                     f"[recovery], which is {wanted.rate:g}"
                 )
             torch.autograd.backward(loss)
+        several.add_up_gradients(list(self.values.values()))
         for value, mask in self._zeros:
             if value.grad is not None:
                 value.grad.masked_fill_(mask, 0)
@@ -181,7 +193,7 @@ class Run:
 
     def judge(self, judge: Callable[[nn.Module], float]) -> None:
         """Add a score; weights that are as good as the best so far become the best."""
-        score = judge(self.model)
+        score = float(several.told({"score": 0.0 if several.rank() else judge(self.model)}).words["score"])
         if score >= max(self.state.scores, default=score):
             self.best = self._copy()
         self.state = self.state.model_copy(update={"scores": (*self.state.scores, score)})
@@ -229,16 +241,26 @@ class Run:
         self._saved = time.monotonic()
         if self._checkpoint is None:
             return
+        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        half = self._checkpoint.with_suffix(".part")
+        tensors = {name: value.contiguous() for name, value in self._contents().items()}
+        save_file(tensors, half, metadata={"state": self.state.model_dump_json()})
+        half.replace(self._checkpoint)
+
+    def _contents(self) -> dict[str, Tensor]:
+        """Weights, best weights and moments by name."""
         tensors = {f"now.{name}": value.detach() for name, value in self.values.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for name, value in self.values.items():
             kept = self.optimizer.state.get(value, {})
             tensors |= {f"{key}.{name}": kept[key] for key in (*MOMENTS, "step") if key in kept}
-        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        half = self._checkpoint.with_suffix(".part")
-        tensors = {name: value.contiguous() for name, value in tensors.items()}
-        save_file(tensors, half, metadata={"state": self.state.model_dump_json()})
-        half.replace(self._checkpoint)
+        return tensors
+
+    def _agree(self) -> None:
+        """Stand where the first process stands."""
+        found = several.told({"state": self.state.model_dump(mode="json")}, self._contents())
+        if several.rank():
+            self._take_up(found.tensors, State.model_validate(found.words["state"]))
 
     def _load(self) -> None:
         """Go on from the checkpoint when it is whole and made from the same."""
@@ -252,6 +274,10 @@ class Run:
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, ValidationError):
             return
+        self._take_up(stored, state)
+
+    def _take_up(self, stored: Mapping[str, Tensor], state: State) -> None:
+        """Go on from what `_contents` gave."""
         self._take({name: stored[f"now.{name}"] for name in self.values})
         self.best = {name: stored[f"best.{name}"] for name in self.values}
         for name, value in self.values.items():
@@ -308,7 +334,7 @@ def forecast_s(model: nn.Module, lesson: Lesson, batches: int = 4) -> float:
     asked, learned = [], []
     for number, batch in enumerate(itertools.islice(lesson.batches(), batches)):
         began = time.perf_counter()
-        lesson.teacher(number, batch)
+        lesson.teacher(number, several.split(batch)[0])
         told = time.perf_counter()
         torch.autograd.backward(lesson.loss(model, number, batch))
         asked.append(told - began)

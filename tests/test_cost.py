@@ -107,6 +107,29 @@ def test_separate_operators_cost_what_they_read_and_write():
     assert flash.moved_bytes == 4 * features
 
 
+def test_in_a_lower_precision_products_read_less_and_the_rest_stays():
+    rows, hidden, width = 32, 64, 256
+    fp8 = Option(precision="fp8")
+    plain = kernels(ffn(), width, 2.0, fused=True)
+    low = kernels(ffn(), width, 2.0, fused=True, option=fp8)
+    assert [k.precision for k in plain] == ["", ""]
+    assert [k.precision for k in low] == ["fp8", "fp8"]
+    spared = [rows * hidden + hidden * width, rows * width + hidden * width]
+    assert [a.moved_bytes - b.moved_bytes for a, b in zip(plain, low, strict=True)] == spared
+    apart = kernels(heads(), 4, 2.0, fused=False, option=fp8)
+    rounding = [k for k in apart if k.moved_bytes == 64 * 64 * 3.0 and not k.rows]
+    assert len(rounding) == 2  # what query, key and value read is rounded once, and what the output reads
+    inside = [k for k in apart if k.batch > 1]
+    assert len(inside) == 2
+    assert {k.precision for k in inside} == {""}
+    h100 = profiles.load("h100")
+    large = ffn(rows=65536, hidden=8192, width=32768)
+    half = roofline(large, 32768, h100)
+    assert 1.5 < half / roofline(large, 32768, h100, option=fp8) < 2.0
+    with pytest.raises(CompressError, match="a100 states no peak for 'fp8'"):
+        roofline(ffn(), width, profiles.load("a100"), option=fp8)
+
+
 def test_a_dropped_site_costs_nothing():
     assert roofline(ffn(), 0, profiles.load("a100")) == 0
     assert kernels(heads(), 0, 4.0, fused=False) == []

@@ -211,7 +211,7 @@ def test_more_threads_than_asked_and_a_restless_device_are_told(out):
     runtime = PI_RUNTIME.model_copy(update={"threads": 4})
     lines = merge.merge(before, measurement(before, protocol=protocol, runtime=runtime, drift=-0.1)).warnings
     assert lines[0] == "On the device: it ran 4 threads, but 1 were asked for."
-    assert lines[1].startswith("On the device: The dense model was -10.0% slower")
+    assert lines[1].startswith("On the device: The dense model was 10.0% faster")
 
 
 # The command line

@@ -12,7 +12,8 @@ from compress.core.fakequant import GRIDS
 from compress.errors import CompressError
 from compress.quantize import Place, QuantizedLinear
 
-PRECISIONS = ("int8-dynamic", "int8-static", "int4")
+PRECISIONS = ("int8-dynamic", "int8-static", "int4", "fp8")
+LEARNED = PRECISIONS[:3]
 
 
 def model():
@@ -28,9 +29,8 @@ def inputs(rows=50, seed=0):
 
 
 def place(layer, precision, span=(-4.0, 4.0)):
-    return Place(
-        fakequant.nearest(layer.weight.detach(), precision, span if precision == "int8-static" else None)
-    )
+    fixed = precision in ("int8-static", "fp8")
+    return Place(fakequant.nearest(layer.weight.detach(), precision, span if fixed else None))
 
 
 def places(net, precision):
@@ -47,6 +47,9 @@ def test_a_layer_computes_the_reference_of_its_precision(precision):
     if precision == "int4":
         codes, step = fakequant.block_codes(rows, 32)
         expected = (codes * step).flatten(1)[:, :70].double() @ weight.T + bias
+    elif precision == "fp8":
+        read = (rows / (4 / 448)).to(torch.float8_e4m3fn).double() * (4 / 448)
+        expected = read @ weight.T + bias
     else:
         low, high = (
             torch.aminmax(rows) if precision == "int8-dynamic" else (torch.tensor(-4.0), torch.tensor(4.0))
@@ -150,7 +153,14 @@ def test_rounding_with_moments_beats_rounding_to_the_nearest_and_keeps_the_mean(
     assert bare.bias is None
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+def test_fp8_is_not_trained():
+    net = model()
+    with pytest.raises(CompressError, match="fp8 has one step for a whole weight"):
+        quantize.insert(net, places(net, "fp8"), learn=True)
+    assert type(net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("precision", LEARNED)
 def test_training_moves_weights_and_steps_and_lowers_the_loss(precision):
     net, x = model(), inputs(200)
     goal = net(x).detach()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import transformers
 from classifier import padded
 
 from compress import calibrate, database, surgery
@@ -7,6 +8,7 @@ from compress import refit as refitting
 from compress.ir import Option
 from compress.refit import refit
 from compress.stitch import Stitched, divergence, logits
+from compress.task import Batch
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,87 @@ def test_how_much_is_held_at_a_time_changes_nothing(half, monkeypatch):
     passes.clear()
     refit(task.model, sites, removals, batches, damping=1e-2)
     assert passes == [len(sites)]
+
+
+class Between(torch.nn.Module):
+    """A list of blocks with something between them that no block answers."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x):
+        for number, block in enumerate(self.blocks):
+            x = block(x + number)
+        return x
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.GELU(), torch.nn.Linear(6, 4))
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def prefix_of(model, writers, xs):
+    batches = [Batch({"x": x}, None, torch.ones(x.shape[:2], dtype=torch.bool)) for x in xs]
+    return refitting._Prefix(model, writers, batches)
+
+
+def test_blocks_that_were_run_are_not_run_again_and_nothing_else_changes(half, monkeypatch):
+    _, batches, removals = half
+    task, sites = padded()
+    quick = refit(task.model, sites, removals, batches, damping=1e-2)
+    monkeypatch.setattr(refitting, "_list_of_blocks", lambda model, writers: None)
+    slow = refit(task.model, sites, removals, batches, damping=1e-2)
+    for name, removal in slow.items():
+        assert torch.equal(quick[name].weight, removal.weight)
+        assert torch.equal(quick[name].bias, removal.bias)
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_what_lies_between_blocks_is_noticed(chained):
+    torch.manual_seed(0)
+    blocks = torch.nn.ModuleList([Block() for _ in range(3)])
+    model = Between(blocks)
+    if chained:
+        model.forward = lambda x: blocks[2](blocks[1](blocks[0](x)))
+    writers = [f"blocks.{number}.inner.2.weight" for number in range(3)]
+    xs = [torch.randn(2, 5, 4) for _ in range(3)]
+    runs = []
+    blocks[0].register_forward_hook(lambda *_: runs.append(0))
+    prefix = prefix_of(model, writers, xs)
+    with torch.no_grad():
+        for number, writer in enumerate(writers):
+            found = list(prefix.of(writer))
+            blocks[number].inner[2].weight.mul_(0.5)  # as a refit would: later blocks must see it
+            for x, rows in zip(xs, found, strict=True):
+                for before in range(number):
+                    x = blocks[before](x if chained else x + before)
+                read = blocks[number].inner[:2](x if chained else x + number)
+                assert torch.allclose(rows, read.reshape(-1, 6), atol=1e-6)
+    runs_of_the_test = 2 * len(xs)
+    assert len(runs) - runs_of_the_test == (3 + 2 if chained else 3 + 2 * 3)
+
+
+def test_a_call_with_a_cache_is_never_repeated(monkeypatch):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20, n_positions=16)
+    model = transformers.GPT2Model(config).eval()
+    ids = [torch.randint(20, (2, 6)) for _ in range(2)]
+    batches = [Batch({"input_ids": x}, None, torch.ones(x.shape, dtype=torch.bool)) for x in ids]
+    writers = [f"h.{number}.{name}.c_proj.weight" for number in range(2) for name in ("attn", "mlp")]
+    prefix = refitting._Prefix(model, writers, batches)
+    for writer in writers:
+        seen = []
+        handle = model.get_submodule(writer.rpartition(".")[0]).register_forward_pre_hook(
+            lambda _, arguments, seen=seen: seen.append(arguments[0])
+        )
+        with torch.no_grad():
+            for x in ids:
+                model(x)
+        handle.remove()
+        for rows, whole in zip(prefix.of(writer), seen, strict=True):
+            assert torch.equal(rows, whole.reshape(-1, whole.shape[-1]))

@@ -18,6 +18,7 @@ from compress.report import (
     exit_code,
     judge,
     read,
+    ruin,
     steps,
     thin,
     verdict_line,
@@ -140,6 +141,18 @@ def test_a_speedup_that_costs_too_much_quality_is_missed_for_that_reason():
 def test_a_higher_perplexity_is_a_drop():
     made = report(metric="perplexity", scores=(20.0, 23.0), max_drop=2.0)
     assert "perplexity 20.0 -> 23.0 · MISSED (the score fell by 3, at most 2" in verdict_line(made)
+
+
+def test_a_model_of_which_little_is_left_is_said_to_be_so():
+    said = ruin(report(scores=(0.948, 0.007), fixed_ms=1.37))
+    assert said.startswith(
+        "Little is left of the model (accuracy 94.8 -> 0.7): 33% of the dense model's time"
+    )
+    assert "--batch" in said
+    assert "33%" not in ruin(report(scores=(0.948, 0.007)))
+    for scores in ((0.954, 0.941), (0.95, 0.475), (None, None), (0.0, 0.0)):
+        assert ruin(report(scores=scores)) is None
+    assert ruin(report(metric="perplexity", scores=(20.0, 8000.0))) is None
 
 
 @pytest.mark.parametrize(

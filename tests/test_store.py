@@ -87,7 +87,12 @@ def test_the_defaults_of_generate_come_back(tmp_path):
     shrunk, sites, units = compressed("llama")
     shrunk.generation_config.max_length = 17
     save(shrunk, sites, units, tmp_path)
-    assert load(tmp_path).generation_config.max_length == 17
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert not [key for key in written if key.startswith("_")]
+    (tmp_path / "generation_config.json").write_text(json.dumps({**written, "_from_model_config": True}))
+    again = load(tmp_path)
+    assert again.generation_config.max_length == 17
+    assert not again.generation_config._from_model_config
 
 
 def test_a_shared_tensor_is_stored_once_and_shared_again(written):

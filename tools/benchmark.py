@@ -2,6 +2,7 @@
 
     python tools/benchmark.py demo                      the embedded default at 1.5x, 2x and 3x, three times
     python tools/benchmark.py methods --model DIR       ZipLM with search against uniform baselines
+    python tools/benchmark.py families --model DIR      recovered families: ours, by magnitude, undistilled
     python tools/benchmark.py moves --model DIR         every move alone, and all of them in one search
     python tools/benchmark.py database --model DIR      time and memory of the candidates
     python tools/benchmark.py prediction --model DIR    predicted against measured time of random plans
@@ -41,6 +42,7 @@ from compress import (
     choosing,
     cost,
     database,
+    gradual,
     pipeline,
     surgery,
 )
@@ -71,6 +73,11 @@ MOVES: dict[str, dict[str, object]] = {
     "int4": {"moves": ["int4"]},
     "structure + int8": {"moves": ["structure", "int8"]},
     "all in one search": {"moves": ["structure", "block", "lowrank", "int8"]},
+}
+FAMILIES: dict[str, dict[str, dict[str, object]]] = {
+    "ZipLM, distilled": {},
+    "magnitude + uniform, distilled": {"options": {"score": "magnitude", "uniform": True}},
+    "ZipLM, labels alone": {"recovery": {"task": 1.0, "logits": 0.0, "hidden": 0.0}},
 }
 
 
@@ -120,6 +127,46 @@ def demo(arguments: argparse.Namespace, out: Path) -> list[Row]:
 def methods(arguments: argparse.Namespace, out: Path) -> list[Row]:
     """Score lost at equal measured speed, without any training: how units are ranked."""
     return _compared(arguments, out, METHODS)
+
+
+def families(arguments: argparse.Namespace, out: Path) -> list[Row]:
+    """One gradual family for every way of recovery, on the same schedule."""
+    rows: list[Row] = []
+    for name in arguments.methods.split(",") if arguments.methods else list(FAMILIES):
+        tables = FAMILIES[name]
+        recovery: dict[str, object] = {
+            "mode": arguments.recover,
+            "epochs": arguments.epochs,
+            "samples": arguments.samples,
+            **tables.get("recovery", {}),
+        }
+        recipe = recipe_of(
+            arguments,
+            out / name.replace(" ", ""),
+            arguments.speedups[0],
+            recovery=recovery,
+            options=tables.get("options", {}),
+            shapes={"tokens": arguments.tokens},
+        ).model_copy(update={"speedups": tuple(arguments.speedups)})
+        found = gradual.run(recipe, Plain())
+        for one in found.members:
+            assert one.interval95 is not None
+            rows.append(
+                {
+                    "method": name,
+                    "asked": one.speedup,
+                    "measured": round(float(one.measured or 0), 3),
+                    "low": round(one.interval95[0], 3),
+                    "high": round(one.interval95[1], 3),
+                    "status": one.status,
+                    "dense_score": round(float(found.dense_score or 0), 4),
+                    "score": round(float(one.score or 0), 4),
+                    "points_lost": round(100 * float(one.score_drop or 0), 2),
+                    "seconds": round(one.seconds),
+                }
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
 
 
 def moves(arguments: argparse.Namespace, out: Path) -> list[Row]:
@@ -174,6 +221,7 @@ def build_database(arguments: argparse.Namespace, out: Path) -> list[Row]:
     for what in (_small, _bert_base, _one_at_a_time):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
             rows += alone.submit(what, arguments, out).result()
+        print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
@@ -348,6 +396,7 @@ def prediction(arguments: argparse.Namespace, out: Path) -> list[Row]:
 BENCHMARKS = {
     "demo": demo,
     "methods": methods,
+    "families": families,
     "moves": moves,
     "database": build_database,
     "prediction": prediction,
@@ -366,7 +415,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
-    parser.add_argument("--methods", help=f"comma list of {', '.join([*METHODS, *MOVES])}")
+    parser.add_argument("--methods", help=f"comma list of {', '.join([*METHODS, *FAMILIES, *MOVES])}")
+    parser.add_argument("--recover", choices=("fast", "full"), default="full", help="for families")
+    parser.add_argument("--epochs", type=int, default=4, help="a course of recovery, for families")
+    parser.add_argument("--samples", type=int, default=16384, help="inputs of an epoch, for families")
     parser.add_argument("--products", default="3072x768,768x3072", help="comma list of OUTxIN, for blocks")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64, 128], help="rows of x, for blocks")
     parser.add_argument(

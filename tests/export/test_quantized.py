@@ -21,7 +21,7 @@ from compress.export import chains, quantized
 from compress.export.onnx import export
 from compress.export.runners import OrtRunner
 
-PRECISIONS = ("int8-dynamic", "int8-static", "int4")
+PRECISIONS = ("int8-dynamic", "int8-static", "int4", "fp8")
 FLOAT = 2e-6  # float32 sums in another order, relative to the largest answer
 
 
@@ -67,7 +67,7 @@ def codes_of(model, precision, names=NAMES):
         name: fakequant.nearest(
             model.get_parameter(name).detach(),
             precision,
-            spans.get(name, (-3.0, 2.5)) if precision == "int8-static" else None,
+            spans.get(name, (-3.0, 2.5)) if precision in ("int8-static", "fp8") else None,
         )
         for name in names
     }
