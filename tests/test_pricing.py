@@ -73,7 +73,9 @@ def test_a_narrow_model_is_estimated_like_the_dense_one_and_counts_from_it(monke
     fewer = {"ffn": {"dense": [12, 6]}, "heads": {"dense": [3, 1]}}
     shipped(monkeypatch, "torch-cuda", {ffn().shape: {12: 5.0, 6: 3.0}})
     monkeypatch.setattr(pricing, "_outside_ms", lambda job: 2.0 if job is wide else 1.0)
-    narrow = SimpleNamespace(profile=H100, sites=wide.sites, narrowed=object(), baseline=wide)
+    narrow = SimpleNamespace(
+        profile=H100, sites=wide.sites, narrowed=object(), baseline=wide, recipe=recipe(speedup=2.0)
+    )
     costs = pricing._estimated(narrow, fewer)
     inside = sum(roofline.roofline(site, site.units, H100, threads=1) for site in wide.sites)
     assert costs.dense_ms == inside + 2.0
