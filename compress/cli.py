@@ -128,7 +128,11 @@ REQUEST = _options(
     click.option("--task", metavar="TASK", help="What the model does, if its config does not say."),
     click.option("--text", metavar="COLUMN", help="The text column, if it is not found."),
     click.option("--label", metavar="COLUMN", help="The label column, if it is not found."),
-    click.option("--moves", metavar="LIST", help="May be done: structure,width,int8,fp8,block,lowrank,2:4."),
+    click.option(
+        "--moves",
+        metavar="LIST",
+        help="May be done: structure,width,int8,int8-static,int4,fp8,block,lowrank,2:4.",
+    ),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A request as TOML."),
     click.option(
         "--recover",
