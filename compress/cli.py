@@ -175,12 +175,12 @@ def run(session: "Session", words: Words) -> int:
         from compress import several
 
         several.join()
-        if several.rank():
-            return _follow()
     session.out = Path(recipe.out)
-    from compress import advice, console, pipeline, report
+    from compress import advice, console, follow, pipeline, report
 
     console.use_cores()
+    if launched().rank:
+        return follow.serve()
     if recipe.speedups:
         from compress import family, gradual
 
@@ -194,14 +194,6 @@ def run(session: "Session", words: Words) -> int:
         if line is not None:
             session.progress.say(line)
     return report.exit_code(result)
-
-
-def _follow() -> int:
-    """A share of what the first process does; the exit code that it gives."""
-    from compress import console, follow
-
-    console.use_cores()
-    return follow.serve()
 
 
 @app.command()
