@@ -190,7 +190,7 @@ def test_training_moves_weights_and_steps_and_lowers_the_loss(precision):
     assert torch.allclose(net(x), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", LEARNED)
 def test_the_gradient_of_a_step_is_that_of_finite_changes_where_codes_stand_still(precision):
     """LSQ: inside of the grid only `round(v) - v` is left, outside the bound. Seen by rounding as it is."""
     layer, x = nn.Linear(64, 5), torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
