@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from compress import artifact, cost, residual, search, several
+from compress import artifact, cost, report, residual, search, several
 from compress.core.rotation import Narrowing, narrowing, principal
 from compress.errors import CompressError
 from compress.ir import Option, Site, Width
@@ -22,7 +22,7 @@ from compress.job import Job, Narrowed, fingerprint
 from compress.loop import Menus, OutOfReachError, Round, Rounds
 from compress.power import Prices
 from compress.pricing import Costs
-from compress.report import Report
+from compress.report import Chosen, Report, SiteReport
 from compress.stitch import Stitched
 from compress.stream import Stream
 
@@ -325,10 +325,32 @@ def _rest(menus: Menus, limit_ms: float) -> float:
         return sum(float(menu.error.max()) for menu in menus.scaled)
 
 
-def told(result: Report, widths: tuple[Width, ...]) -> Report:
-    """The report with the widths that were tried, in figures and in words."""
+def told(result: Report, found: Found, widths: tuple[Width, ...]) -> Report:
+    """The report with the residual site where it was cut, and the widths that were tried, also in words."""
+    sites, less = list(result.sites), found.ground.job.narrowed
+    if less is not None:
+        sites.append(_site_report(less, found.ground))
+    ends = result.waterfall[0].ms, result.waterfall[-1].ms
     return result.model_copy(
-        update={"widths": widths, "attribution": (*result.attribution, *map(_line, widths))}
+        update={
+            "sites": tuple(sites),
+            "widths": widths,
+            "waterfall": report.steps(*ends, sites),
+            "attribution": (*result.attribution, *map(_line, widths)),
+        }
+    )
+
+
+def _site_report(less: Narrowed, ground: Ground) -> SiteReport:
+    """The residual site: every other one lies in it, so its times are those of the whole model."""
+    return SiteReport(
+        name=less.site.name,
+        kind=less.site.kind,
+        option=Chosen(units=less.units, units_total=less.site.units),
+        error=less.error,
+        latency_ms=ground.menus.latency_ms(ground.menus.dense),
+        dense_latency_ms=ground.costs.dense_ms,
+        source=ground.costs.source,
     )
 
 

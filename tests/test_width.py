@@ -11,6 +11,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from reports import whole
 from toys import job_of, logits
 
 import compress
@@ -31,7 +32,7 @@ from compress.analyze import find_sites
 from compress.console import Quiet
 from compress.errors import CompressError
 from compress.export.runners import OrtRunner
-from compress.ir import Budget, Option, Whole
+from compress.ir import Budget, Option, Whole, Width
 from compress.job import Stages
 from compress.loop import Menus, OutOfReachError, Round, Rounds, Timing
 from compress.recipe import Options, Recovery, Search
@@ -218,10 +219,12 @@ def test_a_narrow_student_is_held_against_what_its_stream_can_hold(tmp_path):
     seen = widths.directions(wide, widths.stream_of(wide))
     at = distill.places(wide.task.model, wide.sites)
     batch = wide.calibration[0]
-    told = distill.answers(wide.task, wide.task.model, batch, at)
+    with torch.no_grad():
+        told = distill.answers(wide.task, wide.task.model, batch, at)
     for units, near in ((10, True), (6, False)):
         job = widths.narrow(wide, seen, units)
-        said = distill.answers(job.task, job.task.model, batch, at)
+        with torch.no_grad():
+            said = distill.answers(job.task, job.task.model, batch, at)
         goal = distill.lowered(told, said, job.narrowed.down)
         assert [part.shape for part in goal.hidden] == [part.shape for part in said.hidden]
         assert torch.equal(goal.logits, told.logits)
@@ -239,6 +242,42 @@ def test_recovery_of_a_narrow_model_brings_it_nearer_to_the_dense_one(tmp_path):
     before = stitch.divergence(wide.task, model, wide.calibration, dense)
     recovery.recover(job, model, {})
     assert stitch.divergence(wide.task, model, wide.calibration, dense) < 0.7 * before
+
+
+def test_the_report_tells_the_width_as_a_site_as_a_step_and_in_words():
+    before = whole()
+    less = SimpleNamespace(
+        site=SimpleNamespace(name="residual", kind="residual", units=64), units=48, error=0.1
+    )
+    menus = SimpleNamespace(dense=(0,), latency_ms=lambda choices: 3.5)
+    costs = SimpleNamespace(dense_ms=4.1, source="measured")
+    ground = Ground(SimpleNamespace(narrowed=less), costs, menus, None, None)
+    tried = (
+        Width(units=64, loss=0.0, latency_ms=4.1, source="measured", plan_loss=0.3, plan_speedup=2.0,
+              why="a"),
+        Width(units=48, loss=0.05, latency_ms=3.5, source="measured", plan_loss=0.1, plan_speedup=2.1,
+              chosen=True, why="b"),
+        Width(units=32, loss=0.4, latency_ms=2.9, source="estimated", why="c"),
+    )  # fmt: skip
+    found = widths.told(before, Found(ground, Rounds(), None), tried)
+    assert found.sites[:-1] == before.sites
+    assert (found.sites[-1].option.units, found.sites[-1].option.units_total) == (48, 64)
+    added = {step.name: step.ms for step in found.waterfall}
+    assert added["residual"] == pytest.approx(3.5 - 4.1)
+    rest = {step.name: step.ms for step in before.waterfall}
+    assert added["unexplained"] == pytest.approx(rest["unexplained"] + 0.6)
+    assert {k: added[k] for k in ("dense", "compressed")} == {k: rest[k] for k in ("dense", "compressed")}
+    assert found.widths == tried
+    assert found.attribution == (
+        *before.attribution,
+        "Hidden width 64: divergence 0 and 4.1 ms with all units, 0.3 at 2.00x with its best plan; "
+        "not chosen: a.",
+        "Hidden width 48: divergence 0.05 and 3.5 ms with all units, 0.1 at 2.10x with its best plan; "
+        "chosen: b.",
+        "Hidden width 32: divergence 0.4 and 2.9 ms (estimate) with all units; not chosen: c.",
+    )
+    plain = Ground(SimpleNamespace(narrowed=None), costs, menus, None, None)
+    assert widths.told(before, Found(plain, Rounds(), None), ()) == before
 
 
 def test_post_norm_is_refused_in_one_message_that_names_the_place_and_the_remedy(tmp_path):
