@@ -17,6 +17,8 @@ from compress.launch import Launch, launched
 from compress.several import Part
 from compress.task import Batch
 
+pytestmark = pytest.mark.timeout(900)  # two interpreters may have to share a core
+
 EXACT = 1e-10  # sums in float64 in another order
 STEPS = 1e-7  # of float64 gradients; Adam divides those that are zero but for rounding by 1e-8
 
@@ -156,7 +158,7 @@ def test_a_process_that_is_not_the_first_does_nothing_alone_and_never_speaks(wor
     assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
 
 
-def together(command, folder, seconds=280):
+def together(command, folder, seconds=800):
     """Run a command in two processes that meet; their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
