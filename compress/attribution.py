@@ -6,6 +6,8 @@ from compress.job import Job
 from compress.loop import Round
 from compress.pricing import Costs
 
+ROUNDED = {"int8": "int8-dynamic", "int8-static": "int8-static", "int4": "int4", "fp8": "fp8"}  # by move
+
 
 def untouched(job: Job, costs: Costs) -> list[str]:
     """Why it is not faster: what no move can touch, and what was not there to choose."""
@@ -20,9 +22,12 @@ def untouched(job: Job, costs: Costs) -> list[str]:
         lines.append(f"Sites come from names, not from the program: {job.found.fallback}")
     if "2:4" not in (*job.profile.patterns, *job.recipe.options.moves):
         lines.append(f"2:4 sparsity was not considered: {job.profile.name} gains no time from it.")
-    looked = {form.partition("-")[0] for row in costs.gains.values() for form in (*row, *costs.untimed)}
-    for move in sorted({"int8", "fp8"} & set(job.recipe.options.moves) - looked):
-        lines.append(f"{move} was not considered: no site is multiplied in it on {job.profile.name} here.")
+    looked = {form for row in costs.gains.values() for form in (*row, *costs.untimed)}
+    for move, form in ROUNDED.items():
+        if move in job.recipe.options.moves and form not in looked:
+            lines.append(
+                f"{move} was not considered: no site is multiplied in it on {job.profile.name} here."
+            )
     return lines
 
 

@@ -93,7 +93,8 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
     own = found.ground.job
     if job.recipe.recovery.mode != "none":
         notes += aware.recover(own, model, removals)
-        notes += recovery.recover(own, model, removals)
+        removals, learned = recovery.recover(own, model, removals)
+        notes += learned
         save(own, found.turn, model, removals)
         comparison = _proof_timing(job, model, removals)
     result = proof.assemble(

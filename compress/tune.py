@@ -15,7 +15,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,7 +145,6 @@ class Run:
         lesson: Lesson,
         *,
         zeros: Mapping[str, Tensor] | None = None,
-        fixed: Collection[str] = (),
         checkpoint: Path | None = None,
         made_from: str = "",
     ) -> None:
@@ -155,7 +154,6 @@ class Run:
             model: the shrunk student, tuned in place; embedding tables stay, all else may move.
             lesson: teacher, data and settings.
             zeros: by parameter name, a mask of its shape that is True where it must stay zero.
-            fixed: names of further parameters that stay as they are.
             checkpoint: a file that is written now and then, and taken up if made from `made_from`.
             made_from: a hash of student, teacher, data and settings.
 
@@ -165,9 +163,8 @@ class Run:
         self.model, self.lesson, self.state = model.eval(), lesson, State(made_from=made_from)
         self._flags = {value: value.requires_grad for value in model.parameters()}
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        staying = tables | {id(model.get_parameter(name)) for name in fixed}
         for value in model.parameters():
-            value.requires_grad_(id(value) not in staying)
+            value.requires_grad_(id(value) not in tables)
         self.values = {name: value for name, value in model.named_parameters() if value.requires_grad}
         masks = (zeros or {}).items()
         self._zeros = [(self.values[name], mask) for name, mask in masks if _fits(self.values, name, mask)]
@@ -241,7 +238,10 @@ class Run:
             value.requires_grad_(flag)
 
     def _fresh(self) -> torch.optim.AdamW:
-        """An optimizer without moments; biases and norms do not decay."""
+        """An optimizer without moments; biases and norms do not decay, nor do ranges of inputs.
+
+        Steps of weights in low precision decay toward those they had at the start.
+        """
         values = list(self.values.values())
         groups = [
             {
@@ -322,11 +322,6 @@ def _fits(values: Mapping[str, Tensor], name: str, mask: Tensor) -> bool:
             f"recovery: the mask of {name} is {mask.dtype} {list(mask.shape)}, the parameter is {own}"
         )
     return True
-
-
-def zeros_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Masks that hold the zeros which the named parameters have now, whatever their pattern."""
-    return {name: model.get_parameter(name).detach() == 0 for name in names}
 
 
 def rate_at(step: int, steps: int, wanted: Recovery) -> float:

@@ -32,7 +32,7 @@ ROWS = (
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",
     "files",
-    "stitch anchor matching pat tune",
+    "learning stitch anchor matching pat tune",
     "pricing",
     "power",
     "attribution choosing recovery",
