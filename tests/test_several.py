@@ -17,6 +17,8 @@ from compress.launch import Launch, launched
 from compress.several import Part
 from compress.task import Batch
 
+pytestmark = pytest.mark.timeout(900)  # two interpreters may have to share a core
+
 EXACT = 1e-10  # sums in float64 in another order
 STEPS = 1e-7  # of float64 gradients; Adam divides those that are zero but for rounding by 1e-8
 
@@ -40,7 +42,7 @@ def gradients(model):
 def test_losses_and_gradients_of_the_parts_add_up_to_those_of_the_batch(tmp_path, number, rows):
     plan = lesson(tmp_path / "a")
     batch = next(iter(plan.batches()))
-    batch = several.Batch(
+    batch = Batch(
         {name: value[:rows] for name, value in batch.inputs.items()}, batch.labels[:rows], batch.real[:rows]
     )
     model = student()
@@ -48,9 +50,11 @@ def test_losses_and_gradients_of_the_parts_add_up_to_those_of_the_batch(tmp_path
     whole.backward()
     expected = gradients(model)
     model.zero_grad()
-    total = 0.0
+    total, uneven = 0.0, []
     for rank in range(3):
         number(rank, 3)
+        share = several.split(batch)[1]
+        uneven.append(abs(share.tokens - share.samples))
         part = lesson(tmp_path / f"part {rank}").loss(model, 0, batch)
         part.backward()
         total += part.item()
@@ -58,9 +62,8 @@ def test_losses_and_gradients_of_the_parts_add_up_to_those_of_the_batch(tmp_path
     found = gradients(model)
     for name, value in expected.items():
         assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()) + 1e-7)
-    number(0, 3)
     if rows > 3:
-        assert abs(several.split(batch)[1].tokens - several.split(batch)[1].samples) > 1e-3
+        assert max(uneven) > 1e-2
 
 
 def test_parts_are_every_row_once_and_what_is_no_batch_is_given_whole(number):
@@ -155,7 +158,7 @@ def test_a_process_that_is_not_the_first_does_nothing_alone_and_never_speaks(wor
     assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
 
 
-def together(command, folder, seconds=280):
+def together(command, folder, seconds=800):
     """Run a command in two processes that meet; their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
