@@ -7,6 +7,7 @@ import numpy as np
 
 from compress import artifact, calibrate, cost, database, loop, search
 from compress.database import Errors
+from compress.forms import STATIC
 from compress.ir import Document, Option, Plan
 from compress.job import Job
 from compress.loop import Effort, Menus, OutOfReachError, Round, Rounds, Timing
@@ -39,6 +40,7 @@ def candidates(job: Job, costs: Costs) -> Errors:
             memory_mb=wanted.memory_mb,
             taylor=job.recipe.options.score == "taylor",
             readers=any(len(costs.rows[site.name]) > 1 for site in job.sites),
+            spans=any(form.endswith(STATIC) for site in job.sites for form in costs.rows[site.name]),
             progress=tick,
         )
     wanted_options = {

@@ -128,7 +128,11 @@ REQUEST = _options(
     click.option("--task", metavar="TASK", help="What the model does, if its config does not say."),
     click.option("--text", metavar="COLUMN", help="The text column, if it is not found."),
     click.option("--label", metavar="COLUMN", help="The label column, if it is not found."),
-    click.option("--moves", metavar="LIST", help="May be done: structure,width,int8,fp8,block,lowrank,2:4."),
+    click.option(
+        "--moves",
+        metavar="LIST",
+        help="May be done: structure,width,int8,int8-static,int4,fp8,block,lowrank,2:4.",
+    ),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A request as TOML."),
     click.option(
         "--recover",
@@ -171,12 +175,12 @@ def run(session: "Session", words: Words) -> int:
         from compress import several
 
         several.join()
-        if several.rank():
-            return _follow()
     session.out = Path(recipe.out)
-    from compress import console, pipeline, report
+    from compress import advice, console, follow, pipeline, report
 
     console.use_cores()
+    if launched().rank:
+        return follow.serve()
     if recipe.speedups:
         from compress import family, gradual
 
@@ -186,18 +190,10 @@ def run(session: "Session", words: Words) -> int:
     result = pipeline.run(recipe, session.progress)
     page = str(session.out / "compression" / "report.html")
     session.answer(result.model_dump(mode="json"), report.verdict_line(result, page))
-    for line in (report.next_step(result, recipe.out), report.ruin(result)):
+    for line in (advice.next_step(result, recipe.out), advice.ruin(result)):
         if line is not None:
             session.progress.say(line)
     return report.exit_code(result)
-
-
-def _follow() -> int:
-    """A share of what the first process does; the exit code that it gives."""
-    from compress import console, follow
-
-    console.use_cores()
-    return follow.serve()
 
 
 @app.command()

@@ -169,10 +169,13 @@ def _build_site(
     else:
         cut = _solved(weight, own, site, statistics, levels, damping)
     uncut = Removal(torch.arange(site.units), weight.float(), own.float().clone())
-    made = {}
+    made: dict[str, Candidate] = {}
     for option in options:
         removal, error = (uncut, 0.0) if option.units is None else cut[option.units]
-        if option.form != "dense":
+        twin = made.get(option.model_copy(update={"precision": forms.DYNAMIC}).key)
+        if option.precision == forms.STATIC and twin is not None:  # the codes are those
+            removal, error = forms.static(site, twin[0], statistics), twin[1]
+        elif option.form != "dense":
             removal, more = forms.treat(model, site, option, removal, statistics, damping)
             error = 1 - (1 - min(error, 1.0)) * (1 - min(more, 1.0))
         made[option.key] = (removal, error)

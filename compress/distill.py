@@ -5,11 +5,17 @@ compared token by token and layer by layer without any mapping; those of a stude
 with what that stream can hold of the teacher's. Padding enters nothing. The answers of
 the teacher never change: they are computed once and kept on disk, up to a bound.
 
+The features of GPUSQ are the hidden states of late layers alone, and only of inputs on which student and
+teacher agree: what a student that is wrong looks like inside teaches nothing. Once one course of training
+is over, layers that it brought near count more, those that it left far count less (`aware`).
+
 References: Kurtic, Frantar, Alistarh, "ZipLM", arXiv 2302.04089 (task, logits and token losses);
+Yu et al., "Boost Vision Transformer with GPU-Friendly Sparsity and Quantization", arXiv 2305.10727;
 Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531 (temperature);
 Hofstätter et al., "Improving Efficient Neural Ranking Models", arXiv 2010.02666 (Margin-MSE).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +35,7 @@ from compress.task import Batch, Task
 from compress.texts import FeatureExtraction, pooled
 
 MEGABYTE = 10**6
+FACTORS = (0.25, 4.0)  # how little and how much one layer's features may count
 
 
 @dataclass(frozen=True)
@@ -116,11 +123,59 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     Relative to each token, so that neither a deep layer's scale nor one token with huge activations
     outweighs the rest. Each entry is [tokens, hidden].
     """
-    each = [
-        ((ours - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=1e-12)).mean()
-        for ours, theirs in zip(student, teacher, strict=True)
-    ]
+    each = [_apart(ours, theirs).mean() for ours, theirs in zip(student, teacher, strict=True)]
     return torch.stack(each).mean()
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> Tensor:
+    """[tokens] squared distances in units of the teacher's token."""
+    return (ours - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=1e-12)
+
+
+def features(task: Task, batch: Batch, student: Answers, teacher: Answers, wanted: Recovery) -> Tensor:
+    """[late layers] mean over all tokens of `1[agreed] |h_student - h_teacher|^2 / |h_teacher|^2`.
+
+    A token counts where both models answer its input alike; embeddings are no choice, so all count, as
+    they do when `wanted.gated` is off. The paper's distance is absolute; relative ones leave it to the
+    factors alone how layers are weighed. Of `n` layers the last `ceil(n * wanted.late)` are read.
+    """
+    late = max(1, math.ceil(len(teacher.hidden) * wanted.late))
+    pairs = zip(student.hidden[-late:], teacher.hidden[-late:], strict=True)
+    apart = torch.stack([_apart(ours, theirs) for ours, theirs in pairs])  # [late, tokens]
+    if wanted.gated and not isinstance(task, FeatureExtraction):
+        apart = apart * agreed(student.logits, teacher.logits, batch, apart.shape[1])
+    return apart.mean(1)
+
+
+def agreed(student: Tensor, teacher: Tensor, batch: Batch, tokens: int) -> Tensor:
+    """[tokens] bool: whether the two choose the same label for what a token belongs to.
+
+    Args:
+        student: logits, [inputs, labels], or [inputs, tokens of one, labels] with a choice for each token.
+        teacher: the same of the teacher.
+        batch: says where padding is.
+        tokens: how many rows a hidden state has: all tokens, or those that are no padding.
+    """
+    same = (student.argmax(-1) == teacher.argmax(-1)).reshape(len(student), -1)
+    padded = batch.real is not None and int(batch.real.sum()) == tokens
+    width = batch.real.shape[1] if batch.real is not None and padded else tokens // len(same)
+    spread = same.expand(-1, width)
+    return spread[batch.real] if padded else spread.reshape(-1)
+
+
+def aware(apart: Sequence[float]) -> tuple[float, ...]:
+    """How much the features of each late layer count, from what earlier training left of their losses.
+
+    `(1 / l_k) / mean(1 / l)`, held between 0.25 and 4: a layer that stayed far cannot be had, and is
+    not insisted on. The paper gives the direction; the map is the simplest one with mean 1.
+
+    >>> [round(factor, 3) for factor in aware([0.1, 0.2])]
+    [1.333, 0.667]
+    """
+    inverse = [1 / max(each, 1e-12) for each in apart]
+    mean = sum(inverse) / len(inverse)
+    low, high = FACTORS
+    return tuple(min(max(each / mean, low), high) for each in inverse)
 
 
 def margin_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -151,7 +206,13 @@ def cosines(hidden: Tensor, batch: Batch, part: Part = WHOLE) -> Tensor:
 
 
 def loss(
-    task: Task, batch: Batch, student: Answers, teacher: Answers, wanted: Recovery, part: Part = WHOLE
+    task: Task,
+    batch: Batch,
+    student: Answers,
+    teacher: Answers,
+    wanted: Recovery,
+    part: Part = WHOLE,
+    factors: Sequence[float] = (),
 ) -> Tensor:
     """The weighted sum of all losses; those of weight 0, or without what they need, are left out.
 
@@ -160,7 +221,8 @@ def loss(
 
     The divergence from the teacher is the task's own: KL of softened distributions, times the squared
     temperature so that its gradient keeps its size, or for embeddings 1 - cosine, which no temperature
-    changes; these also keep their margins (Margin-MSE within the batch).
+    changes; these also keep their margins (Margin-MSE within the batch). `factors` weigh the features of
+    each late layer, which are added up; without any, all count 1.
     """
     total = student.logits.sum() * 0.0
     if wanted.task and task.labelled and batch.labels is not None:
@@ -175,6 +237,10 @@ def loss(
         total = total + part.pairs * wanted.ranking * margin_loss(*scores)
     if wanted.hidden and teacher.hidden:
         total = total + part.tokens * wanted.hidden * hidden_loss(student.hidden, teacher.hidden)
+    if wanted.features and teacher.hidden:
+        each = features(task, batch, student, teacher, wanted)
+        weights = each.new_tensor(factors) if factors else torch.ones_like(each)
+        total = total + part.tokens * wanted.features * (weights * each).sum()
     return total
 
 

@@ -6,15 +6,16 @@ whose shapes it fits. Errors are relative, as those of structure are; readers ar
 what comes after them is not linear, the writer about its mean, which its bias takes up.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from compress import surgery
 from compress.calibrate import Statistics
-from compress.core import block, gptq, lowrank, nm, obs
+from compress.core import block, fakequant, gptq, lowrank, nm, obs
 from compress.core.fakequant import PRECISIONS, Quantized
 from compress.core.support import Block, Layer, prepare
 from compress.errors import CompressError
@@ -27,6 +28,7 @@ BLOCKS = ("block:64x32@0.5", "block:64x32@0.25")
 GPU_BLOCKS = ("block:64x64@0.5", "block:64x64@0.25")  # tensor cores want squarer ones
 RANKS = (0.25, 0.125)  # of the hidden width
 MIXED = ("block:64x32@0.25", 0.0625)
+DYNAMIC, STATIC = "int8-dynamic", "int8-static"
 REACH = 16.0  # largest input that fp8 tells apart, in root mean squares of the input's largest feature
 LEVELS = 8  # numbers of units at which a site is offered in a form
 
@@ -51,7 +53,9 @@ def of(site: Site, moves: Sequence[str], profile: Profile, *, in_torch: bool = F
     by_move = {
         "structure": (),
         "width": (),
-        "int8": ("int8-dynamic",),
+        "int8": (DYNAMIC,),
+        "int8-static": (STATIC,),
+        "int4": ("int4",),
         "fp8": ("fp8",),
         "block": GPU_BLOCKS if in_torch else BLOCKS,
         "2:4": ("2:4",),
@@ -106,6 +110,10 @@ def treat(
     """
     if statistics.reader is None or removal.weight is None or removal.bias is None:
         raise CompressError(f"{site.name}: no statistics of its readers; calibrate with readers = true")
+    if option.precision == STATIC:
+        twin = option.model_copy(update={"precision": DYNAMIC})
+        rounded, error = treat(model, site, twin, removal, statistics, damping)
+        return static(site, rounded, statistics), error
     stay = obs.columns(removal.kept, site.column.width)
     writer = shape(
         option,
@@ -137,6 +145,29 @@ def treat(
         ),
         1 - (1 - min(writer.error, 1.0)) * (1 - min(mean, 1.0)),
     )
+
+
+def static(site: Site, removal: Removal, statistics: Statistics) -> Removal:
+    """A removal in int8-dynamic as int8-static: the same codes, for inputs whose ranges are fixed.
+
+    Raises:
+        CompressError: the statistics hold no ranges.
+    """
+    if statistics.range is None or statistics.reader_span is None:
+        raise CompressError(f"{site.name}: no ranges of its inputs; calibrate with spans = true")
+    own = statistics.range.of(obs.columns(removal.kept, site.column.width))
+    twin = copy.deepcopy(removal)  # a file stores no tensor twice under two names
+    codes = {
+        name: fakequant.packed(
+            PRECISIONS[STATIC],
+            found.codes,
+            found.step,
+            own if name == site.writer else statistics.reader_span,
+        )
+        for name, found in twin.codes.items()
+    }
+    option = Option.of(removal.form, None).model_copy(update={"precision": STATIC})
+    return replace(twin, form=option.form, codes=codes)
 
 
 def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping: float) -> Shaped:
@@ -191,6 +222,8 @@ def _runs(option: Option, profile: Profile) -> bool:
 
 def _multiplies(option: Option, profile: Profile) -> bool:
     """Whether the GPU at hand may gain from a form in torch; whether it does, timing says."""
+    if option.precision in (STATIC, "int4"):
+        return False  # torch has no such product
     if option.precision != "fp32":
         return option.precision.split("-")[0] in profile.precisions
     return option.pattern != "2:4" or "2:4" in profile.patterns

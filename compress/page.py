@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from compress import charts
+from compress.advice import next_step, ruin
 from compress.artifact import write_text
 from compress.errors import CompressError
 from compress.report import (
@@ -24,9 +25,7 @@ from compress.report import (
     Report,
     device,
     found,
-    next_step,
     quality,
-    ruin,
     verdict_line,
 )
 from compress.svg import PALETTE, Chart

@@ -2,7 +2,8 @@
 
     job -> costs -> candidates -> (plan -> file -> timing)* -> refit -> file -> recovery -> file -> proof
 
-Where the hidden width may be cut, costs to timing run once for every width that may win.
+Where the hidden width may be cut, costs to timing run once for every width that may win. Split weights are
+matched block by block right after the refit.
 Every arrow leaves an artifact in `<out>/compression/`, stored with the hash of what it was made from:
 a second run takes up whatever is still valid, and a killed run loses at most the stage it was in.
 """
@@ -36,6 +37,7 @@ from compress.export.place import Place
 from compress.ir import Option, Width
 from compress.job import Job, Progress, prepare
 from compress.loop import Round, Rounds, Timing
+from compress.matching import match
 from compress.power import Prices
 from compress.pricing import Costs, price
 from compress.recipe import Recipe
@@ -91,7 +93,8 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
     own = found.ground.job
     if job.recipe.recovery.mode != "none":
         notes += aware.recover(own, model, removals)
-        notes += recovery.recover(own, model, removals)
+        removals, learned = recovery.recover(own, model, removals)
+        notes += learned
         save(own, found.turn, model, removals)
         comparison = _proof_timing(job, model, removals)
     result = proof.assemble(
@@ -228,6 +231,9 @@ def build(found: Found) -> tuple[nn.Module, dict[str, Removal], list[str]]:
     if job.recipe.calibration.refit and job.recipe.options.score == "obs":
         removals, note = _refitted(job, removals, turn, found.ground.judge)
         notes.append(note)
+        if any(removal.factors for removal in removals.values()):
+            removals, note = _matched(job, removals, found.ground.judge)
+            notes.append(note)
     model = surgery.shrink(job.task.model, job.sites, removals)
     save(job, turn, model, removals)
     return model, removals, notes
@@ -268,6 +274,24 @@ def _refitted(
             f"Sequential refit: divergence from dense {turn.loss:.4g} -> {found:.4g}",
         )
     return removals, f"Sequential refit not used: divergence {turn.loss:.4g} would become {found:.4g}"
+
+
+def _matched(job: Job, removals: dict[str, Removal], judge: Stitched) -> tuple[dict[str, Removal], str]:
+    """The removals after the matching of whole blocks, unless unseen inputs say that it did harm."""
+
+    def loss(found: Mapping[str, Removal]) -> float:
+        small = surgery.shrink(job.task.model, job.sites, found)
+        return judge.of(quantize.emulated(small, job.sites, found))
+
+    with job.stages("match blocks") as tick:
+        memory_mb = job.recipe.calibration.memory_mb
+        better = match(
+            job.task.model, job.sites, removals, job.calibration, memory_mb=memory_mb, progress=tick
+        )
+        before, after = loss(removals), loss(better)
+    if after < before:
+        return better, f"Blocks matched: divergence from dense {before:.4g} -> {after:.4g}"
+    return removals, f"Matching of blocks not used: divergence {before:.4g} would become {after:.4g}"
 
 
 def _proof_timing(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> Comparison | None:

@@ -15,8 +15,10 @@ from compress.ir import Document, Option, Site, Source, Whole
 from compress.job import Job
 from compress.profiles import Profile
 
+SIZE = "size_mb"
 FORM_LEVELS = 6  # widths timed in a form; between them its time is a line
-PAYS = 0.97  # of the plain site's time, above which a form is not worth its damage
+PAYS = 0.97  # of the plain site's time or bytes, above which a form is not worth its damage
+STORED = "fp32"  # of plain weights in a file
 
 
 class Costs(Document):
@@ -63,7 +65,8 @@ def price(job: Job) -> Costs:
     levels = {site.name: wanted_levels(job, site) for site in job.sites}
     place = job.place
     machine = job.profile.name if place is None else place.fingerprint
-    made_from = artifact.digest(job.model_key, machine, job.recipe.bench.threads, levels)
+    sized = job.recipe.budget.name == SIZE
+    made_from = artifact.digest(job.model_key, machine, job.recipe.bench.threads, levels, sized)
     return artifact.saved(
         job.folder / "costs.json",
         Costs,
@@ -163,7 +166,11 @@ def _measured(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int
 
 
 def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
-    """The costs without what does not pay: a form that is no faster than the plain site at its units."""
+    """The costs without what does not pay: a form that is no faster than the plain site at its units.
+
+    Under a size budget a form that is no smaller in the file either, since time is not what is short.
+    """
+    sized = job.recipe.budget.name == SIZE
     rows: dict[str, dict[str, dict[int, float]]] = {}
     gains: dict[str, dict[str, float]] = {}
     for site in job.sites:
@@ -175,11 +182,22 @@ def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, sou
                 continue
             most = max(row)
             gains[site.name][form] = plain[most] / row[most]
-            paying = {units: ms * factor for units, ms in row.items() if ms < PAYS * plain[units]}
+            paying = {
+                units: ms * factor
+                for units, ms in row.items()
+                if ms < PAYS * plain[units] or (sized and _smaller(site, form, units))
+            }
             if paying:
                 kept[form] = cost.thin(paying)
         rows[site.name] = kept
     return Costs(whole=whole, rows=rows, gains=gains, source=source)
+
+
+def _smaller(site: Site, form: str, units: int) -> bool:
+    """Whether a form takes fewer bytes in a file; zeros of 2:4 are written out like any number."""
+    option = Option.of(form, units)
+    plain = cost.weight_bytes(site, Option(units=units), STORED)
+    return option.pattern != "2:4" and cost.weight_bytes(site, option, STORED) < PAYS * plain
 
 
 def shipped(profile: Profile) -> Table | None:

@@ -1,6 +1,5 @@
 """What the shipped file really does: its latency, its answers, its score; gathered into the report."""
 
-from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compress import __version__, bench, cost, files, power, quantize, report, search
+from compress import __version__, attribution, bench, cost, files, power, quantize, report, search
 from compress.bench import Comparison
 from compress.export import decode, runners, verify
 from compress.export.place import Place
@@ -323,7 +322,7 @@ def assemble(
         waterfall=steps,
         phases=phases(job, shaped, shipped, comparison),
         fixed_ms=costs.fixed_ms,
-        attribution=(*_attribution(job, costs), *_forms(costs, turn)),
+        attribution=(*attribution.untouched(job, costs), *attribution.gains(costs, turn)),
         warnings=tuple(
             notes
             + (
@@ -376,44 +375,3 @@ def _round(turn: Round, costs: Costs) -> report.Round:
         measured_ms=None if turn.timing is None else turn.timing.measured_ms,
         measured_speedup=None if turn.timing is None else turn.timing.speedup,
     )
-
-
-def _attribution(job: Job, costs: Costs) -> list[str]:
-    """Why it is not faster: what no move can touch, and what was not there to choose."""
-    share = costs.fixed_ms / costs.dense_ms
-    said = "" if costs.source == "measured" else " (estimate)"
-    lines = [
-        f"{costs.fixed_ms:.2f} of {costs.dense_ms:.2f} ms{said} ({share:.0%}) lie outside every site: "
-        "embeddings, norms, the head, and calls; no structure removed can save them."
-    ]
-    lines += [f"{skip.place}: not a site, because {skip.reason}" for skip in job.found.skipped]
-    if job.found.fallback:
-        lines.append(f"Sites come from names, not from the program: {job.found.fallback}")
-    if "2:4" not in (*job.profile.patterns, *job.recipe.options.moves):
-        lines.append(f"2:4 sparsity was not considered: {job.profile.name} gains no time from it.")
-    looked = {form.partition("-")[0] for row in costs.gains.values() for form in (*row, *costs.untimed)}
-    for move in sorted({"int8", "fp8"} & set(job.recipe.options.moves) - looked):
-        lines.append(f"{move} was not considered: no site is multiplied in it on {job.profile.name} here.")
-    return lines
-
-
-def _forms(costs: Costs, turn: Round) -> list[str]:
-    """What every form that was looked at gains on the target, and where it was chosen."""
-    said = "" if costs.source == "measured" else " (estimate)"
-    chosen = Counter(option.form for option in turn.choices.values())
-    gains: dict[str, list[float]] = {}
-    for row in costs.gains.values():
-        for form, gain in row.items():
-            gains.setdefault(form, []).append(gain)
-    lines = []
-    for form in costs.untimed:
-        lines.append(f"{form}: not offered, since no site could be timed in it here.")
-    for form, found in sorted(gains.items()):
-        count = chosen[form]
-        why = f"chosen at {count} of {len(turn.choices)} sites" if count else "not chosen"
-        if not count:
-            pays = any(form in row for row in costs.rows.values())
-            why += ": other moves cost less for the same time" if pays else ": it saves no time here"
-        span = f"{min(found):.2f}x" if len(found) == 1 else f"{min(found):.2f}x to {max(found):.2f}x"
-        lines.append(f"{form}: {span} on a whole site{said}; {why}.")
-    return lines

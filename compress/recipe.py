@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from compress.errors import CompressError
 from compress.ir import Budget, Document
 
-Move = Literal["structure", "width", "int8", "fp8", "block", "lowrank", "2:4"]
+Move = Literal["structure", "width", "int8", "int8-static", "int4", "fp8", "block", "lowrank", "2:4"]
 TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
 Phase = Literal["prefill", "decode"]
 UNITS = {"speedup": "x", "latency_ms": "ms", "energy_mj": "mJ", "power_w": "W", "size_mb": "MB"}
@@ -71,10 +71,14 @@ class Search(Document):
 class Recovery(Document):
     """How quality is won back after pruning, by distilling from the dense model; time does not change.
 
+    What a plan runs on integers or as factors learns in that form: through rounding, as factors.
     `mode` "fast" tunes for one course of `epochs`; "full" goes on with further courses, each from the
     best weights so far, until one no longer raises the score on the validation split, `courses` at most.
     `task`, `logits`, `hidden` and `ranking` (embeddings only) weigh the losses; labels are used where
-    there are some. `cache_mb` bounds what the teacher's answers take on disk.
+    there are some. `features` weighs GPUSQ's distance of hidden states: that of the `late` share of the
+    layers, on inputs that student and teacher answer alike (unless `gated` is off), each layer counting by
+    how near the course before brought it. GPUSQ itself is task 1, logits 10, hidden 0, features 5.
+    `cache_mb` bounds what the teacher's answers take on disk.
     """
 
     mode: Literal["none", "fast", "full"] = "none"
@@ -91,6 +95,9 @@ class Recovery(Document):
     logits: float = Field(default=1.0, ge=0)
     hidden: float = Field(default=1.0, ge=0)
     ranking: float = Field(default=1.0, ge=0)
+    features: float = Field(default=0.0, ge=0)
+    late: float = Field(default=1 / 3, gt=0, le=1)
+    gated: bool = True
     validation: int = Field(default=4096, ge=1)
     cache_mb: int = Field(default=1024, ge=0)
     checkpoint_s: float = Field(default=60.0, ge=0)

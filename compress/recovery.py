@@ -1,6 +1,7 @@
 """Winning quality back after pruning: the shrunk model is tuned on the job's data, judged on unseen inputs.
 
-The graph is final before this begins, so the measured time stays what it was.
+The graph is final before this begins, so the measured time stays what it was. Products learn in the forms
+in which they run: integers through their rounding, thin factors as factors, zeros of a pattern as zeros.
 """
 
 import shutil
@@ -12,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import artifact, database, distill, several, stitch, surgery, tune
+from compress import artifact, database, distill, learning, quantize, several, stitch, tune
 from compress.console import span
 from compress.distill import Teacher
-from compress.ir import Option, Site
+from compress.ir import Site
 from compress.job import Job, Tick, content, fingerprint
 from compress.recipe import Recovery
 from compress.surgery import Removal
@@ -28,11 +29,12 @@ ANSWERS = "answers"
 CHECKPOINT = "recovery.safetensors"
 
 
-def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list[str]:
-    """Tune a shrunk model in place, as the recipe's `[recovery]` says; what is worth a note.
+def recover(
+    job: Job, model: nn.Module, removals: Mapping[str, Removal]
+) -> tuple[dict[str, Removal], list[str]]:
+    """Tune a shrunk model in place, as the recipe's `[recovery]` says.
 
-    Zeros of a pattern stay zeros. Weights that stand in the file as integers or thin factors stay as they
-    are, since what they stand for was rounded or factored once; everything around them is tuned.
+    Gives the removals with the codes and factors that were learned, and what is worth a note.
 
     Args:
         job: gives the dense model, the data and the settings.
@@ -41,16 +43,16 @@ def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list
     """
     wanted = job.recipe.recovery
     if wanted.mode == "none":
-        return []
+        return dict(removals), []
     if several.size() > 1:
         _call(job, removals)
     with several.working():
         data = artifact.digest(job.key, *map(_content, lessons(job.task, wanted)))
-        made_from = artifact.digest(data, wanted, *fingerprint(model))
+        made_from = artifact.digest(data, wanted, *fingerprint(model), *learning.fingerprint(removals))
         answers = artifact.folder(job.folder / ANSWERS, artifact.digest(data, several.size()))
         judge = Judge(job)
         with job.stages(f"recover ({wanted.mode})") as tick:
-            scores = learn(
+            scores, learned = learn(
                 job.task,
                 job.sites,
                 wanted,
@@ -66,7 +68,8 @@ def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list
                 down=None if job.narrowed is None else job.narrowed.down,
             )
     shutil.rmtree(answers)
-    return [_said(scores, judge, wanted.mode, len(scores) - 1)]
+    forms = sorted({one.form for one in removals.values()} - {"dense"})
+    return learned, [_said(scores, judge, wanted.mode, forms)]
 
 
 def learn(
@@ -84,8 +87,8 @@ def learn(
     checkpoint: Path | None = None,
     made_from: str = "",
     down: Tensor | None = None,
-) -> tuple[float, ...]:
-    """Tune a shrunk model in place; the scores before and after each epoch.
+) -> tuple[tuple[float, ...], dict[str, Removal]]:
+    """Tune a shrunk model in place; the scores before and after each epoch, and the removals as learned.
 
     Of several processes each calls this with the same model and data; the first one's judge, progress and
     checkpoint count.
@@ -112,12 +115,12 @@ def learn(
     teacher = Teacher(task, dense, at, answers, wanted.cache_mb / several.size())
     count = sum(1 for _ in lessons(task, wanted))
     lesson = Lesson(task, teacher, lambda: lessons(task, wanted), count, wanted, down)
-    fixed = {name for one in removals.values() for name in (*one.factors, *one.codes)}
-    zeros = tune.zeros_of(model, _patterned(sites, removals) - fixed)
-    run = Run(model, lesson, zeros=zeros, fixed=fixed, checkpoint=checkpoint, made_from=made_from)
+    zeros = learning.insert(model, sites, removals)
+    run = Run(model, lesson, zeros=zeros, checkpoint=checkpoint, made_from=made_from)
     if not run.finished:
         say(_announced(model, lesson))
-    return tune.tune(run, judge, tick)
+    scores = tune.tune(run, judge, tick)
+    return scores, learning.settle(model, sites, removals)
 
 
 def lessons(task: Task, wanted: Recovery) -> Iterator[Batch]:
@@ -140,16 +143,6 @@ def _call(job: Job, removals: Mapping[str, Removal]) -> None:
     several.call("recover", words, tensors)
 
 
-def _patterned(sites: Sequence[Site], removals: Mapping[str, Removal]) -> set[str]:
-    """Names of the matrices whose zeros are a pattern."""
-    return {
-        name
-        for site in sites
-        if site.name in removals and Option.of(removals[site.name].form, None).pattern != "dense"
-        for name in (site.writer, *surgery.readers(site))
-    }
-
-
 def _content(batch: Batch) -> str:
     """A hash of inputs and labels."""
     labels = b"" if batch.labels is None else batch.labels.contiguous().numpy().tobytes()
@@ -167,9 +160,10 @@ def _announced(model: nn.Module, lesson: Lesson) -> str:
     return f"recovery: at most {wanted.courses} courses of {course}; it ends when the score stops rising"
 
 
-def _said(scores: Sequence[float], judge: "Judge", mode: str, epochs: int) -> str:
+def _said(scores: Sequence[float], judge: "Judge", mode: str, forms: Sequence[str]) -> str:
     before, after = (judge.worded(score) for score in (scores[0], max(scores)))
-    return f"Recovery ({mode}, {epochs} epochs): {judge.name} {before} -> {after}"
+    learned = f", learning in {', '.join(forms)}" if forms else ""
+    return f"Recovery ({mode}, {len(scores) - 1} epochs{learned}): {judge.name} {before} -> {after}"
 
 
 class Judge:
@@ -203,12 +197,13 @@ class Judge:
         return f"{score if self.scored and self._task.higher_is_better else abs(score):.4g}"
 
     def __call__(self, model: nn.Module) -> float:
-        """Larger is better."""
+        """Larger is better; weights that learn through rounding are rounded once for all inputs."""
         if self.empty:
             return 0.0
-        if not self.scored:
-            return -stitch.divergence(self._task, model, self._batches, self._dense)
-        found = self._task.score(self._run(model), "validation", self._limit)
+        with quantize.held(model):
+            if not self.scored:
+                return -stitch.divergence(self._task, model, self._batches, self._dense)
+            found = self._task.score(self._run(model), "validation", self._limit)
         return found if self._task.higher_is_better else -found
 
     def _run(self, model: nn.Module) -> Answering:

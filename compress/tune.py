@@ -15,7 +15,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress import distill, several
-from compress.distill import Teacher
+from compress.distill import Answers, Teacher
 from compress.errors import CompressError
 from compress.ir import Document
 from compress.recipe import Recovery
@@ -35,17 +35,22 @@ from compress.task import Batch, Task
 
 POOL_BYTES = 2**28  # inputs held back to be shuffled; all of them where they are this small
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LOOKED_AT = 8  # batches that tell how far late layers are after a course
 
 Batches = Callable[[], Iterable[Batch]]
 Progress = Callable[[int, int], None]
 
 
 class State(Document):
-    """How far a run is: steps taken, and the score before the first and after every epoch."""
+    """How far a run is: steps taken, and the score before the first and after every epoch.
+
+    `factors` weigh the features of late layers since the last course; none in the first.
+    """
 
     made_from: str = ""
     step: int = 0
     scores: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
 
     @property
     def epochs(self) -> int:
@@ -67,14 +72,33 @@ class Lesson:
     wanted: Recovery
     down: Tensor | None = None
 
-    def loss(self, model: nn.Module, number: int, batch: Batch) -> Tensor:
-        """The distillation loss of one batch, or what this process's part of it adds to that."""
+    def loss(self, model: nn.Module, number: int, batch: Batch, factors: Sequence[float] = ()) -> Tensor:
+        """The distillation loss of one batch, or what this process's part of it adds to that.
+
+        `factors` weigh the features of late layers.
+        """
         mine, part = several.split(batch)
-        goal = self.teacher(number, mine)
-        said = distill.answers(self.task, model, mine, self.teacher.at)
-        if self.down is not None:
-            goal = distill.lowered(goal, said, self.down)
-        return distill.loss(self.task, mine, said, goal, self.wanted, part)
+        said, goal = self._pair(model, number, mine)
+        return distill.loss(self.task, mine, said, goal, self.wanted, part, factors)
+
+    @torch.no_grad()
+    def apart(self, model: nn.Module) -> list[float]:
+        """How far each late layer of a model is from the teacher's, in the mean of the first batches."""
+        found = []
+        for number, batch in enumerate(itertools.islice(self.batches(), LOOKED_AT)):
+            mine, part = several.split(batch)
+            said, goal = self._pair(model, number, mine)
+            found.append(part.tokens * distill.features(self.task, mine, said, goal, self.wanted))
+        mean = torch.stack(found).mean(0)
+        several.add_up([mean])
+        apart: list[float] = mean.tolist()
+        return apart
+
+    def _pair(self, model: nn.Module, number: int, batch: Batch) -> tuple[Answers, Answers]:
+        """What student and teacher say of a batch."""
+        goal = self.teacher(number, batch)
+        said = distill.answers(self.task, model, batch, self.teacher.at)
+        return said, goal if self.down is None else distill.lowered(goal, said, self.down)
 
 
 def tune(
@@ -121,7 +145,6 @@ class Run:
         lesson: Lesson,
         *,
         zeros: Mapping[str, Tensor] | None = None,
-        fixed: Collection[str] = (),
         checkpoint: Path | None = None,
         made_from: str = "",
     ) -> None:
@@ -131,7 +154,6 @@ class Run:
             model: the shrunk student, tuned in place; embedding tables stay, all else may move.
             lesson: teacher, data and settings.
             zeros: by parameter name, a mask of its shape that is True where it must stay zero.
-            fixed: names of further parameters that stay as they are.
             checkpoint: a file that is written now and then, and taken up if made from `made_from`.
             made_from: a hash of student, teacher, data and settings.
 
@@ -141,9 +163,8 @@ class Run:
         self.model, self.lesson, self.state = model.eval(), lesson, State(made_from=made_from)
         self._flags = {value: value.requires_grad for value in model.parameters()}
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        staying = tables | {id(model.get_parameter(name)) for name in fixed}
         for value in model.parameters():
-            value.requires_grad_(id(value) not in staying)
+            value.requires_grad_(id(value) not in tables)
         self.values = {name: value for name, value in model.named_parameters() if value.requires_grad}
         masks = (zeros or {}).items()
         self._zeros = [(self.values[name], mask) for name, mask in masks if _fits(self.values, name, mask)]
@@ -171,7 +192,7 @@ class Run:
             torch.manual_seed(
                 int(np.random.SeedSequence((wanted.seed, self.state.step)).generate_state(1)[0])
             )
-            loss = self.lesson.loss(self.model, number, batch)
+            loss = self.lesson.loss(self.model, number, batch, self.state.factors)
             whole = loss.detach().clone()
             several.add_up([whole])
             if not bool(torch.isfinite(whole)):
@@ -203,9 +224,12 @@ class Run:
         self._save()
 
     def restart(self) -> None:
-        """Begin another course: the best weights, no moments."""
+        """Begin another course: the best weights, no moments, late layers weighed by how near they came."""
         self._take(self.best)
         self.optimizer = self._fresh()
+        if self.lesson.wanted.features and self.lesson.teacher.at:
+            factors = distill.aware(self.lesson.apart(self.model))
+            self.state = self.state.model_copy(update={"factors": factors})
 
     def release(self) -> None:
         """Leave the best weights in the model, and its gradients as they were asked for before."""
@@ -214,7 +238,10 @@ class Run:
             value.requires_grad_(flag)
 
     def _fresh(self) -> torch.optim.AdamW:
-        """An optimizer without moments; biases and norms do not decay."""
+        """An optimizer without moments; biases and norms do not decay, nor do ranges of inputs.
+
+        Steps of weights in low precision decay toward those they had at the start.
+        """
         values = list(self.values.values())
         groups = [
             {
@@ -295,11 +322,6 @@ def _fits(values: Mapping[str, Tensor], name: str, mask: Tensor) -> bool:
             f"recovery: the mask of {name} is {mask.dtype} {list(mask.shape)}, the parameter is {own}"
         )
     return True
-
-
-def zeros_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Masks that hold the zeros which the named parameters have now, whatever their pattern."""
-    return {name: model.get_parameter(name).detach() == 0 for name in names}
 
 
 def rate_at(step: int, steps: int, wanted: Recovery) -> float:

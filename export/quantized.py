@@ -7,6 +7,7 @@ weight and writes instead
   and the scale and bias in float; onnxruntime makes one kernel of it;
 * int8-static: QuantizeLinear and DequantizeLinear around the same Gemm, with the bias in whole numbers
   (with a bias in float onnxruntime leaves the product in float, and unpacks the weight at every call);
+  a bias that 32 bits do not hold, since the weights of its row are all but zero, is added in float after it;
 * fp8: the same with float8 numbers and the bias in float, which TensorRT runs as one product of fp8 and
   onnxruntime, on a processor, as a slow product of float32;
 * int4: onnxruntime's own MatMulNBits, which reads its input in blocks of signed bytes.
@@ -180,17 +181,20 @@ class _Writer:
         codes = [self.weight(f"{name}_codes", found.codes.numpy()), self.weight(f"{name}_step", steps), zeros]
         operands = [self._bytes(node, name, found), self.add(node, "DequantizeLinear", codes, by_row)[0]]
         bias = _bias(node)
+        step = np.float32(found.input_step) * steps
+        whole = None if bias is None or self.signed else _whole(name, bias, step)
         if bias is not None and self.signed:
             operands.append(bias)
-        elif bias is not None:
-            step = np.float32(found.input_step) * steps
+        elif whole is not None:
             parts = [
-                self.weight(f"{name}_bias", _whole(name, bias, step)),
+                self.weight(f"{name}_bias", whole),
                 self.weight(f"{name}_bias_step", step),
                 self.weight(f"{name}_bias_zero", np.zeros(len(steps), dtype=np.int32)),
             ]
             operands.append(self.add(node, "DequantizeLinear", parts, by_row)[0])
-        return self.add(node, "Gemm", operands, [ir.AttrInt64("transB", 1)])[0]
+        made = self.add(node, "Gemm", operands, [ir.AttrInt64("transB", 1)])[0]
+        left = bias is not None and len(operands) == 2
+        return self.add(node, "Add", [made, bias])[0] if left else made
 
     def _floating(self, node: ir.Node, name: str, found: Quantized) -> ir.Value:
         codes = found.codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
@@ -292,17 +296,12 @@ def packed(found: Quantized) -> Array:
     return np.asarray(apart[..., 0::2] | (apart[..., 1::2] << 4), dtype=np.uint8)
 
 
-def _whole(name: str, bias: ir.Value, step: Array) -> Array:
-    """A bias in whole numbers of the steps of its product, [out] int32."""
+def _whole(name: str, bias: ir.Value, step: Array) -> Array | None:
+    """A bias in whole numbers of the steps of its product, [out] int32; None where 32 bits are too few."""
     if bias.const_value is None:
         raise CompressError(f"{name}: its bias is computed in the file, so it cannot be int8-static")
     whole = np.round(bias.const_value.numpy() / step)
-    if np.abs(whole).max() >= 2**31:
-        raise CompressError(
-            f"{name}: a bias is {np.abs(whole).max():.3g} steps of its row, more than 32 bits hold; the "
-            "weights are all but zero there. Use int8-dynamic for this product"
-        )
-    return whole.astype(np.int32)
+    return whole.astype(np.int32) if np.abs(whole).max() < 2**31 else None
 
 
 def _weight_name(node: ir.Node) -> str:

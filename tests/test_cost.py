@@ -4,8 +4,10 @@ from itertools import pairwise
 
 import oracles
 import pytest
+import torch
 
 from compress import cost, profiles
+from compress.core.fakequant import GRIDS, Quantized, blocks
 from compress.cost import Table
 from compress.errors import CompressError
 from compress.ir import Drop, Matmul, Option, Site
@@ -269,6 +271,20 @@ def test_a_price_is_measured_where_the_table_knows_and_estimated_elsewhere():
     assert cost.price(site, Option(units=64), profile=profile, table=half).source == "estimated"
     assert cost.price(site, Option(units=64), profile=profiles.load("a100")).weight_bytes == 64 * 129 * 2
     assert cost.price(site, Option(units=0), profile=profile).weight_bytes == 0
+
+
+@pytest.mark.parametrize("precision", sorted(GRIDS))
+def test_bytes_in_low_precision_are_those_of_its_codes_and_steps(precision):
+    site = ffn(256, 1024, 128)
+    site = site.model_copy(
+        update={"matmuls": tuple(m.model_copy(update={"bias": False}) for m in site.matmuls)}
+    )
+    total = 0
+    for matmul in site.matmuls:
+        out, inner = matmul.features(64)
+        steps = torch.ones(out, blocks(inner, GRIDS[precision].block))
+        total += Quantized(precision, torch.zeros(out, inner), steps).weight_bytes()
+    assert cost.weight_bytes(site, Option(units=64, precision=precision), "fp32") == total
 
 
 def test_calibration_finds_the_constants_that_made_a_table():

@@ -205,3 +205,108 @@ def test_a_damaged_answer_is_computed_and_written_again(job, tmp_path):
     path.write_bytes(whole[:100])
     assert torch.equal(teacher(0, batch).logits, first.logits)
     assert path.read_bytes() == whole
+
+
+def by_hand(student, teacher, real, late, gated):
+    """The features' loss of every late layer: loops over inputs and tokens; padding never enters."""
+    found = []
+    for ours, theirs in list(zip(student.hidden, teacher.hidden, strict=True))[-late:]:
+        total, row = 0.0, 0
+        for text in range(len(real)):
+            choices = [
+                max(range(3), key=said[text].tolist().__getitem__) for said in logits(student, teacher)
+            ]
+            for token in range(real.shape[1]):
+                if not bool(real[text, token]):
+                    continue
+                away = sum((float(a) - float(b)) ** 2 for a, b in zip(ours[row], theirs[row], strict=True))
+                if choices[0] == choices[1] or not gated:
+                    total += away / sum(float(b) ** 2 for b in theirs[row])
+                row += 1
+        found.append(total / row)
+    return found
+
+
+def logits(*answers):
+    return [answer.logits for answer in answers]
+
+
+REAL = torch.tensor([[True, True, True, False], [True, True, False, False], [True, True, True, True]])
+
+
+def apart(seed=0):
+    """Answers of a student and a teacher to three padded texts, in four layers; they agree on two."""
+    rows = int(REAL.sum())
+    student = Answers(random(3, 3, seed=seed), tuple(random(rows, 5, seed=seed + k) for k in range(1, 5)))
+    said = student.logits + 0.0
+    said[1] = said[1].roll(1)
+    teacher = Answers(said * 2, tuple(3 * random(rows, 5, seed=seed + k) for k in range(5, 9)))
+    return student, teacher, Batch({}, None, REAL)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("share", "late"), [(0.01, 1), (1 / 3, 2), (0.5, 2), (1.0, 4)])
+def test_features_are_those_of_late_layers_where_both_agree(job, share, late, gated):
+    student, teacher, batch = apart()
+    wanted = only(features=5.0, late=share, gated=gated)
+    expected = by_hand(student, teacher, REAL, late, gated)
+    found = distill.features(job[0], batch, student, teacher, wanted)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    plain = distill.loss(job[0], batch, student, teacher, wanted)
+    assert plain.item() == pytest.approx(5 * sum(expected), rel=1e-5)
+    factors = [0.5 + k for k in range(late)]
+    weighed = distill.loss(job[0], batch, student, teacher, wanted, factors)
+    total = sum(factor * each for factor, each in zip(factors, expected, strict=True))
+    assert weighed.item() == pytest.approx(5 * total, rel=1e-5)
+
+
+def test_what_student_and_teacher_see_differently_pulls_on_no_feature(job):
+    """The control: the same hidden states under other answers give another loss, down to none."""
+    student, teacher, batch = apart()
+    wanted = only(features=1.0, late=1.0)
+    states = [value.requires_grad_() for value in student.hidden]
+    told = distill.loss(job[0], batch, Answers(student.logits, tuple(states)), teacher, wanted)
+    told.backward()
+    text = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])  # of each row
+    for value in states:
+        assert value.grad[text == 1].abs().max() == 0
+        assert value.grad[text != 1].abs().min(1).values.max() > 0
+    wrong = Answers(-teacher.logits, student.hidden)
+    assert distill.loss(job[0], batch, wrong, teacher, wanted).item() == 0
+    right = Answers(teacher.logits, student.hidden)
+    ungated = only(features=1.0, late=1.0, gated=False)
+    whole = distill.loss(job[0], batch, right, teacher, wanted).item()
+    assert whole > told.item() > 0
+    assert whole == distill.loss(job[0], batch, wrong, teacher, ungated).item()
+
+
+def test_pictures_and_tokens_agree_each_in_its_own_way(embeddings):
+    picture = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[0.0, 2.0], [0.0, 2.0]])
+    assert distill.agreed(*picture, Batch({}), 6).tolist() == [True] * 3 + [False] * 3
+    token = torch.eye(3)[None, [0, 1, 2, 0]].repeat(3, 1, 1), torch.eye(3)[None, [0, 1, 1, 1]].repeat(3, 1, 1)
+    real = distill.agreed(*token, Batch({}, None, REAL), int(REAL.sum()))
+    assert real.tolist() == [True, True, False, True, True, True, True, False, False]
+    assert distill.agreed(*token, Batch({}), 12).tolist() == [True, True, False, False] * 3
+    batch = next(embeddings.batches("calibration", 3))
+    hidden = (random(int(batch.real.sum()), 4),), (random(int(batch.real.sum()), 4, seed=1),)
+    ours, theirs = (Answers(random(*batch.real.shape, 8, seed=k), hidden[k]) for k in range(2))
+    found = distill.features(embeddings, batch, ours, theirs, only(features=1.0))
+    assert found.item() == pytest.approx(distill.hidden_loss(ours.hidden, theirs.hidden).item(), rel=1e-6)
+
+
+def test_a_layer_that_stayed_far_counts_less():
+    losses = [0.4, 0.1, 0.2, 0.3]
+    mean = (1 / 0.4 + 1 / 0.1 + 1 / 0.2 + 1 / 0.3) / 4
+    assert distill.aware(losses) == pytest.approx([1 / loss / mean for loss in losses])
+    assert np.mean(distill.aware(losses)) == pytest.approx(1)
+    assert np.argsort(distill.aware(losses)).tolist() == np.argsort(losses)[::-1].tolist()
+    assert distill.aware([0.0] * 3) == (1.0,) * 3
+    assert distill.aware([1e-3, *[1.0] * 9]) == (4.0, *[0.25] * 9)
+
+
+def test_a_teacher_has_no_features_to_teach_itself(job):
+    task, sites, batch, student = job
+    goal = said(task, None, batch, sites)
+    assert distill.features(task, batch, goal, goal, only(features=1.0)).tolist() == [0.0]
+    ours = said(task, student, batch, sites)
+    assert distill.loss(task, batch, ours, goal, only(features=1.0)).item() > 0

@@ -21,7 +21,7 @@ ROWS = (
     "search report data trace modeling",
     "core.gptq core.ranges core.support",
     "core.block core.lowrank core.nm core.permute core.sltrain",
-    "sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
+    "advice sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
     "page family quality named trial store cost console export.engine export.seams "
     "export.attention export.cache published export.products export.modules",
@@ -32,10 +32,11 @@ ROWS = (
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",
     "files",
-    "stitch anchor pat tune",
+    "learning stitch anchor matching pat tune",
     "pricing",
     "power",
-    "choosing proof recovery",
+    "attribution choosing recovery",
+    "proof",
     "aware thrift width",
     "pipeline survey export.deliver follow",
     "gradual",
@@ -44,9 +45,9 @@ ROWS = (
 )
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
-    "errors ir profiles artifact recipe wording tables svg search report data charts loop bench energy "
-    "roofline page published family cost console devices doctor session measurement merge cli export.device "
-    "launch"
+    "advice errors ir profiles artifact recipe wording tables svg search report data charts loop bench "
+    "energy roofline page published family cost console devices doctor session measurement merge cli "
+    "export.device launch"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets

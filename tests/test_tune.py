@@ -105,7 +105,7 @@ def test_zeros_stay_exact_zeros_after_every_step(tmp_path, decay):
             assert bool((value[~mask] != before[name][~mask]).any())
             assert bool((run.optimizer.state[value]["exp_avg"][mask] == 0).all())
     run.release()
-    assert tune.zeros_of(model, names[:1])[names[0]].equal(model.get_parameter(names[0]) == 0)
+    assert all(bool((model.get_parameter(name)[mask] == 0).all()) for name, mask in masks.items())
 
 
 def test_a_mask_that_does_not_fit_is_refused(tmp_path):
@@ -304,3 +304,52 @@ def test_a_forecast_moves_nothing(tmp_path):
     assert tune.forecast_s(model, lesson(tmp_path / "c")) > 0
     assert same(before, weights(model))
     assert all(value.grad is None for value in model.parameters())
+
+
+GPUSQ = {"task": 1.0, "logits": 10.0, "hidden": 0.0, "features": 5.0, "late": 1.0}
+
+
+def test_from_the_second_course_on_late_layers_count_by_how_near_the_first_brought_them(tmp_path):
+    marks = itertools.count()
+    run = Run(student(), lesson(tmp_path / "c", mode="full", courses=2, **GPUSQ))
+    weighed = []
+    loss = distill.loss
+
+    def watched(*words):
+        weighed.append(words[-1])
+        return loss(*words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "loss", watched)
+        tune.tune(run, lambda _: float(next(marks)))
+    steps = 2 * run.lesson.count
+    assert weighed == [()] * steps + [run.state.factors] * steps
+    first = Run(student(), lesson(tmp_path / "c", **GPUSQ))
+    tune.tune(first, lambda _: float(next(marks)))
+    assert run.state.factors == distill.aware(first.lesson.apart(first.model))
+    assert len(set(run.state.factors)) == len(first.lesson.teacher.at) == 2
+    assert first.state.factors == ()
+    plain = Run(student(), lesson(tmp_path / "c", mode="full", courses=2))
+    tune.tune(plain, lambda _: float(next(marks)))
+    assert plain.state.factors == ()
+
+
+@pytest.mark.parametrize("steps", [11, 12, 14])
+def test_a_run_that_learns_features_resumes_with_its_factors(tmp_path, steps):
+    settings = {"mode": "full", "courses": 2, **GPUSQ}
+    path = tmp_path / "run.safetensors"
+    model, marks = student(), itertools.count()
+    tune.tune(Run(model, lesson(tmp_path / "a", **settings)), lambda _: float(next(marks)))
+
+    def die(done, total):
+        if done == steps:
+            raise Killed
+
+    marks = itertools.count()
+    killed = Run(student(), lesson(tmp_path / "a", **settings), checkpoint=path, made_from="x")
+    with pytest.raises(Killed):
+        tune.tune(killed, lambda _: float(next(marks)), die)
+    again = student()
+    run = Run(again, lesson(tmp_path / "a", **settings), checkpoint=path, made_from="x")
+    tune.tune(run, lambda _: float(next(marks)))
+    assert same(weights(model), weights(again))

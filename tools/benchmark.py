@@ -9,9 +9,12 @@
     python tools/benchmark.py precision                 our 8 and 4 bits against onnxruntime's own quantizer
     python tools/benchmark.py blocks                    block-sparse products against their dense Gemm
     python tools/benchmark.py encoder                   an encoder with all its products in blocks
-    python tools/benchmark.py pat --data DIR            the hidden width, pruned while tuning or before
+    python tools/benchmark.py pat --data DATA           the hidden width, pruned while tuning or before
+    python tools/benchmark.py sltrain --data DATA       trained dense, low-rank, or sparse plus low-rank
+    python tools/benchmark.py gpusq --data DATA         2:4 on 8 bits, with and without each distillation term
 
 DIR is what `tools/finetune_sst2.py` wrote: a Hugging Face directory beside `train.csv` and `dev.csv`.
+DATA holds public data sets in folders: `cifar10`, `tinyshakespeare`, `wikitext2`.
 """
 
 import argparse
@@ -29,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarks import blocks, hidden_width, precision
+from benchmarks import blocks, gpusq, hidden_width, precision, sltrain
 from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, BertForSequenceClassification
@@ -69,6 +72,8 @@ MOVES: dict[str, dict[str, object]] = {
     "block": {"moves": ["block"]},
     "lowrank": {"moves": ["lowrank"]},
     "int8": {"moves": ["int8"]},
+    "int8-static": {"moves": ["int8-static"]},
+    "int4": {"moves": ["int4"]},
     "structure + int8": {"moves": ["structure", "int8"]},
     "all in one search": {"moves": ["structure", "block", "lowrank", "int8"]},
 }
@@ -402,6 +407,8 @@ BENCHMARKS = {
     "blocks": blocks.run,
     "encoder": blocks.encoder,
     "pat": hidden_width.run,
+    "sltrain": sltrain.run,
+    "gpusq": gpusq.run,
 }
 
 
@@ -413,7 +420,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
-    parser.add_argument("--methods", help=f"comma list of {', '.join([*METHODS, *FAMILIES, *MOVES])}")
+    known = [*METHODS, *FAMILIES, *MOVES, *sltrain.METHODS]
+    parser.add_argument("--methods", help=f"comma list of {', '.join(known)}")
     parser.add_argument("--recover", choices=("fast", "full"), default="full", help="for families")
     parser.add_argument("--epochs", type=int, default=4, help="a course of recovery, for families")
     parser.add_argument("--samples", type=int, default=16384, help="inputs of an epoch, for families")
@@ -422,10 +430,15 @@ def main() -> None:
     parser.add_argument(
         "--patterns", default=blocks.PATTERNS, help="comma list of block patterns, for blocks"
     )
-    parser.add_argument("--data", type=Path, help="a directory with cifar10/ and tinyshakespeare/")
-    parser.add_argument("--dense-steps", type=int, default=600, help="training from scratch, for pat")
-    parser.add_argument("--steps", type=int, default=200, help="tuning, for pat")
-    parser.add_argument("--batch", type=int, default=64, help="inputs a step, for pat")
+    parser.add_argument(
+        "--data", type=Path, help="a directory with the data sets, for pat, sltrain and gpusq"
+    )
+    parser.add_argument("--dense-steps", type=int, help="from scratch, for pat (600) and gpusq (1500)")
+    parser.add_argument(
+        "--steps", type=int, help="for pat (200), sltrain (500) and each stage of gpusq (100)"
+    )
+    parser.add_argument("--seeds", type=int, help="for sltrain (1) and gpusq (2)")
+    parser.add_argument("--batch", type=int, default=64, help="inputs a step, for pat and gpusq")
     parser.add_argument("--threads", type=int, default=bench.physical_cores())
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()

@@ -30,6 +30,7 @@ from compress.stream import Stream
 
 Row = dict[str, object]
 REMOVED = 0.25
+DENSE_STEPS, STEPS = 600, 200  # of training from scratch, of tuning
 MOMENTS = 8  # batches for the directions
 RATE = 1e-3
 TUNED_RATE = 5e-4
@@ -51,8 +52,8 @@ class Lesson:
 def pictures(folder: Path, batch: int) -> Lesson:
     """CIFAR-10, one of the five training files and 2,000 of the test pictures; flipped at random."""
     labels = np.load(folder / "labels.npz")
-    x, y = _cifar(folder / "train_1.xz"), torch.tensor(labels["train"][:10000], dtype=torch.long)
-    held, truth = _cifar(folder / "test.xz")[:2000], torch.tensor(labels["test"][:2000], dtype=torch.long)
+    x, y = cifar(folder / "train_1.xz"), torch.tensor(labels["train"][:10000], dtype=torch.long)
+    held, truth = cifar(folder / "test.xz")[:2000], torch.tensor(labels["test"][:2000], dtype=torch.long)
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -125,7 +126,8 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     ]
     for lesson in lessons:
         began = time.perf_counter()
-        fit(lesson.model, lesson, lesson.batches(1000), arguments.dense_steps, RATE)
+        steps = arguments.dense_steps or DENSE_STEPS
+        fit(lesson.model, lesson, lesson.batches(1000), steps, RATE)
         stream = residual.find_stream(lesson.model, lesson.example)
         sample = [batch for batch, _ in zip(lesson.batches(2000), range(MOMENTS), strict=False)]
         second = residual.moments(lesson.model, stream, sample)
@@ -136,7 +138,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
         for seed in range(arguments.repeats):
             for name, act in METHODS.items():
                 began = time.perf_counter()
-                tuned = act(lesson, stream, second, width, seed, arguments.steps)
+                tuned = act(lesson, stream, second, width, seed, arguments.steps or STEPS)
                 rows.append(_row(lesson, name, seed, lesson.score(tuned), began))
         rows += _means(rows, lesson)
     return rows + speeds(out)
@@ -241,7 +243,7 @@ def speeds(out: Path) -> list[Row]:
     return rows
 
 
-def _cifar(path: Path) -> Tensor:
+def cifar(path: Path) -> Tensor:
     """[n, 3, 32, 32] float32 about zero; the files hold differences of neighbours and of colors."""
     with lzma.open(path) as file:
         pixels = np.frombuffer(file.read(), np.uint8).reshape(-1, 3, 32, 32).copy()
