@@ -3,6 +3,7 @@
 import json
 import random
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from compress import pipeline
 from compress.export.cache import MASK, PAST
 from compress.export.runners import OrtRunner
 from compress.ir import Budget
+from compress.job import Stages
 from compress.recipe import Bench, Calibration, Options, Recipe, Recovery, Search, Shapes
 from compress.report import read
 
@@ -80,3 +82,34 @@ def test_a_budget_of_bytes_is_met_with_four_bits_that_have_learned(tmp_path):
     assert any(line.startswith("int4: ") for line in found.attribution)
     # Codes that had not learned with the model would not give its answers.
     assert found.parity.max_abs_difference <= found.parity.tolerance
+
+
+@pytest.mark.parametrize(
+    ("asked", "first", "lengths"),
+    [
+        (2.0, (2.05, 1.97), [80]),
+        (2.0, (2.05, 1.95), [80, 160]),
+        (2.0, (1.95, 1.80), [80]),  # missed: another plan is needed, not another look
+        (0.0, (1.10, 0.90), [80]),  # no speedup was asked for
+    ],
+)
+def test_a_proof_that_begins_far_below_what_was_asked_is_timed_for_longer(monkeypatch, asked, first, lengths):
+    seen = []
+
+    def compare(job, place, model, file, *, blocks):
+        seen.append(blocks)
+        return first if len(seen) == 1 else (2.04, 2.0)
+
+    def timing(found):
+        return SimpleNamespace(speedup=found[0], interval95=(found[1], 2 * found[0] - found[1]))
+
+    monkeypatch.setattr(pipeline.files, "in_forms", lambda job, model, removals: model)
+    monkeypatch.setattr(pipeline.proof, "compare", compare)
+    monkeypatch.setattr(pipeline.proof, "timing", timing)
+    job = SimpleNamespace(
+        place="here", file=None, recipe=SimpleNamespace(bench=Bench(blocks=40)), stages=Stages(Silent())
+    )
+    found = pipeline._proof_timing(job, None, {}, asked)
+    assert seen == lengths
+    assert found == (first if len(lengths) == 1 else (2.04, 2.0))
+    assert pipeline._proof_timing(SimpleNamespace(place=None), None, {}, asked) is None
