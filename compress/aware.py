@@ -97,7 +97,8 @@ def _tuned(job: Job, units: int, removals: Mapping[str, Removal]) -> dict[str, T
 
 def cut_wide(wide: Job, removals: Mapping[str, Removal]) -> nn.Module:
     """The dense model without the units of a plan, its writers solved again at the whole width."""
-    dense, start = wide.task.model, {}
+    dense = wide.task.model
+    start: dict[str, Removal] = {}
     for site in wide.sites:
         if site.name in removals:
             kept = removals[site.name].kept

@@ -201,10 +201,10 @@ class _Race:
     tried: dict[int, Width] = field(default_factory=dict)
     refusals: dict[int, OutOfReachError] = field(default_factory=dict)
 
-    def enter(self, width: Width, choose: Callable[[], Found]) -> None:
-        """Search one width."""
+    def enter(self, width: Width, job: Job, choose: Callable[[Job], Found]) -> None:
+        """Search one width, that of `job`."""
         try:
-            found = choose()
+            found = choose(job)
         except OutOfReachError as error:
             self.refusals[width.units] = error
             self.tried[width.units] = width.model_copy(update={"why": TOO_SLOW})
@@ -253,14 +253,13 @@ def search_widths(
     job, costs, race = ground.job, ground.costs, _Race(asked)
     units = levels(job, stream)
     whole = Width(units=stream.width, loss=0.0, latency_ms=costs.dense_ms, source=costs.source)
-    race.enter(whole, lambda: choose(ground))
+    race.enter(whole, job, lambda _: choose(ground))
     seen = directions(job, stream)
     for trial in _by_promise(ground, seen, units, race.best):
         if not race.hopeless(trial):
             said = f"divergence {trial.loss:.3g} with all units"
             job.stages.progress.say(f"hidden width {trial.units} of {stream.width}: {said}")
-            own = narrow(job, seen, trial.units)
-            race.enter(trial, lambda own=own: choose(prepare(own)))
+            race.enter(trial, narrow(job, seen, trial.units), lambda own: choose(prepare(own)))
     best = race.best
     if best is None:
         raise race.refusals[min(race.refusals)]
