@@ -40,18 +40,25 @@ def fit(whole_ms: Sequence[float], alone_ms: Sequence[float]) -> tuple[float, Wh
 
 
 def measure(job: Job, place: Place, prices: Prices) -> tuple[float, Whole]:
-    """Time the dense model and smaller ones here, and fit their sums of `prices[site][units]`."""
+    """Time the dense model and smaller ones here, and fit their sums of `prices[site][units]`.
+
+    The dense model of a narrow job is wider, and no price is about it: it counts as this job's uncut model
+    with sites that are slower by as much as it is.
+    """
     sizes: list[dict[str, int]] = []
     for share in SHARES:
         size = {site.name: _nearest(prices[site.name], share * site.units) for site in job.sites}
         if not sizes or _alone_ms(prices, size) < _alone_ms(prices, sizes[-1]):
             sizes.append(size)
     whole_ms = _times(job, place, sizes)
+    alone_ms = [_alone_ms(prices, size) for size in sizes]
+    if job.narrowed is not None:
+        alone_ms = [alone_ms[0] * max(1.0, whole_ms[0] / whole_ms[1]), *alone_ms]
     falling = [0]
     for number, ms in enumerate(whole_ms):
         if ms < whole_ms[falling[-1]]:
             falling.append(number)
-    return fit([whole_ms[k] for k in falling], [_alone_ms(prices, sizes[k]) for k in falling])
+    return fit([whole_ms[k] for k in falling], [alone_ms[k] for k in falling])
 
 
 def _nearest(row: Mapping[int, float], units: float) -> int:
@@ -63,9 +70,13 @@ def _alone_ms(prices: Prices, size: Mapping[str, int]) -> float:
 
 
 def _times(job: Job, place: Place, sizes: Sequence[Mapping[str, int]]) -> list[float]:
-    """Milliseconds of the model at every size; the first is the dense one, whose file is there."""
+    """Milliseconds of the dense model, whose file is there, and of this job's at every size.
+
+    The first size leaves everything in place, which is the dense model itself unless the job is narrow.
+    """
     threads = job.recipe.bench.threads
-    models, written = [job.task.model], [job.folder / "dense.onnx"]
+    uncut = [job] if job.narrowed is None else [job.baseline, job]
+    models, written = [one.task.model for one in uncut], [one.folder / "dense.onnx" for one in uncut]
     with job.stages("export sizes") as tick:
         for number, size in enumerate(sizes[1:], 1):
             removals = {
@@ -86,7 +97,7 @@ def _times(job: Job, place: Place, sizes: Sequence[Mapping[str, int]]) -> list[f
         found = bench.compare(
             calls, blocks=30, block_ms=job.recipe.bench.block_ms, threads=threads, progress=tick
         )
-    for file in written[1:]:
+    for file in written[len(uncut) :]:
         file.unlink(missing_ok=True)
     dense_ms = found.latency("0").p50
     return [dense_ms, *(dense_ms / found.ratio(str(number)).value for number in range(1, len(written)))]

@@ -7,10 +7,10 @@ import numpy as np
 
 from compress import artifact, calibrate, cost, database, loop, search
 from compress.database import Errors
-from compress.errors import CompressError
+from compress.forms import STATIC
 from compress.ir import Document, Option, Plan
 from compress.job import Job
-from compress.loop import Effort, Menus, Round, Rounds, Timing
+from compress.loop import Effort, Menus, OutOfReachError, Round, Rounds, Timing
 from compress.pricing import Costs
 from compress.search import Choices, Menu
 from compress.stitch import Stitched
@@ -40,6 +40,7 @@ def candidates(job: Job, costs: Costs) -> Errors:
             memory_mb=wanted.memory_mb,
             taylor=job.recipe.options.score == "taylor",
             readers=any(len(costs.rows[site.name]) > 1 for site in job.sites),
+            spans=any(form.endswith(STATIC) for site in job.sites for form in costs.rows[site.name]),
             progress=tick,
         )
     wanted_options = {
@@ -83,7 +84,12 @@ def judge_of(job: Job, menus: Menus) -> Stitched:
     wanted = job.recipe.search
     batches = list(job.task.batches("validation", JUDGES, wanted.samples))
     return Stitched(
-        job.task, job.sites, job.folder / "candidates", menus.options, batches or job.calibration[:8]
+        job.task,
+        job.sites,
+        job.folder / "candidates",
+        menus.options,
+        batches or job.calibration[:8],
+        job.baseline.task.model,
     )
 
 
@@ -163,7 +169,7 @@ def choose_by_size(job: Job, costs: Costs, menus: Menus, judge: Stitched) -> Rou
     """The plan whose file keeps a size budget; bytes are known exactly, so nothing is timed.
 
     Raises:
-        CompressError: even the smallest plan is larger.
+        OutOfReachError: even the smallest plan is larger.
     """
     sized = tuple(
         Menu(np.array([cost.weight_bytes(site, option, FLOAT) / 1e6 for option in options]), menu.error)
@@ -175,7 +181,7 @@ def choose_by_size(job: Job, costs: Costs, menus: Menus, judge: Stitched) -> Rou
     try:
         choices, loss = within(job, sized, limit_mb, judge)
     except search.UnreachableError as error:
-        raise CompressError(
+        raise OutOfReachError(
             f"--size-mb {job.recipe.budget.value:g} is out of reach: {dense_mb - inside_mb:.1f} MB of "
             f"{dense_mb:.1f} MB lie outside every site (embeddings, head); the smallest plan has "
             f"{dense_mb - inside_mb + error.least:.1f} MB"
@@ -222,10 +228,12 @@ def removals_of(job: Job, choices: Mapping[str, Option]) -> dict[str, Removal]:
 
 def plan_of(job: Job, menus: Menus, turn: Round) -> Plan:
     """The decision as a document to read, edit and commit."""
+    less = job.narrowed
+    width = {} if less is None else {less.site.name: Option(units=less.units)}
     return Plan(
         target=job.recipe.target,
         budget=job.recipe.budget,
-        choices=turn.choices,
+        choices=turn.choices | width,
         fixed_ms=menus.whole.fixed_ms,
         predicted_ms=turn.predicted_ms,
     )

@@ -15,6 +15,7 @@ import click
 
 from compress import __version__
 from compress.errors import CompressError
+from compress.launch import launched, mute
 
 if TYPE_CHECKING:
     from compress.ir import Budget
@@ -67,11 +68,16 @@ def _options(*options: Callable[[Any], Any]) -> Decorator:
     return apply
 
 
-def _verb(work: "Callable[[Session, Words], int]") -> Command:
-    """A click callback that does `work` in a session of its own."""
+def _verb(work: "Callable[[Session, Words], int]", *, shared: bool = False) -> Command:
+    """A click callback that does `work` in a session of its own.
+
+    Of several processes the first does it alone, unless it is `shared`.
+    """
 
     @functools.wraps(work)
     def act(**words: Any) -> int:
+        if launched().rank and not shared:
+            return 0
         from compress import console
         from compress.session import Session
 
@@ -80,9 +86,14 @@ def _verb(work: "Callable[[Session, Words], int]") -> Command:
             progress = console.progress(streams.err, quiet=words["quiet"])
             session = Session(streams, progress, words["as_json"])
             try:
-                return work(session, words)
+                code = work(session, words)
             except (Exception, KeyboardInterrupt) as error:
-                return session.fail(error)
+                code = session.fail(error)
+            if launched().size > 1 and shared:
+                from compress import several
+
+                several.dismiss(code)
+            return code
 
     return act
 
@@ -117,7 +128,11 @@ REQUEST = _options(
     click.option("--task", metavar="TASK", help="What the model does, if its config does not say."),
     click.option("--text", metavar="COLUMN", help="The text column, if it is not found."),
     click.option("--label", metavar="COLUMN", help="The label column, if it is not found."),
-    click.option("--moves", metavar="LIST", help="What may be done: structure,int8,block,lowrank,2:4."),
+    click.option(
+        "--moves",
+        metavar="LIST",
+        help="May be done: structure,width,int8,int8-static,int4,fp8,block,lowrank,2:4.",
+    ),
     click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A request as TOML."),
     click.option(
         "--recover",
@@ -152,14 +167,20 @@ def app() -> None:
 
 @app.command()
 @REQUEST
-@_verb
+@functools.partial(_verb, shared=True)
 def run(session: "Session", words: Words) -> int:
     """Compile MODEL to a budget, and measure that it was met."""
     recipe = request(words)
+    if launched().size > 1:
+        from compress import several
+
+        several.join()
     session.out = Path(recipe.out)
-    from compress import console, pipeline, report
+    from compress import advice, console, follow, pipeline, report
 
     console.use_cores()
+    if launched().rank:
+        return follow.serve()
     if recipe.speedups:
         from compress import family, gradual
 
@@ -169,7 +190,7 @@ def run(session: "Session", words: Words) -> int:
     result = pipeline.run(recipe, session.progress)
     page = str(session.out / "compression" / "report.html")
     session.answer(result.model_dump(mode="json"), report.verdict_line(result, page))
-    for line in (report.next_step(result, recipe.out), report.ruin(result)):
+    for line in (advice.next_step(result, recipe.out), advice.ruin(result)):
         if line is not None:
             session.progress.say(line)
     return report.exit_code(result)
@@ -390,4 +411,6 @@ def perform(words: Sequence[str]) -> int:
 
 def main() -> None:
     """The `compress` command."""
+    if launched().rank:
+        mute()
     sys.exit(perform(sys.argv[1:]))

@@ -20,6 +20,7 @@ from compress.roofline import BYTES, DEFAULT, Constants, above_idle_w, descend, 
 FALLOFF = 0.9  # ratio of neighbouring widths on the grid (ZipLM)
 LEAST = 0.01  # the narrowest width on the grid, as a share of the dense one
 
+SHARED = {"int4": 32}  # columns of a row with one scale, where that is not the whole row
 FORM = " as "  # between a shape and a form in the name of a row
 
 Rows = dict[str, dict[int, float]]
@@ -205,8 +206,8 @@ def weight_bytes(site: Site, option: Option, precision: str) -> int:
     for matmul in site.matmuls:
         out, inner = matmul.features(units)
         total += option.rank * (out + inner) * width_bytes if units else 0
-        if option.precision.startswith("int"):  # a scale for every output
-            total += 4 * out if units else 0
+        if option.precision.startswith("int"):
+            total += 4 * out * math.ceil(inner / SHARED.get(option.precision, inner)) if units else 0
     return round(total)
 
 

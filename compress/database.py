@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,8 +18,7 @@ from compress.ir import Option, Site
 from compress.surgery import Removal, products, writer_columns
 
 PARTS = ("kept", "weight", "bias")
-READER, LEFT, RIGHT, CODES, STEP = "reader/", "left/", "right/", "codes/", "step/"
-SafeFile = Any  # safetensors leaves the type of an open file to the reader
+READER, LEFT, RIGHT, CODES, STEP, READ = "reader/", "left/", "right/", "codes/", "step/", "read/"
 Errors = dict[str, dict[str, float]]
 Candidate = tuple[Removal, float]  # what is stored of one option, all of it present, and its layer error
 
@@ -68,44 +66,64 @@ def removal(directory: Path, index: int, option: Option) -> Removal:
     Raises:
         CompressError: it is not there, or its file is damaged.
     """
-    path = _path(directory, index)
+    path, prefix = _path(directory, index), f"{option.key}/"
     try:
         with safe_open(path, framework="pt") as file:
-            kept, weight, bias = (file.get_tensor(f"{option.key}/{part}") for part in PARTS)
-            readers, left, right, codes, steps = (
-                _named(file, f"{option.key}/{part}") for part in (READER, LEFT, RIGHT, CODES, STEP)
-            )
-    except (OSError, SafetensorError) as error:
+            names = [name for name in list(file.keys()) if name.startswith(prefix)]
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        return unpacked(tensors, option.form)
+    except (OSError, SafetensorError, KeyError) as error:
         raise CompressError(f"{path} is missing or damaged ({error}); run again to rebuild it") from error
+
+
+def packed(one: Removal) -> dict[str, Tensor]:
+    """The tensors of a removal by name; with its form, everything that there is to say of it."""
+    parts = zip(PARTS, (one.kept, one.weight, one.bias), strict=True)
+    tensors = {name: value for name, value in parts if value is not None}
+    tensors |= {READER + name: value for name, value in one.readers.items()}
+    for name, (left, right) in one.factors.items():
+        tensors |= {LEFT + name: left, RIGHT + name: right}
+    for name, found in one.codes.items():
+        tensors |= {CODES + name: found.codes, STEP + name: found.step}
+        if found.input_step is not None:
+            tensors[READ + name] = torch.tensor([found.input_step, found.input_zero], dtype=torch.float64)
+    return tensors
+
+
+def unpacked(tensors: Mapping[str, Tensor], form: str) -> Removal:
+    """The removal that `packed` took apart."""
+    precision = Option.of(form, None).precision
+    left, codes = below(tensors, LEFT), below(tensors, CODES)
     return Removal(
-        kept,
-        weight,
-        bias,
-        readers,
-        option.form,
-        {name: (left[name], right[name]) for name in left},
-        {name: Quantized(PRECISIONS[option.precision], codes[name], steps[name]) for name in codes},
+        tensors["kept"],
+        tensors.get("weight"),
+        tensors.get("bias"),
+        below(tensors, READER),
+        form,
+        {name: (value, tensors[RIGHT + name]) for name, value in left.items()},
+        {
+            name: _quantized(precision, value, tensors[STEP + name], tensors.get(READ + name))
+            for name, value in codes.items()
+        },
     )
 
 
-def _named(file: SafeFile, prefix: str) -> dict[str, Tensor]:
+def _quantized(precision: str, codes: Tensor, step: Tensor, read: Tensor | None) -> Quantized:
+    """A stored weight in low precision; `read` holds step and zero point of its input, if they are fixed."""
+    fixed = () if read is None else (float(read[0]), int(read[1]))
+    return Quantized(PRECISIONS[precision], codes, step, *fixed)
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """All tensors below a prefix, by what follows it."""
-    names = [name for name in list(file.keys()) if name.startswith(prefix)]
-    return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _write(path: Path, made: Mapping[str, Candidate]) -> dict[str, float]:
     """Store the candidates of one site whole or not at all; their errors."""
     tensors: dict[str, Tensor] = {}
     for key, (one, _) in made.items():
-        assert one.weight is not None
-        assert one.bias is not None
-        tensors |= {f"{key}/kept": one.kept, f"{key}/weight": one.weight, f"{key}/bias": one.bias}
-        tensors |= {f"{key}/{READER}{name}": value for name, value in one.readers.items()}
-        for name, (left, right) in one.factors.items():
-            tensors |= {f"{key}/{LEFT}{name}": left, f"{key}/{RIGHT}{name}": right}
-        for name, found in one.codes.items():
-            tensors |= {f"{key}/{CODES}{name}": found.codes, f"{key}/{STEP}{name}": found.step}
+        tensors |= {f"{key}/{name}": value for name, value in packed(one).items()}
     errors = {key: error for key, (_, error) in made.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".part")
@@ -151,10 +169,13 @@ def _build_site(
     else:
         cut = _solved(weight, own, site, statistics, levels, damping)
     uncut = Removal(torch.arange(site.units), weight.float(), own.float().clone())
-    made = {}
+    made: dict[str, Candidate] = {}
     for option in options:
         removal, error = (uncut, 0.0) if option.units is None else cut[option.units]
-        if option.form != "dense":
+        twin = made.get(option.model_copy(update={"precision": forms.DYNAMIC}).key)
+        if option.precision == forms.STATIC and twin is not None:  # the codes are those
+            removal, error = forms.static(site, twin[0], statistics), twin[1]
+        elif option.form != "dense":
             removal, more = forms.treat(model, site, option, removal, statistics, damping)
             error = 1 - (1 - min(error, 1.0)) * (1 - min(more, 1.0))
         made[option.key] = (removal, error)

@@ -1,7 +1,8 @@
 """How far a student is from its teacher: losses on answers, on hidden states, on rankings; and the teacher.
 
 Removing structure leaves every layer where it was and as wide as it was outside, so hidden states are
-compared token by token and layer by layer without any mapping. Padding enters nothing. The answers of
+compared token by token and layer by layer without any mapping; those of a student with a narrower stream
+with what that stream can hold of the teacher's. Padding enters nothing. The answers of
 the teacher never change: they are computed once and kept on disk, up to a bound.
 
 The features of GPUSQ are the hidden states of late layers alone, and only of inputs on which student and
@@ -29,6 +30,7 @@ from compress.calibrate import real_rows
 from compress.errors import CompressError
 from compress.ir import Site
 from compress.recipe import Recovery
+from compress.several import WHOLE, Part
 from compress.task import Batch, Task
 from compress.texts import FeatureExtraction, pooled
 
@@ -99,6 +101,20 @@ def answers(task: Task, model: nn.Module, batch: Batch, at: Sequence[Place]) -> 
         for handle in handles:
             handle.remove()
     return Answers(logits, tuple(caught[place] for place in at))
+
+
+def lowered(teacher: Answers, student: Answers, down: Tensor) -> Answers:
+    """What the teacher says, its hidden states as a narrower student can have them.
+
+    Args:
+        teacher: hidden states of width d, or of another one where they lie outside of the stream.
+        student: says which of them are narrower in it.
+        down: [n, d] from a state of the stream to the one that stands for it.
+    """
+    narrow = down.to(teacher.logits)
+    pairs = zip(teacher.hidden, student.hidden, strict=True)
+    hidden = (theirs @ narrow.T if ours.shape[-1] < theirs.shape[-1] else theirs for theirs, ours in pairs)
+    return Answers(teacher.logits, tuple(hidden))
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -180,9 +196,12 @@ def margin_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return 2 * (student - teacher).var(dim=1).mean()
 
 
-def cosines(hidden: Tensor, batch: Batch) -> Tensor:
-    """[texts, texts] cosines between the embeddings of a batch, each text a query among the others."""
-    unit = nn.functional.normalize(pooled(hidden, batch.real), dim=-1)
+def cosines(hidden: Tensor, batch: Batch, part: Part = WHOLE) -> Tensor:
+    """[texts, texts] cosines between the embeddings of a batch, each text a query among the others.
+
+    Where processes hold a part of the batch each, these are the cosines of all its texts.
+    """
+    unit = part.stacked(nn.functional.normalize(pooled(hidden, batch.real), dim=-1))
     return unit @ unit.T
 
 
@@ -192,9 +211,13 @@ def loss(
     student: Answers,
     teacher: Answers,
     wanted: Recovery,
+    part: Part = WHOLE,
     factors: Sequence[float] = (),
 ) -> Tensor:
     """The weighted sum of all losses; those of weight 0, or without what they need, are left out.
+
+    Of a part of a batch it is what this part adds to the loss of the whole one, and its gradient is this
+    part's share of the whole gradient.
 
     The divergence from the teacher is the task's own: KL of softened distributions, times the squared
     temperature so that its gradient keeps its size, or for embeddings 1 - cosine, which no temperature
@@ -203,21 +226,21 @@ def loss(
     """
     total = student.logits.sum() * 0.0
     if wanted.task and task.labelled and batch.labels is not None:
-        total = total + wanted.task * task.loss(student.logits, batch)
+        total = total + part.samples * wanted.task * task.loss(student.logits, batch)
     embeds = isinstance(task, FeatureExtraction)
     if wanted.logits:
         heat = 1.0 if embeds else wanted.temperature
         soft = task.divergence(student.logits / heat, teacher.logits / heat, batch)
-        total = total + wanted.logits * heat**2 * soft
+        total = total + part.samples * wanted.logits * heat**2 * soft
     if wanted.ranking and embeds:
-        scores = cosines(student.logits, batch), cosines(teacher.logits, batch)
-        total = total + wanted.ranking * margin_loss(*scores)
+        scores = cosines(student.logits, batch, part), cosines(teacher.logits, batch, part)
+        total = total + part.pairs * wanted.ranking * margin_loss(*scores)
     if wanted.hidden and teacher.hidden:
-        total = total + wanted.hidden * hidden_loss(student.hidden, teacher.hidden)
+        total = total + part.tokens * wanted.hidden * hidden_loss(student.hidden, teacher.hidden)
     if wanted.features and teacher.hidden:
         each = features(task, batch, student, teacher, wanted)
         weights = each.new_tensor(factors) if factors else torch.ones_like(each)
-        total = total + wanted.features * (weights * each).sum()
+        total = total + part.tokens * wanted.features * (weights * each).sum()
     return total
 
 

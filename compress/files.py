@@ -4,20 +4,22 @@ Decoders are written with their key-value cache, all other models as they are. O
 was asked for: a prompt of the recipe's length, or one token after a past of that length.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compress import bench
-from compress.errors import CompressError
+from compress import bench, formed
 from compress.export import decode, decoder, onnx
+from compress.export.cuda import CudaRunner
 from compress.export.onnx import Exported, Lower
 from compress.export.place import Place, Timed
 from compress.export.runners import OrtRunner
 from compress.job import Job
 from compress.recipe import Phase
+from compress.surgery import Removal
 
 
 def write(job: Job, model: nn.Module, path: Path, *, lower: Lower | None = None) -> Exported:
@@ -42,19 +44,20 @@ def inputs(job: Job, runner: OrtRunner, phase: Phase | None = None) -> dict[str,
 
 def opened(job: Job, place: Place, model: nn.Module, file: Path) -> Timed:
     """The model as it is timed at a place: its file, or the module itself on a GPU."""
-    return place.runner(model, file, job.task.logits, job.task.output_name)
+    return place.runner(model, file, job.task.logits, job.task.output_name, formed.settle)
+
+
+def in_forms(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> nn.Module:
+    """A shrunk model as it is opened where torch runs it: its products say their forms; a file has them."""
+    if job.place is None or job.place.by_file:
+        return model
+    return formed.formed(model, job.sites, removals)
 
 
 def timed(job: Job, runner: Timed, phase: Phase | None = None) -> bench.Runner:
-    """One run of a model, ready to be measured.
-
-    Raises:
-        CompressError: a token after a past is asked for of a module on a GPU.
-    """
+    """One run of a model, ready to be measured."""
     if isinstance(runner, OrtRunner):
         return runner.timed(inputs(job, runner, phase))
-    if job.decodes and (phase or job.recipe.shapes.phase) == "decode":
-        raise CompressError(
-            "on a GPU a decoder is timed in torch, where only its prompt is; leave out --phase decode"
-        )
+    if isinstance(runner, CudaRunner) and (phase or job.recipe.shapes.phase) == "decode":
+        return runner.timed_step(job.prompt)
     return runner.timed(job.prompt)

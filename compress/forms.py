@@ -6,25 +6,30 @@ whose shapes it fits. Errors are relative, as those of structure are; readers ar
 what comes after them is not linear, the writer about its mean, which its bias takes up.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from compress import surgery
 from compress.calibrate import Statistics
-from compress.core import block, gptq, lowrank, nm, obs
+from compress.core import block, fakequant, gptq, lowrank, nm, obs
 from compress.core.fakequant import PRECISIONS, Quantized
 from compress.core.support import Block, Layer, prepare
 from compress.errors import CompressError
+from compress.export import products
 from compress.ir import Option, Site
 from compress.profiles import Profile
 from compress.surgery import Removal
 
 BLOCKS = ("block:64x32@0.5", "block:64x32@0.25")
+GPU_BLOCKS = ("block:64x64@0.5", "block:64x64@0.25")  # tensor cores want squarer ones
 RANKS = (0.25, 0.125)  # of the hidden width
 MIXED = ("block:64x32@0.25", 0.0625)
+DYNAMIC, STATIC = "int8-dynamic", "int8-static"
+REACH = 16.0  # largest input that fp8 tells apart, in root mean squares of the input's largest feature
 LEVELS = 8  # numbers of units at which a site is offered in a form
 
 
@@ -39,34 +44,41 @@ class Shaped:
     codes: Quantized | None = None
 
 
-def of(site: Site, moves: Sequence[str], profile: Profile) -> tuple[str, ...]:
-    """The forms in which a site is offered on a device."""
+def of(site: Site, moves: Sequence[str], profile: Profile, *, in_torch: bool = False) -> tuple[str, ...]:
+    """The forms in which a site is offered on a device; `in_torch` where torch runs it on the GPU at hand."""
     if _shared(site):
         return ()
     hidden = next(m.out for m in site.matmuls if m.weight == site.writer)
     ranks = [max(1, round(share * hidden)) for share in (*RANKS, MIXED[1])]
     by_move = {
         "structure": (),
-        "int8": ("int8-dynamic",),
-        "block": BLOCKS,
+        "width": (),
+        "int8": (DYNAMIC,),
+        "int8-static": (STATIC,),
+        "int4": ("int4",),
+        "fp8": ("fp8",),
+        "block": GPU_BLOCKS if in_torch else BLOCKS,
         "2:4": ("2:4",),
         "lowrank": tuple(f"rank:{rank}" for rank in ranks[: len(RANKS)]),
     }
     offered = [Option.of(form, None) for move in moves for form in by_move[move]]
-    if {"block", "lowrank"} <= set(moves):
+    if {"block", "lowrank"} <= set(moves) and not in_torch:
         offered.append(Option.of(f"{MIXED[0]}+rank:{ranks[-1]}", None))
     # Codes stand for [out, in] weights; a matrix that is stored the other way round keeps its floats.
     across = site.column.dim == 0
+    if in_torch:
+        return () if across else tuple(o.form for o in offered if _multiplies(o, profile))
     return tuple(o.form for o in offered if _runs(o, profile) and not (across and o.precision != "fp32"))
 
 
-def levels(site: Site, form: str, units: Sequence[int]) -> list[int]:
+def levels(site: Site, form: str, units: Sequence[int], *, in_torch: bool = False) -> list[int]:
     """Units at which a site is offered in a form, at most `LEVELS`, the most first.
 
     They are those that structure offers, moved to where the form fits.
     """
     option = Option.of(form, None)
-    fitting = [count for count in range(site.units, 0, -1) if _fits(site, option, count)]
+    steps = products.form(form)[:2] if in_torch else _steps(option)
+    fitting = [count for count in range(site.units, 0, -1) if _fits(site, option, steps, count)]
     nearest = {min(fitting, key=lambda fit: abs(fit - count)) for count in units if count and fitting}
     ordered = sorted(nearest, reverse=True)
     if len(ordered) <= LEVELS:
@@ -98,6 +110,10 @@ def treat(
     """
     if statistics.reader is None or removal.weight is None or removal.bias is None:
         raise CompressError(f"{site.name}: no statistics of its readers; calibrate with readers = true")
+    if option.precision == STATIC:
+        twin = option.model_copy(update={"precision": DYNAMIC})
+        rounded, error = treat(model, site, twin, removal, statistics, damping)
+        return static(site, rounded, statistics), error
     stay = obs.columns(removal.kept, site.column.width)
     writer = shape(
         option,
@@ -131,6 +147,29 @@ def treat(
     )
 
 
+def static(site: Site, removal: Removal, statistics: Statistics) -> Removal:
+    """A removal in int8-dynamic as int8-static: the same codes, for inputs whose ranges are fixed.
+
+    Raises:
+        CompressError: the statistics hold no ranges.
+    """
+    if statistics.range is None or statistics.reader_span is None:
+        raise CompressError(f"{site.name}: no ranges of its inputs; calibrate with spans = true")
+    own = statistics.range.of(obs.columns(removal.kept, site.column.width))
+    twin = copy.deepcopy(removal)  # a file stores no tensor twice under two names
+    codes = {
+        name: fakequant.packed(
+            PRECISIONS[STATIC],
+            found.codes,
+            found.step,
+            own if name == site.writer else statistics.reader_span,
+        )
+        for name, found in twin.codes.items()
+    }
+    option = Option.of(removal.form, None).model_copy(update={"precision": STATIC})
+    return replace(twin, form=option.form, codes=codes)
+
+
 def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping: float) -> Shaped:
     """One matrix in the option's form.
 
@@ -151,7 +190,9 @@ def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping:
         cut = block.solve(weight, second, mean, option.block, option.density, damping=damping)
         made = Shaped(cut.values, cut.shift, cut.error)
     if option.precision != "fp32":
-        rounded = gptq.quantize(made.values, second, mean, PRECISIONS[option.precision], damping=damping)
+        precision = PRECISIONS[option.precision]
+        span = _span(second) if option.precision == "fp8" else None
+        rounded = gptq.quantize(made.values, second, mean, precision, span=span, damping=damping)
         made = Shaped(
             rounded.quantized.weight().double(),
             made.shift + rounded.shift,
@@ -174,18 +215,39 @@ def _split(option: Option, layer: Layer) -> Shaped:
 def _runs(option: Option, profile: Profile) -> bool:
     """Whether a device can turn a form into time at all."""
     if profile.measured_here:
-        return True
-    return option.pattern in profile.patterns and option.precision == "fp32"
+        return option.precision != "fp8"  # a processor has no product of it, only one of float
+    known = ("fp32", "fp8") if "fp8" in profile.precisions else ("fp32",)
+    return option.pattern in profile.patterns and option.precision in known
 
 
-def _fits(site: Site, option: Option, units: int) -> bool:
-    """Whether every product of the site can take the form at this number of units."""
-    if option.pattern == "dense":
-        return True
-    # Two of four are stored eight inputs at a time.
-    rows, columns = (1, 8) if option.pattern == "2:4" else option.block
+def _multiplies(option: Option, profile: Profile) -> bool:
+    """Whether the GPU at hand may gain from a form in torch; whether it does, timing says."""
+    if option.precision in (STATIC, "int4"):
+        return False  # torch has no such product
+    if option.precision != "fp32":
+        return option.precision.split("-")[0] in profile.precisions
+    return option.pattern != "2:4" or "2:4" in profile.patterns
+
+
+def _span(second: Tensor) -> tuple[float, float]:
+    """A range of inputs for fp8, far enough that nothing is clipped: small numbers lose nothing by it."""
+    most = REACH * float(second.diagonal().max().clamp(min=0).sqrt())
+    return -most, most
+
+
+def _steps(option: Option) -> tuple[int, int]:
+    """What outputs and inputs of a product in a form are multiples of, in a file."""
+    if option.pattern == "2:4":  # two of four are stored eight inputs at a time
+        return 1, 8
+    return (1, 1) if option.pattern == "dense" else option.block
+
+
+def _fits(site: Site, option: Option, steps: tuple[int, int], units: int) -> bool:
+    """Whether every product of the site, at these units, is of the multiples and keeps something."""
+    rows, columns = steps
+    least = columns / 2 / option.density  # of inputs: half a block is rounded to a whole one
     shapes = [matmul.features(units) for matmul in site.matmuls]
-    return all(out % rows == 0 and inner % columns == 0 for out, inner in shapes)
+    return all(out % rows == 0 and inner % columns == 0 and inner >= least for out, inner in shapes)
 
 
 def _shared(site: Site) -> bool:

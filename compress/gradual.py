@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from compress import artifact, family, pipeline
+from compress.errors import CompressError
 from compress.expand import expand
 from compress.family import Family
 from compress.ir import Budget
@@ -23,8 +24,15 @@ def run(recipe: Recipe, progress: Progress) -> Family:
     """Compile one model for each of the recipe's speedups.
 
     Raises:
-        CompressError: as for a single model; members that were finished before stay.
+        CompressError: as for a single model, or widths are among the moves; members that were finished
+            before stay.
     """
+    if "width" in recipe.options.moves:
+        raise CompressError(
+            f"--speedup {','.join(f'{one:g}x' for one in recipe.speedups)} with --moves width: a member of a "
+            "family goes on from the weights of the one before, which has to be as wide as the dense model.\n"
+            "  Leave the move out, or run the command once for each speedup"
+        )
     place = Path(recipe.out)
     artifact.claim(place)
     speedups = sorted(set(recipe.speedups))

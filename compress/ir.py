@@ -323,6 +323,24 @@ def _along(known: tuple[float, ...], values: tuple[float, ...], at: float) -> fl
     return values[end] + (at - known[end]) * slope
 
 
+class Width(Document):
+    """One hidden width that was looked at, the whole one among them.
+
+    `loss` and `latency_ms` are those of the model with everything but the width in place, `plan_loss` and
+    `plan_speedup` those of the best plan within the budget at this width, where one was searched and found;
+    `why` says what came of it. Losses are divergences from the dense model.
+    """
+
+    units: int = Field(ge=1)
+    loss: float
+    latency_ms: float
+    source: Source
+    plan_loss: float | None = None
+    plan_speedup: float | None = None
+    chosen: bool = False
+    why: str = ""
+
+
 class Plan(Document):
     """The decision: one option for every site; small enough to read, edit, commit and replay."""
 

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from compress import analyze, artifact, profiles
+from compress import analyze, artifact, profiles, several
 from compress.analyze import Sites
 from compress.errors import CompressError
 from compress.export import decoder
@@ -51,11 +51,33 @@ class Stages:
         self.seconds.append(Stage(name=name, seconds=round(time.perf_counter() - began, 3)))
 
 
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """What a job's model has lost of the one that was asked about: channels of its residual stream.
+
+    Attributes:
+        wide: the job on the model that was asked about.
+        site: the residual stream of that model.
+        units: channels that are left.
+        error: share of what flowed through the stream that is gone.
+        down: [units, site.units] from a hidden state to the one that stands for it.
+        stated: whether the model's configuration says the new width, so that loading need not be told.
+    """
+
+    wide: "Job"
+    site: Site
+    units: int
+    error: float
+    down: Tensor
+    stated: bool
+
+
 @dataclass(frozen=True)
 class Job:
     """One compilation. `model_key` names the model and shapes, `key` also data and options.
 
     `sites` are at the shape of the phase that was asked for, so that they cost what a run of it costs.
+    `narrowed` says what the model lacks where it is a narrower one than was asked about.
     """
 
     recipe: Recipe
@@ -68,6 +90,12 @@ class Job:
     found: Sites
     sites: tuple[Site, ...]
     calibration: tuple[Batch, ...]
+    narrowed: Narrowed | None = None
+
+    @property
+    def baseline(self) -> "Job":
+        """The job on the model that everything is compared with."""
+        return self if self.narrowed is None else self.narrowed.wide
 
     @cached_property
     def place(self) -> Place | None:
@@ -75,7 +103,9 @@ class Job:
         found = place_of(self.profile, self.recipe.bench.threads)
         if found is None:
             return None
-        return found.suited(self.task.model, self.task.logits, self.task.output_name, self.prompt)
+        steps = self.recipe.shapes.phase == "decode"
+        task = self.task
+        return found.suited(task.model, task.logits, task.output_name, self.prompt, steps=steps)
 
     @property
     def prompt(self) -> dict[str, Array]:
@@ -120,18 +150,9 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
     profile = profiles.load(recipe.target)
     folder = artifact.claim(Path(recipe.out))
     stages = Stages(progress)
-    wanted = recipe.calibration
     with stages("load"):
-        task = load_task(
-            recipe.model,
-            recipe.data,
-            test=recipe.test,
-            task=recipe.task,
-            text=recipe.text,
-            label=recipe.label,
-            tokens=recipe.shapes.tokens if recipe.task == "text-generation" else None,
-        )
-        batches = tuple(task.batches("calibration", wanted.batch, wanted.samples))
+        several.call("load", {"recipe": recipe.model_dump(mode="json")})
+        task, batches = load(recipe)
     model_key = artifact.digest(*fingerprint(task.model), recipe.shapes)
     if recipe.shapes.phase == "decode" and not decodes(task):
         raise CompressError(
@@ -155,9 +176,25 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
     if recipe.shapes.phase == "decode":
         sites = tuple(site.step() for site in sites)
     seen = [content(batch) for batch in batches]
-    key = artifact.digest(model_key, wanted, recipe.options, *seen)
+    key = artifact.digest(model_key, recipe.calibration, recipe.options, *seen)
     artifact.write_text(folder / "recipe.toml", to_toml(recipe))
     return Job(recipe, task, profile, folder, stages, model_key, key, found, sites, batches)
+
+
+def load(recipe: Recipe) -> tuple[Task, tuple[Batch, ...]]:
+    """A recipe's task and its calibration inputs; of several processes, each loads its own."""
+    with several.working():
+        task = load_task(
+            recipe.model,
+            recipe.data,
+            test=recipe.test,
+            task=recipe.task,
+            text=recipe.text,
+            label=recipe.label,
+            tokens=recipe.shapes.tokens if recipe.task == "text-generation" else None,
+        )
+        wanted = recipe.calibration
+        return task, tuple(task.batches("calibration", wanted.batch, wanted.samples))
 
 
 def decodes(task: Task) -> bool:

@@ -23,6 +23,10 @@ AIM = 1.022  # where in the window to aim: a timer's noise on either side stays 
 Progress = Callable[[int, int], None]
 
 
+class OutOfReachError(CompressError):
+    """No plan keeps the budget."""
+
+
 class Timing(Document):
     """A speedup that was measured, with its 95 % interval, and the latencies behind it."""
 
@@ -178,7 +182,7 @@ def close(
         progress: gives the callback for a stage of the given name.
 
     Raises:
-        CompressError: the fastest plan was measured and is too slow; it says what is reachable.
+        OutOfReachError: the fastest plan was measured and is too slow; it says what is reachable.
     """
     history = stored
     known = [menus.indices(turn.choices) for turn in history.rounds]
@@ -234,7 +238,7 @@ def _limit_ms(history: Rounds, asked: float, dense_ms: float) -> float:
     return dense_ms / (asked * AIM) / math.exp(sum(off) / max(1, len(off)))
 
 
-def out_of_reach(menus: Menus, asked: float, dense_ms: float, timing: Timing | None) -> CompressError:
+def out_of_reach(menus: Menus, asked: float, dense_ms: float, timing: Timing | None) -> OutOfReachError:
     """Why a speedup cannot be had, what can, and by which moves."""
     least_ms = menus.latency_ms(menus.cheapest())
     reach = dense_ms / least_ms if timing is None else timing.speedup
@@ -247,7 +251,7 @@ def out_of_reach(menus: Menus, asked: float, dense_ms: float, timing: Timing | N
             if own == kind
         )
         moves.append(f"{kind} {saved:.2f} ms")
-    return CompressError(
+    return OutOfReachError(
         f"{asked:.2f}x is out of reach: the fastest plan there is reaches {reach:.2f}x ({how}).\n"
         f"  The dense model takes {dense_ms:.2f} ms, of which {menus.whole.fixed_ms:.2f} ms lie outside "
         f"every site; removing everything else would save {', '.join(moves) or 'nothing'}.\n"

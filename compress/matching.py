@@ -23,12 +23,13 @@ from transformers import Cache
 
 from compress import distill, sltrain, surgery
 from compress.calibrate import real_rows
+from compress.core import lowrank
 from compress.distill import Place
 from compress.ir import Option, Site
 from compress.modeling import owner
 from compress.quality import Batch
 from compress.sltrain import SparseLowRank
-from compress.surgery import ROUNDING, Removal
+from compress.surgery import Removal
 
 EPOCHS = 4
 RATE = 5e-4
@@ -213,8 +214,8 @@ def _split(
             layer = small.get_submodule(owner(name))
             if type(layer) is not nn.Linear:  # what stores its weight the other way round stays
                 continue
-            rest = layer.weight - left @ right
-            mask = rest.abs() > (torch.inf if dense else ROUNDING * float(layer.weight.abs().max()))
+            rest = lowrank.apart(layer.weight, left, right)
+            mask = torch.zeros_like(rest, dtype=torch.bool) if dense else rest != 0
             parts = sltrain.from_parts(rest, mask, left, right, layer.bias)
             if parts.bias is not None:
                 parts.bias.requires_grad_(name == site.writer)

@@ -15,17 +15,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from compress import charts
+from compress.advice import next_step, ruin
 from compress.artifact import write_text
 from compress.errors import CompressError
 from compress.report import (
+    Engine,
     Fact,
     Figures,
     Report,
     device,
     found,
-    next_step,
     quality,
-    ruin,
     verdict_line,
 )
 from compress.svg import PALETTE, Chart
@@ -33,6 +33,7 @@ from compress.wording import amount, digits, exact, lost, score_text
 
 WORDS = {"met": "Met", "missed": "Missed", "not_measured": "Not measured"}
 NONE = "not measured"
+MOST_NAMES = 6
 
 
 class Row(NamedTuple):
@@ -337,7 +338,28 @@ def limits(report: Report) -> list[str]:
         total = report.verdict.predicted.latency_ms
         share = f", {report.fixed_ms / total:.0%} of the compressed model's time" if total else ""
         lines.append(f"{digits(report.fixed_ms)} ms (estimate) lie outside every site{share}.")
+    if report.engine is not None:
+        lines.append(_engine(report.engine))
     return [*lines, *report.attribution]
+
+
+def _engine(engine: Engine) -> str:
+    """What became of 2:4 zeros in the engine that was built from the file."""
+    built = f"The engine for {engine.device} (TensorRT {engine.tensorrt})"
+    if not engine.sparse:
+        return f"{built} was built without 2:4 kernels: the plan has no 2:4 zeros."
+    could, does = (
+        f"{len(names)} layer{'' if len(names) == 1 else 's'}{f' ({_few(names)})' if names else ''}"
+        for names in (engine.eligible, engine.picked)
+    )
+    lost = "" if engine.picked else "; so its 2:4 zeros gain no time"
+    return f"{built} may use 2:4 kernels in {could} and does in {does}{lost}."
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names of a list."""
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _parity(report: Report) -> str:

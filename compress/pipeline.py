@@ -2,7 +2,8 @@
 
     job -> costs -> candidates -> (plan -> file -> timing)* -> refit -> file -> recovery -> file -> proof
 
-Split weights are matched block by block right after the refit.
+Where the hidden width may be cut, costs to timing run once for every width that may win. Split weights are
+matched block by block right after the refit.
 Every arrow leaves an artifact in `<out>/compression/`, stored with the hash of what it was made from:
 a second run takes up whatever is still valid, and a killed run loses at most the stage it was in.
 """
@@ -13,15 +14,29 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from compress import artifact, choosing, files, page, power, proof, quantize, recovery, store, surgery, thrift
+from compress import (
+    artifact,
+    aware,
+    choosing,
+    files,
+    page,
+    power,
+    proof,
+    quantize,
+    recovery,
+    store,
+    surgery,
+    thrift,
+    width,
+)
 from compress.bench import FINAL_BLOCKS, Comparison
 from compress.choosing import TimePlan
 from compress.errors import CompressError
 from compress.export import forms
 from compress.export.place import Place
-from compress.ir import Option
+from compress.ir import Option, Width
 from compress.job import Job, Progress, prepare
-from compress.loop import Menus, Round, Rounds, Timing
+from compress.loop import Round, Rounds, Timing
 from compress.matching import match
 from compress.power import Prices
 from compress.pricing import Costs, price
@@ -29,7 +44,9 @@ from compress.recipe import Recipe
 from compress.refit import refit
 from compress.report import Report
 from compress.stitch import Stitched
+from compress.stream import Stream
 from compress.surgery import Removal
+from compress.width import Found, Ground
 
 ATTEMPTS = 3
 
@@ -59,50 +76,69 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
     Costs, the teacher and the baseline of the proof are the dense model's whatever the start.
     """
     pruned = job if start is None else job.on(start)
+    stream = width.stream_of(pruned)  # a model without one is refused before anything is computed
     costs = price(job)
     asked = asked_speedup(job, costs)
-    prices = power.price(job, costs) if job.recipe.budget.name in power.ASKED else None
-    if prices is not None:
-        power.limit_mj(job, costs, prices)  # what cannot be had is told before anything is computed
-    errors = choosing.candidates(pruned, costs)
-    menus = choosing.menus_of(pruned, costs, errors)
-    judge = choosing.judge_of(pruned, menus)
-    menus = choosing.weigh(pruned, menus, judge)
-    rounds = Rounds()
-    for _ in range(ATTEMPTS):
-        if prices is not None:
-            turn = thrift.choose(pruned, costs, menus, judge, prices, meter_plan(pruned, prices))
-            rounds = Rounds(rounds=(turn,))
-        else:
-            rounds, turn = choose(pruned, costs, menus, judge, asked, rounds)
-        model, removals, notes = build(pruned, turn, judge)
-        comparison = _proof_timing(job, model)
-        if comparison is None or proof.timing(comparison).speedup >= asked:
+    found, widths = search(ground_of(pruned, costs), stream, asked)
+    for attempt in range(ATTEMPTS):
+        model, removals, notes = build(found)
+        comparison = _proof_timing(job, model, removals)
+        missed = comparison is not None and proof.timing(comparison).speedup < asked
+        if comparison is None or not missed or attempt == ATTEMPTS - 1:
             break
-        rounds = _with_timing(rounds, turn, proof.timing(comparison))
+        rounds = _with_timing(found.rounds, found.turn, proof.timing(comparison))
+        found = choose(found.ground, asked, rounds)
     if start is not None:
         notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
+    own = found.ground.job
     if job.recipe.recovery.mode != "none":
-        notes += recovery.recover(job, model, removals)
-        save(job, turn, model, removals)
-        comparison = _proof_timing(job, model)
+        notes += aware.recover(own, model, removals)
+        removals, learned = recovery.recover(own, model, removals)
+        notes += learned
+        save(own, found.turn, model, removals)
+        comparison = _proof_timing(job, model, removals)
     result = proof.assemble(
-        job,
-        costs,
-        menus,
-        rounds,
-        turn,
+        own,
+        found.ground.costs,
+        found.ground.menus,
+        found.rounds,
+        found.turn,
         {"dense": (job.task.model, job.folder / "dense.onnx"), "compressed": (model, job.file)},
         removals,
         comparison,
         notes,
-        prices,
+        found.ground.prices,
     )
-    artifact.store(job.folder / "plan.json", job.key, choosing.plan_of(job, menus, turn))
+    result = width.told(result, found, widths)
+    artifact.store(job.folder / "plan.json", job.key, choosing.plan_of(own, found.ground.menus, found.turn))
     page.write(result, job.folder)
     card = page.card(result, name=Path(job.recipe.model or "compress-demo").name)
     artifact.write_text(Path(job.recipe.out) / "README.md", card)
     return Compiled(job, result, model, {name: removal.kept for name, removal in removals.items()})
+
+
+def ground_of(job: Job, costs: Costs) -> Ground:
+    """Everything that plans of a job are chosen by: prices, candidates, and what judges them."""
+    prices = power.price(job, costs) if job.recipe.budget.name in power.ASKED else None
+    if prices is not None:
+        power.limit_mj(job, costs, prices)  # what cannot be had is told before anything is computed
+    errors = choosing.candidates(job, costs)
+    menus = choosing.menus_of(job, costs, errors)
+    judge = choosing.judge_of(job, menus)
+    return Ground(job, costs, choosing.weigh(job, menus, judge), judge, prices)
+
+
+def search(ground: Ground, stream: Stream | None, asked: float) -> tuple[Found, tuple[Width, ...]]:
+    """The plan to keep, and the hidden widths that were tried where that was asked for."""
+    if stream is None:
+        return choose(ground, asked, Rounds()), ()
+    return width.search_widths(
+        ground,
+        stream,
+        asked,
+        lambda narrow: ground_of(narrow, price(narrow)),
+        lambda one: choose(one, asked, Rounds()),
+    )
 
 
 def asked_speedup(job: Job, costs: Costs) -> float:
@@ -125,18 +161,20 @@ def asked_speedup(job: Job, costs: Costs) -> float:
     return dense / budget.value
 
 
-def choose(
-    job: Job, costs: Costs, menus: Menus, judge: Stitched, asked: float, rounds: Rounds
-) -> tuple[Rounds, Round]:
+def choose(ground: Ground, asked: float, rounds: Rounds) -> Found:
     """The turn to keep: of the closed loop where time is measured, else of one search."""
-    if asked == 0.0:
+    job, costs, menus, judge = ground.job, ground.costs, ground.menus, ground.judge
+    if ground.prices is not None:
+        meter = meter_plan(job, ground.prices)
+        turn = thrift.choose(job, costs, menus, judge, ground.prices, meter)
+    elif asked == 0.0:
         turn = choosing.choose_by_size(job, costs, menus, judge)
-        return Rounds(rounds=(turn,)), turn
-    if not job.here:
+    elif not job.here:
         turn = choosing.choose_once(job, menus, judge, costs.dense_ms / asked, asked)
-        return Rounds(rounds=(turn,)), turn
-    rounds = choosing.close_loop(job, costs, menus, judge, asked, time_plan(job), rounds)
-    return rounds, rounds.chosen(asked)
+    else:
+        rounds = choosing.close_loop(job, costs, menus, judge, asked, time_plan(job), rounds)
+        return Found(ground, rounds, rounds.chosen(asked))
+    return Found(ground, Rounds(rounds=(turn,)), turn)
 
 
 def meter_plan(job: Job, prices: Prices) -> thrift.Meter | None:
@@ -161,7 +199,7 @@ def _trial(job: Job, place: Place, choices: Mapping[str, Option]) -> tuple[nn.Mo
     model = surgery.shrink(job.task.model, job.sites, removals)
     if place.by_file:
         export(job, model, file, removals)
-    return model, file
+    return files.in_forms(job, model, removals), file
 
 
 def time_plan(job: Job) -> TimePlan:
@@ -185,15 +223,16 @@ def export(job: Job, model: nn.Module, file: Path, removals: Mapping[str, Remova
         files.write(job, model, file, lower=lambda graph: forms.lower(graph, job.sites, removals))
 
 
-def build(job: Job, turn: Round, judge: Stitched) -> tuple[nn.Module, dict[str, Removal], list[str]]:
+def build(found: Found) -> tuple[nn.Module, dict[str, Removal], list[str]]:
     """The finished model, saved as a directory and as ONNX; what was removed, and what is worth a note."""
+    job, turn = found.ground.job, found.turn
     removals = choosing.removals_of(job, turn.choices)
     notes = []
     if job.recipe.calibration.refit and job.recipe.options.score == "obs":
-        removals, note = _refitted(job, removals, turn, judge)
+        removals, note = _refitted(job, removals, turn, found.ground.judge)
         notes.append(note)
         if any(removal.factors for removal in removals.values()):
-            removals, note = _matched(job, removals, judge)
+            removals, note = _matched(job, removals, found.ground.judge)
             notes.append(note)
     model = surgery.shrink(job.task.model, job.sites, removals)
     save(job, turn, model, removals)
@@ -204,7 +243,11 @@ def save(job: Job, turn: Round, model: nn.Module, removals: Mapping[str, Removal
     """Write the finished model as a directory, and as the ONNX file that ships."""
     out = Path(job.recipe.out)
     units = {name: option.units for name, option in turn.choices.items() if option.units is not None}
-    store.save(model, job.sites, units, out)
+    sites, less = list(job.sites), job.narrowed
+    if less is not None and not less.stated:
+        sites.append(less.site)
+        units[less.site.name] = less.units
+    store.save(model, sites, units, out)
     job.task.save_files(out)
     export(job, model, job.file, removals)
 
@@ -251,11 +294,12 @@ def _matched(job: Job, removals: dict[str, Removal], judge: Stitched) -> tuple[d
     return removals, f"Matching of blocks not used: divergence {before:.4g} would become {after:.4g}"
 
 
-def _proof_timing(job: Job, model: nn.Module) -> Comparison | None:
+def _proof_timing(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> Comparison | None:
     """The shipped model against the dense one; None when this machine is not the target."""
     if job.place is None:
         return None
-    return proof.compare(job, job.place, model, job.file, blocks=FINAL_BLOCKS * job.recipe.bench.blocks)
+    blocks = FINAL_BLOCKS * job.recipe.bench.blocks
+    return proof.compare(job, job.place, files.in_forms(job, model, removals), job.file, blocks=blocks)
 
 
 def _with_timing(rounds: Rounds, turn: Round, timing: Timing) -> Rounds:

@@ -20,7 +20,7 @@ from compress.energy import Energy
 from compress.errors import CompressError
 from compress.ir import Document, Option, Site, Source
 from compress.job import Job
-from compress.loop import Menus, Round
+from compress.loop import Menus, OutOfReachError, Round
 from compress.pricing import Costs
 from compress.profiles import Profile
 from compress.roofline import STALLED
@@ -133,6 +133,7 @@ def limit_mj(job: Job, costs: Costs, prices: Prices) -> float:
 
     Raises:
         CompressError: the dense model keeps the budget already, or no model can.
+        OutOfReachError: no plan for this one is fast enough for the rate.
     """
     budget = job.recipe.budget
     if budget.energy_mj is not None:
@@ -140,7 +141,7 @@ def limit_mj(job: Job, costs: Costs, prices: Prices) -> float:
     else:
         limit, dense, unit = _power_limit_mj(job, prices), prices.dense_mj, "mJ above idle in each run"
         _keeps_up(job, costs)
-    if dense <= limit:
+    if dense <= limit and job.narrowed is None:
         word = "" if prices.source == "measured" else " (estimate)"
         raise CompressError(
             f"{_flag(job)} is already kept: the dense model takes {dense:.3g} {unit}{word} on "
@@ -168,7 +169,7 @@ def _keeps_up(job: Job, costs: Costs) -> None:
     fastest = (min(costs.latency_ms(site, one) for one in costs.options(site)) for site in job.sites)
     least_ms = costs.whole.latency_ms(sum(fastest))
     if least_ms * rate_hz > 1e3:
-        raise CompressError(
+        raise OutOfReachError(
             f"--rate-hz {rate_hz:g} leaves {1e3 / rate_hz:.3g} ms for a run; the fastest plan takes "
             f"{least_ms:.3g} ms on {job.profile.name}: ask for {1e3 / least_ms:.0f} a second or less"
         )

@@ -15,8 +15,10 @@ from compress.ir import Document, Option, Site, Source, Whole
 from compress.job import Job
 from compress.profiles import Profile
 
+SIZE = "size_mb"
 FORM_LEVELS = 6  # widths timed in a form; between them its time is a line
-PAYS = 0.97  # of the plain site's time, above which a form is not worth its damage
+PAYS = 0.97  # of the plain site's time or bytes, above which a form is not worth its damage
+STORED = "fp32"  # of plain weights in a file
 
 
 class Costs(Document):
@@ -24,12 +26,14 @@ class Costs(Document):
 
     `rows[site][form][units]` is the time that a site adds to a small model, `whole` makes of their sum
     the time of the model: both measured when `source` says so. Only what pays is in `rows`;
-    `gains[site][form]` is the speedup of the uncut site in every form that was looked at.
+    `gains[site][form]` is the speedup of the uncut site in every form that was looked at; `untimed` are
+    the forms that were to be timed here, and could not be at any site.
     """
 
     whole: Whole
     rows: dict[str, dict[str, dict[int, float]]]
     gains: dict[str, dict[str, float]] = Field(default_factory=dict)
+    untimed: tuple[str, ...] = ()
     source: Source
 
     @property
@@ -61,7 +65,8 @@ def price(job: Job) -> Costs:
     levels = {site.name: wanted_levels(job, site) for site in job.sites}
     place = job.place
     machine = job.profile.name if place is None else place.fingerprint
-    made_from = artifact.digest(job.model_key, machine, job.recipe.bench.threads, levels)
+    sized = job.recipe.budget.name == SIZE
+    made_from = artifact.digest(job.model_key, machine, job.recipe.bench.threads, levels, sized)
     return artifact.saved(
         job.folder / "costs.json",
         Costs,
@@ -107,10 +112,9 @@ def wanted_levels(job: Job, site: Site) -> dict[str, list[int]]:
     if "structure" not in options.moves:
         levels = levels[:1]
     wanted = {"dense": levels}
-    if job.place is not None and not job.place.by_file:
-        return wanted  # in torch only structure is built
-    for form in forms.of(site, options.moves, job.profile):
-        wanted[form] = forms.levels(site, form, levels)
+    in_torch = job.place is not None and not job.place.by_file
+    for form in forms.of(site, options.moves, job.profile, in_torch=in_torch):
+        wanted[form] = forms.levels(site, form, levels, in_torch=in_torch)
     return wanted
 
 
@@ -140,7 +144,12 @@ def _measured(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int
         site.name: {
             form: {
                 units: cost.price(
-                    site, Option.of(form, units), profile=job.profile, table=table, threads=place.threads
+                    site,
+                    Option.of(form, units),
+                    profile=job.profile,
+                    table=table,
+                    precision=place.precision,
+                    threads=place.threads,
                 ).latency_ms
                 for units in row
             }
@@ -150,11 +159,18 @@ def _measured(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int
         for site in job.sites
     }
     factor, whole = anchor.measure(job, place, {name: rows["dense"] for name, rows in alone.items()})
-    return _costs(job, alone, factor, whole, "measured")
+    wanted = {form for row in levels.values() for form, units in row.items() if units}
+    timed = {form for row in alone.values() for form in row}
+    costs = _costs(job, alone, factor, whole, "measured")
+    return costs.model_copy(update={"untimed": tuple(sorted(wanted - timed))})
 
 
 def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
-    """The costs without what does not pay: a form that is no faster than the plain site at its units."""
+    """The costs without what does not pay: a form that is no faster than the plain site at its units.
+
+    Under a size budget a form that is no smaller in the file either, since time is not what is short.
+    """
+    sized = job.recipe.budget.name == SIZE
     rows: dict[str, dict[str, dict[int, float]]] = {}
     gains: dict[str, dict[str, float]] = {}
     for site in job.sites:
@@ -166,11 +182,22 @@ def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, sou
                 continue
             most = max(row)
             gains[site.name][form] = plain[most] / row[most]
-            paying = {units: ms * factor for units, ms in row.items() if ms < PAYS * plain[units]}
+            paying = {
+                units: ms * factor
+                for units, ms in row.items()
+                if ms < PAYS * plain[units] or (sized and _smaller(site, form, units))
+            }
             if paying:
                 kept[form] = cost.thin(paying)
         rows[site.name] = kept
     return Costs(whole=whole, rows=rows, gains=gains, source=source)
+
+
+def _smaller(site: Site, form: str, units: int) -> bool:
+    """Whether a form takes fewer bytes in a file; zeros of 2:4 are written out like any number."""
+    option = Option.of(form, units)
+    plain = cost.weight_bytes(site, Option(units=units), STORED)
+    return option.pattern != "2:4" and cost.weight_bytes(site, option, STORED) < PAYS * plain
 
 
 def shipped(profile: Profile) -> Table | None:
@@ -184,7 +211,9 @@ def shipped(profile: Profile) -> Table | None:
 
 def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
     """Times for a device that is not here: from its shipped table where that knows a shape, else roofline."""
-    profile, table = job.profile, shipped(job.profile)
+    profile = job.profile
+    # A table knows the shapes of one width; two widths are compared by one way of estimating.
+    table = shipped(profile) if job.narrowed is None else None
     threads = 1 if table is None else table.threads
     alone = {
         site.name: {
@@ -199,8 +228,15 @@ def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs
         for site in job.sites
     }
     inside = sum(alone[site.name]["dense"][site.units] for site in job.sites)
-    fixed_ms = _outside_ms(job)
-    whole = Whole(inside_ms=(inside,), whole_ms=(inside + fixed_ms,))
+    whole_ms = inside + _outside_ms(job)
+    whole = Whole(inside_ms=(inside,), whole_ms=(whole_ms,))
+    if job.narrowed is not None:
+        wide = job.baseline
+        dense_ms = sum(roofline.roofline(s, s.units, profile, threads=threads) for s in wide.sites)
+        dense_ms += _outside_ms(wide)
+        if dense_ms > whole_ms:
+            slower = inside * dense_ms / whole_ms
+            whole = Whole(inside_ms=(slower, inside), whole_ms=(dense_ms, whole_ms))
     return _costs(job, alone, 1.0, whole, "estimated")
 
 

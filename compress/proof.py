@@ -1,6 +1,5 @@
 """What the shipped file really does: its latency, its answers, its score; gathered into the report."""
 
-from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from compress import __version__, bench, cost, files, power, quantize, report, search
+from compress import __version__, attribution, bench, cost, files, power, quantize, report, search
 from compress.bench import Comparison
 from compress.export import decode, runners, verify
 from compress.export.place import Place
@@ -46,12 +45,13 @@ def compare(
 ) -> Comparison:
     """The dense model and another one, timed in turn on the job's example, in the phase asked for.
 
-    On this processor the files are timed, on a GPU the modules.
+    Where files are not what runs, as in torch on a GPU, the modules are timed.
     """
+    base = job.baseline
     wanted = job.recipe.bench
     named = f"time {file.stem}" if phase is None else f"time {phase}"
     with (
-        files.opened(job, place, job.task.model, job.folder / "dense.onnx") as dense,
+        files.opened(base, place, base.task.model, base.folder / "dense.onnx") as dense,
         files.opened(job, place, model, file) as quick,
         job.stages(named) as tick,
     ):
@@ -90,7 +90,7 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
         runners.TorchRunner(model, job.task.logits, job.task.output_name) as reference,
         runners.OrtRunner(file, threads=job.recipe.bench.threads) as runner,
     ):
-        rounded = any(isinstance(module, quantize.QuantizedLinear) for module in model.modules())
+        rounded = _rounded(model)
         found = verify.parity(
             reference,
             runner,
@@ -109,10 +109,25 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
     )
 
 
+def _agreement(job: Job, expected: nn.Module, model: nn.Module, file: Path) -> list[str]:
+    """How far what was timed is from what is expected, where it is not the file that was timed."""
+    if job.place is None or not job.place.on_gpu:
+        return []
+    examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
+    with files.opened(job, job.place, model, file) as runner:
+        rounded = _rounded(expected)
+        return job.place.agreement(expected, runner, job.task.logits, examples, rounded=rounded)
+
+
+def _rounded(model: nn.Module) -> bool:
+    """Whether products in low precision are emulated in a model."""
+    return any(isinstance(module, quantize.QuantizedLinear) for module in model.modules())
+
+
 def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None) -> Phases | None:
     """Both phases of a decoder; the one that was not asked for is timed here, for a turn of the loop."""
     place = job.place
-    if not job.decodes or comparison is None or place is None or not place.by_file:
+    if not job.decodes or comparison is None or place is None:
         return None
     asked = job.recipe.shapes.phase
     other: Phase = "prefill" if asked == "decode" else "decode"
@@ -242,12 +257,12 @@ def assemble(
 ) -> Report:
     """Check, score and gather: the report of one finished compilation."""
     shrunk, shipped = files_of["compressed"]
-    agreement = parity(job, quantize.emulated(shrunk, job.sites, removals), shipped)
-    if job.place is not None:
-        examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
-        notes = notes + job.place.agreement(shrunk, job.task.logits, job.task.output_name, examples)
+    emulated = quantize.emulated(shrunk, job.sites, removals)
+    agreement = parity(job, emulated, shipped)
+    shaped = files.in_forms(job, shrunk, removals)
+    notes = notes + _agreement(job, emulated, shaped, shipped)
     dense = figures(job, *files_of["dense"], comparison, "dense")
-    quick = figures(job, *files_of["compressed"], comparison, "compressed", _saved_bytes(job, turn))
+    quick = figures(job, shaped, shipped, comparison, "compressed", _saved_bytes(job, turn))
     drop = _drop(job, dense, quick)
     measured = None
     if comparison is not None:
@@ -305,9 +320,9 @@ def assemble(
             compressed=report.thin(comparison.samples("compressed")),
         ),
         waterfall=steps,
-        phases=phases(job, *files_of["compressed"], comparison),
+        phases=phases(job, shaped, shipped, comparison),
         fixed_ms=costs.fixed_ms,
-        attribution=(*_attribution(job, costs), *_forms(costs, turn)),
+        attribution=(*attribution.untouched(job, costs), *attribution.gains(costs, turn)),
         warnings=tuple(
             notes
             + (
@@ -321,8 +336,8 @@ def assemble(
         | {"compress": __version__},
         protocol={} if comparison is None else comparison.protocol.model_dump(),
         inputs={
-            "model_and_shapes": job.model_key,
-            "data_and_options": job.key,
+            "model_and_shapes": job.baseline.model_key,
+            "data_and_options": job.baseline.key,
             "file_sha256": runners.sha256(files_of["compressed"][1]),
             "dense_sha256": runners.sha256(files_of["dense"][1]),
         },
@@ -340,7 +355,7 @@ def _target(job: Job) -> Target:
         runtime_version=None if place is None else str(place.facts()["version"]),
         provider=None if place is None else str(place.facts()["provider"]),
         threads=place.threads if place is not None and place.by_file else None,
-        precision=job.profile.baseline_precision,
+        precision=job.profile.baseline_precision if place is None else place.precision,
         shapes=dict(zip(names, shape, strict=False)),
         phase=job.recipe.shapes.phase if job.decodes else None,
     )
@@ -360,39 +375,3 @@ def _round(turn: Round, costs: Costs) -> report.Round:
         measured_ms=None if turn.timing is None else turn.timing.measured_ms,
         measured_speedup=None if turn.timing is None else turn.timing.speedup,
     )
-
-
-def _attribution(job: Job, costs: Costs) -> list[str]:
-    """Why it is not faster: what no move can touch, and what was not there to choose."""
-    share = costs.fixed_ms / costs.dense_ms
-    said = "" if costs.source == "measured" else " (estimate)"
-    lines = [
-        f"{costs.fixed_ms:.2f} of {costs.dense_ms:.2f} ms{said} ({share:.0%}) lie outside every site: "
-        "embeddings, norms, the head, and calls; no structure removed can save them."
-    ]
-    lines += [f"{skip.place}: not a site, because {skip.reason}" for skip in job.found.skipped]
-    if job.found.fallback:
-        lines.append(f"Sites come from names, not from the program: {job.found.fallback}")
-    if "2:4" not in (*job.profile.patterns, *job.recipe.options.moves):
-        lines.append(f"2:4 sparsity was not considered: {job.profile.name} gains no time from it.")
-    return lines
-
-
-def _forms(costs: Costs, turn: Round) -> list[str]:
-    """What every form that was looked at gains on the target, and where it was chosen."""
-    said = "" if costs.source == "measured" else " (estimate)"
-    chosen = Counter(option.form for option in turn.choices.values())
-    gains: dict[str, list[float]] = {}
-    for row in costs.gains.values():
-        for form, gain in row.items():
-            gains.setdefault(form, []).append(gain)
-    lines = []
-    for form, found in sorted(gains.items()):
-        count = chosen[form]
-        why = f"chosen at {count} of {len(turn.choices)} sites" if count else "not chosen"
-        if not count:
-            pays = any(form in row for row in costs.rows.values())
-            why += ": other moves cost less for the same time" if pays else ": it saves no time here"
-        span = f"{min(found):.2f}x" if len(found) == 1 else f"{min(found):.2f}x to {max(found):.2f}x"
-        lines.append(f"{form}: {span} on a whole site{said}; {why}.")
-    return lines

@@ -3,15 +3,18 @@
 `insert` puts such a layer in the place of an `nn.Linear`; `remove` puts the original back. The layer is
 an `nn.Linear` with the same names of weight and bias, so nothing around it notices. It holds the weight
 that its codes stand for. A layer that learns rounds it anew in every pass, and gradients of the weight
-and the steps go through the rounding. `settle` ends the training: plain layers with rounded weights,
-and the codes for the exporter.
+and the steps go through the rounding. A step learns as the logarithm of its change: an optimizer whose
+strides do not follow the size of a gradient, as Adam's, then changes every step by the same share, and
+none becomes negative (Jain et al., "Trained Quantization Thresholds", arXiv 1903.08066). `settle` ends the
+training: plain layers with rounded weights, and the codes for the exporter.
 
 A layer of a masked model reads units that the file no longer has. `columns` names those that remain:
 the others take no part in the range of the input, in pairs of neighbors or in blocks.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,7 +54,16 @@ class Seen:
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer [out, in] whose answer is that of its product in low precision."""
+    """A linear layer [out, in] whose answer is that of its product in low precision.
+
+    While it learns, `change` [out, blocks] and, for int8-static, `input_change` are the logarithms of how
+    much larger its steps are than at the start.
+    """
+
+    step: Tensor
+    input_step: Tensor
+    change: nn.Parameter
+    input_change: nn.Parameter
 
     def __init__(self, dense: nn.Linear, place: Place, *, learn: bool = False) -> None:
         nn.Module.__init__(self)
@@ -71,13 +83,12 @@ class QuantizedLinear(nn.Linear):
         step = found.step.to(dense.weight)
         self.input_zero = float(found.input_zero)
         input_step = torch.tensor(found.input_step or 0.0, dtype=step.dtype)
+        self.register_buffer("step", step, persistent=learn)
+        self.register_buffer("input_step", input_step, persistent=learn)
         if learn:
-            self.step = nn.Parameter(step.clone())
+            self.change = nn.Parameter(torch.zeros_like(step))
             if found.input_step is not None:
-                self.input_step = nn.Parameter(input_step)
-        else:
-            self.register_buffer("step", step, persistent=False)
-            self.register_buffer("input_step", input_step, persistent=False)
+                self.input_change = nn.Parameter(torch.zeros_like(input_step))
         # What is not trained is rounded once.
         self.fixed = None if learn else found.codes.to(dense.weight)
 
@@ -86,12 +97,18 @@ class QuantizedLinear(nn.Linear):
         values, weight = input, self.weight
         if self.columns is not None:
             values, weight = values[..., self.columns], weight[:, self.columns]
-        step = self._paced(self.step, weight.numel() // self.step.numel(), self.grid.high)
+        step = self.steps()
+        if self.learn:
+            step = fakequant.damped_step(step, weight.numel() // step.numel(), self.grid.high)
         codes = fakequant.weight_codes(weight, step, self.grid) if self.fixed is None else self.fixed
         if self.precision == "int4":
             return self._blockwise(values, codes * fakequant.spread(step, codes.shape[1], self.grid.block))
         input_step, zero = self._input(values)
-        product = F.linear(fakequant.input_codes(values, input_step, zero), codes)
+        if self.grid.floating:
+            read = fakequant.float_codes(values, input_step)
+        else:
+            read = fakequant.input_codes(values, input_step, zero)
+        product = F.linear(read, codes)
         scale = input_step * step[:, 0]
         if self.bias is None:
             return product * scale
@@ -102,10 +119,22 @@ class QuantizedLinear(nn.Linear):
     def _input(self, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.precision == "int8-dynamic":
             return fakequant.dynamic_range(values)
-        return self._paced(self.input_step, values.shape[-1], fakequant.BYTE), torch.tensor(self.input_zero)
+        step = self.input_steps()
+        if self.learn:
+            step = fakequant.damped_step(step, values.shape[-1], fakequant.BYTE)
+        return step, torch.tensor(self.input_zero)
 
-    def _paced(self, step: Tensor, elements: int, high: int) -> Tensor:
-        return fakequant.damped_step(step, elements, high).clamp(min=LEAST_STEP) if self.learn else step
+    def steps(self) -> Tensor:
+        """The steps of the weight as they are now, [out, blocks]."""
+        return (self.step * self.change.exp()).clamp(min=LEAST_STEP) if self.learn else self.step
+
+    def input_steps(self) -> Tensor:
+        """The step of the input as it is now, a scalar; int8-static alone has one."""
+        return (
+            (self.input_step * self.input_change.exp()).clamp(min=LEAST_STEP)
+            if self.learn
+            else self.input_step
+        )
 
     def _blockwise(self, values: Tensor, weight: Tensor) -> Tensor:
         rows = values.reshape(-1, values.shape[-1])
@@ -117,12 +146,12 @@ class QuantizedLinear(nn.Linear):
     def quantized(self) -> Quantized:
         """The codes and steps as they are now, of the columns that remain."""
         weight = self.weight if self.columns is None else self.weight[:, self.columns]
-        step = self.step.clamp(min=LEAST_STEP).float()
-        codes = fakequant.weight_codes(weight, step, self.grid).to(torch.int8)
-        if self.precision != "int8-static":
+        step = self.steps().float()
+        codes = fakequant.weight_codes(weight, step, self.grid)
+        codes = codes.to(torch.float8_e4m3fn if self.grid.floating else torch.int8)
+        if self.precision in ("int8-dynamic", "int4"):
             return Quantized(self.precision, codes, step)
-        read = float(self.input_step.clamp(min=LEAST_STEP))
-        return Quantized(self.precision, codes, step, read, int(self.input_zero))
+        return Quantized(self.precision, codes, step, float(self.input_steps()), int(self.input_zero))
 
 
 def insert(model: nn.Module, places: Mapping[str, Place], *, learn: bool = False) -> None:
@@ -134,8 +163,11 @@ def insert(model: nn.Module, places: Mapping[str, Place], *, learn: bool = False
         learn: weights, biases and steps take gradients.
 
     Raises:
-        CompressError: a name is no weight of an `nn.Linear`, or sizes do not fit; nothing is changed.
+        CompressError: a name is no weight of an `nn.Linear`, sizes do not fit, or fp8 is to learn; nothing
+            is changed.
     """
+    if learn and any(GRIDS[place.quantized.precision].floating for place in places.values()):
+        raise CompressError("fp8 has one step for a whole weight, which is not trained; tune before rounding")
     layers = {name: _linear(model, name) for name in places}
     for name, layer in layers.items():
         _check(name, layer, places[name])
@@ -187,6 +219,30 @@ def emulated(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Rem
         if site.name in removals:
             insert(found, places(found, site, removals[site.name], masked=False))
     return found
+
+
+def share_input(model: nn.Module, names: Sequence[str]) -> None:
+    """Let learning int8-static products that read one tensor learn one step for it.
+
+    The file turns a tensor into bytes once for all products that agree on the step; with steps of their own
+    it would have to do so for each, which costs time that nobody has measured.
+    """
+    layers = [_inserted(model)[owner(name)] for name in names]
+    for layer in layers[1:]:
+        layer.input_change = layers[0].input_change
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """For a while learning layers round their weights once, not in every pass; nothing may move meanwhile."""
+    layers = [layer for layer in _inserted(model).values() if layer.learn]
+    try:
+        for layer in layers:
+            layer.fixed = layer.quantized().codes.to(layer.weight)
+        yield
+    finally:
+        for layer in layers:
+            layer.fixed = None
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from compress.errors import CompressError
 from compress.ir import Budget, Document
 
-Move = Literal["structure", "int8", "block", "lowrank", "2:4"]
+Move = Literal["structure", "width", "int8", "int8-static", "int4", "fp8", "block", "lowrank", "2:4"]
 TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
 Phase = Literal["prefill", "decode"]
 UNITS = {"speedup": "x", "latency_ms": "ms", "energy_mj": "mJ", "power_w": "W", "size_mb": "MB"}
@@ -36,10 +36,12 @@ class Options(Document):
     target is never chosen.
     `score` chooses how units are ranked and whether the writer is refitted ("obs" is ZipLM; the
     others are baselines without a refit). `units` fixes the fractions kept instead of the measured
-    staircase. `uniform` gives every site the same fraction, the baseline of the search.
+    staircase. `uniform` gives every site the same fraction, the baseline of the search. `widths` are the
+    fractions of the hidden width that the move "width" tries.
     """
 
     moves: tuple[Move, ...] = Field(default=("structure",), min_length=1)
+    widths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.875, 0.75, 0.625, 0.5)
     kinds: tuple[Literal["heads", "ffn"], ...] = ("heads", "ffn")
     score: Literal["obs", "magnitude", "wanda", "taylor"] = "obs"
     units: tuple[float, ...] | None = None
@@ -69,6 +71,7 @@ class Search(Document):
 class Recovery(Document):
     """How quality is won back after pruning, by distilling from the dense model; time does not change.
 
+    What a plan runs on integers or as factors learns in that form: through rounding, as factors.
     `mode` "fast" tunes for one course of `epochs`; "full" goes on with further courses, each from the
     best weights so far, until one no longer raises the score on the validation split, `courses` at most.
     `task`, `logits`, `hidden` and `ranking` (embeddings only) weigh the losses; labels are used where

@@ -1,23 +1,26 @@
 """Winning quality back after pruning: the shrunk model is tuned on the job's data, judged on unseen inputs.
 
-The graph is final before this begins, so the measured time stays what it was.
+The graph is final before this begins, so the measured time stays what it was. Products learn in the forms
+in which they run: integers through their rounding, thin factors as factors, zeros of a pattern as zeros.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import artifact, distill, stitch, surgery, tune
+from compress import artifact, database, distill, learning, quantize, several, stitch, tune
 from compress.console import span
 from compress.distill import Teacher
-from compress.ir import Option
-from compress.job import Job, content, fingerprint
+from compress.ir import Site
+from compress.job import Job, Tick, content, fingerprint
+from compress.recipe import Recovery
 from compress.surgery import Removal
-from compress.task import Batch
+from compress.task import Batch, Task
 from compress.task import Run as Answering
 from compress.tune import Lesson, Run
 
@@ -26,11 +29,12 @@ ANSWERS = "answers"
 CHECKPOINT = "recovery.safetensors"
 
 
-def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list[str]:
-    """Tune a shrunk model in place, as the recipe's `[recovery]` says; what is worth a note.
+def recover(
+    job: Job, model: nn.Module, removals: Mapping[str, Removal]
+) -> tuple[dict[str, Removal], list[str]]:
+    """Tune a shrunk model in place, as the recipe's `[recovery]` says.
 
-    Zeros of a pattern stay zeros. Weights that stand in the file as integers or thin factors stay as they
-    are, since what they stand for was rounded or factored once; everything around them is tuned.
+    Gives the removals with the codes and factors that were learned, and what is worth a note.
 
     Args:
         job: gives the dense model, the data and the settings.
@@ -39,45 +43,104 @@ def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list
     """
     wanted = job.recipe.recovery
     if wanted.mode == "none":
-        return []
-
-    def batches() -> Iterator[Batch]:
-        return job.task.batches("calibration", wanted.batch, wanted.samples)
-
-    seen = [_content(batch) for batch in batches()]
-    data = artifact.digest(job.key, *seen)
-    made_from = artifact.digest(data, wanted, *fingerprint(model))
-    answers = artifact.folder(job.folder / ANSWERS, data)
-    teacher = Teacher(
-        job.task, job.task.model, distill.places(job.task.model, job.sites), answers, wanted.cache_mb
-    )
-    lesson = Lesson(job.task, teacher, batches, len(seen), wanted)
-    judge = Judge(job)
-    fixed = {name for one in removals.values() for name in (*one.factors, *one.codes)}
-    run = Run(
-        model,
-        lesson,
-        zeros=tune.zeros_of(model, _patterned(job, removals) - fixed),
-        fixed=fixed,
-        checkpoint=job.folder / CHECKPOINT,
-        made_from=made_from,
-    )
-    if not run.finished:
-        job.stages.progress.say(_announced(model, lesson))
-    with job.stages(f"recover ({wanted.mode})") as tick:
-        scores = tune.tune(run, judge, tick)
+        return dict(removals), []
+    if several.size() > 1:
+        _call(job, removals)
+    with several.working():
+        data = artifact.digest(job.key, *map(_content, lessons(job.task, wanted)))
+        made_from = artifact.digest(data, wanted, *fingerprint(model), *learning.fingerprint(removals))
+        answers = artifact.folder(job.folder / ANSWERS, artifact.digest(data, several.size()))
+        judge = Judge(job)
+        with job.stages(f"recover ({wanted.mode})") as tick:
+            scores, learned = learn(
+                job.task,
+                job.sites,
+                wanted,
+                model,
+                removals,
+                answers,
+                judge=judge,
+                tick=tick,
+                say=job.stages.progress.say,
+                checkpoint=job.folder / CHECKPOINT,
+                made_from=made_from,
+                dense=job.baseline.task.model,
+                down=None if job.narrowed is None else job.narrowed.down,
+            )
     shutil.rmtree(answers)
-    return [_said(scores, judge, wanted.mode, len(scores) - 1)]
+    forms = sorted({one.form for one in removals.values()} - {"dense"})
+    return learned, [_said(scores, judge, wanted.mode, forms)]
 
 
-def _patterned(job: Job, removals: Mapping[str, Removal]) -> set[str]:
-    """Names of the matrices whose zeros are a pattern."""
-    return {
-        name
-        for site in job.sites
-        if site.name in removals and Option.of(removals[site.name].form, None).pattern != "dense"
-        for name in (site.writer, *surgery.readers(site))
+def learn(
+    task: Task,
+    sites: Sequence[Site],
+    wanted: Recovery,
+    model: nn.Module,
+    removals: Mapping[str, Removal],
+    answers: Path,
+    *,
+    judge: Callable[[nn.Module], float],
+    tick: Tick,
+    say: Callable[[str], None],
+    dense: nn.Module,
+    checkpoint: Path | None = None,
+    made_from: str = "",
+    down: Tensor | None = None,
+) -> tuple[tuple[float, ...], dict[str, Removal]]:
+    """Tune a shrunk model in place; the scores before and after each epoch, and the removals as learned.
+
+    Of several processes each calls this with the same model and data; the first one's judge, progress and
+    checkpoint count.
+
+    Args:
+        task: gives the data.
+        sites: of the dense model.
+        wanted: the settings.
+        model: what `surgery.shrink` gave for `removals`.
+        removals: by site name.
+        answers: where this process keeps the teacher's answers.
+        judge: larger is better.
+        tick: takes steps done and steps in all.
+        say: takes how long it will last.
+        dense: the teacher.
+        checkpoint: a file that is written now and then, and taken up if made from `made_from`.
+        made_from: a hash of student, teacher, data and settings.
+        down: what of the teacher's hidden states a narrower student can have.
+    """
+    several.alike("training data", several.contents(lessons(task, wanted)))
+    several.spread(dense)
+    several.spread(model)
+    at = distill.places(dense, sites)
+    teacher = Teacher(task, dense, at, answers, wanted.cache_mb / several.size())
+    count = sum(1 for _ in lessons(task, wanted))
+    lesson = Lesson(task, teacher, lambda: lessons(task, wanted), count, wanted, down)
+    zeros = learning.insert(model, sites, removals)
+    run = Run(model, lesson, zeros=zeros, checkpoint=checkpoint, made_from=made_from)
+    if not run.finished:
+        say(_announced(model, lesson))
+    scores = tune.tune(run, judge, tick)
+    return scores, learning.settle(model, sites, removals)
+
+
+def lessons(task: Task, wanted: Recovery) -> Iterator[Batch]:
+    """The inputs that are learned from, the same every time."""
+    return task.batches("calibration", wanted.batch, wanted.samples)
+
+
+def _call(job: Job, removals: Mapping[str, Removal]) -> None:
+    """Tell the other processes what is to be tuned; they hold the dense model."""
+    words = {
+        "recovery": job.recipe.recovery.model_dump(mode="json"),
+        "sites": [site.model_dump(mode="json") for site in job.sites],
+        "forms": {name: one.form for name, one in removals.items()},
     }
+    tensors = {
+        f"{name}/{part}": value
+        for name, one in removals.items()
+        for part, value in database.packed(one).items()
+    }
+    several.call("recover", words, tensors)
 
 
 def _content(batch: Batch) -> str:
@@ -97,9 +160,10 @@ def _announced(model: nn.Module, lesson: Lesson) -> str:
     return f"recovery: at most {wanted.courses} courses of {course}; it ends when the score stops rising"
 
 
-def _said(scores: Sequence[float], judge: "Judge", mode: str, epochs: int) -> str:
+def _said(scores: Sequence[float], judge: "Judge", mode: str, forms: Sequence[str]) -> str:
     before, after = (judge.worded(score) for score in (scores[0], max(scores)))
-    return f"Recovery ({mode}, {epochs} epochs): {judge.name} {before} -> {after}"
+    learned = f", learning in {', '.join(forms)}" if forms else ""
+    return f"Recovery ({mode}, {len(scores) - 1} epochs{learned}): {judge.name} {before} -> {after}"
 
 
 class Judge:
@@ -119,7 +183,7 @@ class Judge:
         self.scored = first is not None and first.labels is not None and job.task.labelled
         if not self.empty and not self.scored:
             self._batches = list(job.task.batches("validation", job.recipe.recovery.batch, NEARNESS))
-            self._dense = stitch.logits(job.task, job.task.model, self._batches)
+            self._dense = stitch.logits(job.task, job.baseline.task.model, self._batches)
 
     @property
     def name(self) -> str:
@@ -133,12 +197,13 @@ class Judge:
         return f"{score if self.scored and self._task.higher_is_better else abs(score):.4g}"
 
     def __call__(self, model: nn.Module) -> float:
-        """Larger is better."""
+        """Larger is better; weights that learn through rounding are rounded once for all inputs."""
         if self.empty:
             return 0.0
-        if not self.scored:
-            return -stitch.divergence(self._task, model, self._batches, self._dense)
-        found = self._task.score(self._run(model), "validation", self._limit)
+        with quantize.held(model):
+            if not self.scored:
+                return -stitch.divergence(self._task, model, self._batches, self._dense)
+            found = self._task.score(self._run(model), "validation", self._limit)
         return found if self._task.higher_is_better else -found
 
     def _run(self, model: nn.Module) -> Answering:

@@ -12,9 +12,9 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from compress.errors import CompressError
-from compress.ir import SCHEMA_VERSION, Budget, Document, Kind, Latency, Source
+from compress.ir import SCHEMA_VERSION, Budget, Document, Kind, Latency, Source, Width
 from compress.recipe import Phase, explain
-from compress.wording import PERCENT, amount, exact, score_text
+from compress.wording import amount, exact, score_text
 
 MOST_SAMPLES = 600
 EXIT_CODES = {"met": 0, "missed": 1, "not_measured": 3}
@@ -68,6 +68,16 @@ class Phases(Document):
     compressed: PhaseTimes
     ttft: Measured
     per_token: Measured
+
+
+class Engine(Document):
+    """A TensorRT engine of the file: layers that 2:4 kernels were possible for, and that run with them."""
+
+    device: str
+    tensorrt: str
+    sparse: bool
+    eligible: tuple[str, ...] = ()
+    picked: tuple[str, ...] = ()
 
 
 class Predicted(Document):
@@ -208,12 +218,14 @@ class Report(Document):
     score: Score
     parity: Parity | None = None
     sites: tuple[SiteReport, ...] = ()
+    widths: tuple[Width, ...] = ()
     rounds: tuple[Round, ...] = ()
     stages: tuple[Stage, ...] = ()
     front: tuple[FrontPoint, ...] = ()
     samples: Samples = Samples()
     waterfall: tuple[Step, ...] = ()
     phases: Phases | None = None
+    engine: Engine | None = None
     fixed_ms: float | None = None
     attribution: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -285,34 +297,6 @@ def judge(
 def exit_code(report: Report) -> int:
     """0 met, 1 missed, 3 not measured."""
     return EXIT_CODES[report.verdict.status]
-
-
-def next_step(report: Report, directory: str = "DIR") -> str | None:
-    """How a run that could not be measured here still comes to a verdict, None when it has one."""
-    if report.verdict.status != "not_measured" or report.verdict.measured is not None:
-        return None
-    return (
-        f"For a verdict: `compress export {directory} --to edge --archive`; on the {report.target.name}, "
-        f"`python3 verify.py` of that bundle; here, `compress report {directory} --merge measured.json`"
-    )
-
-
-def ruin(report: Report) -> str | None:
-    """That less than half of the dense score is left, and what would help; None where more is left."""
-    dense, now, metric = report.baseline.score, report.compressed.score, report.score.metric
-    if metric not in PERCENT or not dense or now is None or now >= dense / 2:
-        return None
-    whole_ms = report.verdict.predicted.baseline_latency_ms
-    fixed = ""
-    if report.fixed_ms is not None and whole_ms:
-        share = report.fixed_ms / whole_ms
-        fixed = f": {share:.0%} of the dense model's time lies outside everything that can be removed"
-    shape = " x ".join(str(side) for side in report.target.shapes.values())
-    return (
-        f"Little is left of the model ({metric} {score_text(metric, dense)} -> {score_text(metric, now)})"
-        f"{fixed} at {shape} on {report.target.name}. Ask for less, price larger inputs with --batch or "
-        "--tokens, or win quality back with --recover"
-    )
 
 
 def thin(samples: Sequence[float], most: int = MOST_SAMPLES) -> tuple[float, ...]:

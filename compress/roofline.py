@@ -46,19 +46,24 @@ DEFAULT = Constants()
 
 @dataclass(frozen=True)
 class Kernel:
-    """One operator: `batch` products `rows x inner @ inner x out`, or none, and what it moves."""
+    """One operator: `batch` products `rows x inner @ inner x out`, or none, and what it moves.
+
+    `precision` is that of its operands where it is not the model's.
+    """
 
     moved_bytes: float
     batch: int = 1
     rows: int = 0
     out: int = 0
     inner: int = 0
+    precision: str = ""
 
 
-def product(batch: int, rows: int, out: int, inner: int, width_bytes: float) -> Kernel:
-    """A (batched) matrix product that reads both sides and writes its result."""
-    moved = batch * (rows * inner + inner * out + rows * out) * width_bytes
-    return Kernel(moved, batch, rows, out, inner)
+def product(batch: int, rows: int, out: int, inner: int, width_bytes: float, precision: str = "") -> Kernel:
+    """A (batched) matrix product that reads both sides, in their own precision, and writes its result."""
+    read_bytes = BYTES[precision] if precision else width_bytes
+    moved = batch * ((rows * inner + inner * out) * read_bytes + rows * out * width_bytes)
+    return Kernel(moved, batch, rows, out, inner, precision)
 
 
 def kernels(
@@ -66,7 +71,8 @@ def kernels(
 ) -> list[Kernel]:
     """What a site runs at `units` in the form of an option; nothing when it is dropped.
 
-    A pattern that the device executes shortens what is summed over; a rank adds two thin products.
+    A pattern that the device executes shortens what is summed over; a rank adds two thin products. In a
+    lower precision the products read less, once what they read was rounded, and all else stays as it is.
 
     With `fused` (TensorRT) biases, activations and the inside of attention cost no traffic of their
     own; otherwise every elementwise operator reads and writes its tensor.
@@ -74,9 +80,15 @@ def kernels(
     if units == 0:
         return []
     found: list[Kernel] = []
+    low = "" if option.precision == PLAIN.precision else option.precision.split("-")[0]
+    read: set[tuple[int, bool]] = set()  # readers share their input
     for matmul in site.matmuls:
         out, inner = matmul.features(units)
-        found.append(product(1, matmul.rows, out, max(1, round(inner * option.density)), width_bytes))
+        found.append(product(1, matmul.rows, out, max(1, round(inner * option.density)), width_bytes, low))
+        source = (inner, bool(matmul.out_per_unit))
+        if low and not fused and source not in read:
+            found.append(Kernel(matmul.rows * inner * (width_bytes + BYTES[low])))
+        read.add(source)
         if option.rank:
             found.append(product(1, matmul.rows, option.rank, inner, width_bytes))
             found.append(product(1, matmul.rows, out, option.rank, width_bytes))
@@ -119,6 +131,7 @@ def kernel_ms(
     share: float = 1.0,
 ) -> float:
     """Time of one operator on a share of the processors: arithmetic or traffic, plus its launch."""
+    precision = kernel.precision or precision
     peak = _peak(profile, precision) * 1e9 * constants.compute * share  # flop per millisecond
     bandwidth = profile.bandwidth_gb_s * 1e6 * constants.bandwidth  # bytes per millisecond
     launch = profile.launch_us * 1e-3 * constants.launches
@@ -168,15 +181,13 @@ def roofline(
         site: the site, at the shape of its example inputs.
         units: units kept, 0 for a dropped site.
         profile: the device.
-        precision: of weights and activations; the profile's baseline when None.
+        precision: of the model; the profile's baseline when None.
         threads: cores used on a CPU; all when None.
         fused: whether elementwise operators disappear; by default they do in TensorRT.
         constants: what no data sheet states.
         option: its pattern, rank and precision; its units are not read.
     """
     precision = precision or profile.baseline_precision
-    if option.precision != PLAIN.precision:
-        precision = option.precision.split("-")[0]
     fused = profile.runtime == "tensorrt" if fused is None else fused
     share = min(1.0, (threads or profile.processors) / profile.processors) if profile.kind == "cpu" else 1.0
     _peak(profile, precision)

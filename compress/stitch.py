@@ -27,6 +27,7 @@ class Stitched:
         directory: Path,
         menus: Sequence[Sequence[Option]],
         batches: Sequence[Batch],
+        dense: nn.Module | None = None,
     ) -> None:
         """Keep a copy of the model and the dense logits of `batches`.
 
@@ -36,13 +37,14 @@ class Stitched:
             directory: where `database.build` stored the candidates.
             menus: the options of every site.
             batches: the calibration inputs that judge every choice.
+            dense: what the loss is measured from, where it is not the task's own model.
         """
         self._task = task
         self._sites = sites
         self._directory = directory
         self._menus = menus
         self._batches = batches
-        self._dense = list(logits(task, task.model, batches))
+        self._dense = list(logits(task, dense or task.model, batches))
         self._model = copy.deepcopy(task.model).eval()
         self._original = [surgery.products(self._model, site) for site in sites]
         self._now = tuple(options.index(Option()) for options in menus)

@@ -189,9 +189,10 @@ class _Walk:
         place = self.inside(node)
         if norm is None and place is not None:
             raise CompressError(
-                f"the width of {type(self.model).__name__} cannot be cut: {place} writes into the residual "
-                "stream (post-norm), and the scale of a normalization ties every channel to itself; only "
-                "models that normalize what they read (pre-norm: ViT, GPT-2, OPT, Llama, ...) can lose width"
+                f"the width of {type(self.model).__name__} cannot be cut: normalization after the sum "
+                f"(post-norm): {place} writes into the residual stream, and its scale ties every channel to "
+                "itself; only models that normalize what they read (pre-norm: ViT, GPT-2, OPT, Llama, ...) "
+                "can lose width"
             )
         if node in self.axis:
             if (self.axis[node], self.norm.get(node)) != (axis, norm):

@@ -19,8 +19,6 @@ from compress.errors import CompressError
 from compress.ir import Drop, Site, Slice
 from compress.modeling import Bias, owner, replace, restate_widths, set_count
 
-ROUNDING = 1e-6  # of the largest weight: what float32 leaves of values less factors where nothing is sparse
-
 Sites = Iterable[Site] | Mapping[str, Site]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import analyze, bench, choosing, demo, profiles, search
+from compress import analyze, bench, choosing, demo, profiles, residual, search, width
 from compress.errors import CompressError
 from compress.export import cuda, decode, runners
 from compress.export.cache import PAST, POSITIONS
@@ -25,12 +25,27 @@ SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 
 
 def inspect(model: str | None, shapes: Shapes) -> dict[str, object]:
-    """The sites of a model, from its directory alone: no data, no tokenizer."""
+    """The sites of a model, from its directory alone: no data, no tokenizer.
+
+    The hidden width, in which all others lie, comes last; `parameters_in_sites` counts none twice.
+    """
     module = load_model(model or str(Path(demo.__file__).parent))
-    found = analyze.find_sites(module, example_inputs(module, shapes.batch, shapes.tokens))
+    example = example_inputs(module, shapes.batch, shapes.tokens)
+    found = analyze.find_sites(module, example)
+    skipped = [{"place": skip.place, "reason": skip.reason} for skip in found.skipped]
+    owned = {site: site.parameters for site in found.sites}
+    inside = {matmul.weight for site in found.sites for matmul in site.matmuls}
+    try:
+        stream = residual.site_of(residual.find_stream(module, example))
+    except CompressError as refusal:
+        skipped.append({"place": "residual", "reason": str(refusal)})
+    else:
+        stored = module.state_dict(keep_vars=True)
+        tensors = {id(stored[part.tensor]): stored[part.tensor].numel() for part in stream.slices}
+        shared = tuple(matmul for matmul in stream.matmuls if matmul.weight in inside)
+        owned[stream.model_copy(update={"matmuls": shared})] = sum(tensors.values())
     parameters = sum(p.numel() for p in module.parameters())
-    work = {site.name: _multiplications(site) for site in found.sites}
-    everything = max(1, sum(work.values()))
+    everything = max(1, sum(_multiplications(site) for site in found.sites))
     return {
         "model": model or "embedded default",
         "sites": [
@@ -38,16 +53,16 @@ def inspect(model: str | None, shapes: Shapes) -> dict[str, object]:
                 "name": site.name,
                 "kind": site.kind,
                 "units": site.units,
-                "parameters": site.parameters,
-                "weights_share": round(site.parameters / parameters, 4),
-                "multiplications_share": round(work[site.name] / everything, 4),
+                "parameters": own,
+                "weights_share": round(own / parameters, 4),
+                "multiplications_share": round(_multiplications(site) / everything, 4),
                 "can_be_dropped": site.drop is not None,
             }
-            for site in found.sites
+            for site, own in owned.items()
         ],
         "parameters": parameters,
         "parameters_in_sites": sum(site.parameters for site in found.sites),
-        "skipped": [{"place": skip.place, "reason": skip.reason} for skip in found.skipped],
+        "skipped": skipped,
         "fallback": found.fallback,
     }
 
@@ -65,6 +80,7 @@ def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
     Everything in it is an estimate: errors are those of single sites, times come from the table.
     """
     job = prepare(recipe, progress)
+    stream = width.stream_of(job)
     costs = price(job)
     menus = choosing.menus_of(job, costs, choosing.candidates(job, costs))
     reach = {"everything": _reach(costs, menus)}
@@ -78,8 +94,18 @@ def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
         "outside_sites_ms": round(costs.fixed_ms, 4),
         "reachable_speedup_estimate": {name: round(value, 3) for name, value in reach.items()},
         "forms": _forms(costs),
+        "hidden_width": _offered(job) if stream is None else width.outlook(job, stream, costs.dense_ms),
         "plans": [row for speedup in SPEEDUPS if (row := _row(job, costs, menus, speedup))],
     }
+
+
+def _offered(job: Job) -> str:
+    """What the move that was not asked for could do, in a line."""
+    try:
+        stream = width.found_stream(job)
+    except CompressError as refusal:
+        return f"stays: {refusal}"
+    return f"{stream.width}, and can be cut: --moves {','.join([*job.recipe.options.moves, width.MOVE])}"
 
 
 def _forms(costs: Costs) -> list[dict[str, object]]:

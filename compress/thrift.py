@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 
 from compress import choosing, power, search
-from compress.errors import CompressError
 from compress.ir import Budget, Option
 from compress.job import Job
-from compress.loop import Menus, Round
+from compress.loop import Menus, OutOfReachError, Round
 from compress.power import Prices
 from compress.pricing import Costs
 from compress.stitch import Stitched
@@ -62,7 +61,7 @@ def _once(
     try:
         choices, loss = choosing.within(job, priced, aim - prices.fixed_mj, judge)
     except search.UnreachableError as error:
-        raise CompressError(_out_of_reach(job.recipe.budget, prices, limit, error.least)) from error
+        raise OutOfReachError(_out_of_reach(job.recipe.budget, prices, limit, error.least)) from error
     turn = Round(
         limit_ms=costs.dense_ms,
         predicted_ms=menus.latency_ms(choices),

@@ -7,14 +7,15 @@ speaks without noise, and a student that equals it must have nothing to learn.
 
 Everything random follows from the seed and the number of the step or epoch, and a checkpoint holds
 weights, best weights and moments; a run that was killed and resumed gives the same bits as one that
-was not.
+was not. Several processes take a part of every batch each and add up their gradients, so that they make
+the steps that one alone makes; the first of them judges, and keeps the checkpoint.
 """
 
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress import distill
-from compress.distill import Teacher
+from compress import distill, several
+from compress.distill import Answers, Teacher
 from compress.errors import CompressError
 from compress.ir import Document
 from compress.recipe import Recovery
@@ -59,29 +60,45 @@ class State(Document):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learned from: `batches` gives the same `count` batches in the same order every time."""
+    """What is learned from: `batches` gives the same `count` batches in the same order every time.
+
+    `down` [n, d] is there where the student's residual stream is narrower than the teacher's.
+    """
 
     task: Task
     teacher: Teacher
     batches: Batches
     count: int
     wanted: Recovery
+    down: Tensor | None = None
 
     def loss(self, model: nn.Module, number: int, batch: Batch, factors: Sequence[float] = ()) -> Tensor:
-        """The distillation loss of one batch; `factors` weigh the features of late layers."""
-        goal = self.teacher(number, batch)
-        said = distill.answers(self.task, model, batch, self.teacher.at)
-        return distill.loss(self.task, batch, said, goal, self.wanted, factors)
+        """The distillation loss of one batch, or what this process's part of it adds to that.
+
+        `factors` weigh the features of late layers.
+        """
+        mine, part = several.split(batch)
+        said, goal = self._pair(model, number, mine)
+        return distill.loss(self.task, mine, said, goal, self.wanted, part, factors)
 
     @torch.no_grad()
     def apart(self, model: nn.Module) -> list[float]:
         """How far each late layer of a model is from the teacher's, in the mean of the first batches."""
         found = []
         for number, batch in enumerate(itertools.islice(self.batches(), LOOKED_AT)):
-            said = distill.answers(self.task, model, batch, self.teacher.at)
-            found.append(distill.features(self.task, batch, said, self.teacher(number, batch), self.wanted))
-        mean: list[float] = torch.stack(found).mean(0).tolist()
-        return mean
+            mine, part = several.split(batch)
+            said, goal = self._pair(model, number, mine)
+            found.append(part.tokens * distill.features(self.task, mine, said, goal, self.wanted))
+        mean = torch.stack(found).mean(0)
+        several.add_up([mean])
+        apart: list[float] = mean.tolist()
+        return apart
+
+    def _pair(self, model: nn.Module, number: int, batch: Batch) -> tuple[Answers, Answers]:
+        """What student and teacher say of a batch."""
+        goal = self.teacher(number, batch)
+        said = distill.answers(self.task, model, batch, self.teacher.at)
+        return said, goal if self.down is None else distill.lowered(goal, said, self.down)
 
 
 def tune(
@@ -128,7 +145,6 @@ class Run:
         lesson: Lesson,
         *,
         zeros: Mapping[str, Tensor] | None = None,
-        fixed: Collection[str] = (),
         checkpoint: Path | None = None,
         made_from: str = "",
     ) -> None:
@@ -138,7 +154,6 @@ class Run:
             model: the shrunk student, tuned in place; embedding tables stay, all else may move.
             lesson: teacher, data and settings.
             zeros: by parameter name, a mask of its shape that is True where it must stay zero.
-            fixed: names of further parameters that stay as they are.
             checkpoint: a file that is written now and then, and taken up if made from `made_from`.
             made_from: a hash of student, teacher, data and settings.
 
@@ -148,9 +163,8 @@ class Run:
         self.model, self.lesson, self.state = model.eval(), lesson, State(made_from=made_from)
         self._flags = {value: value.requires_grad for value in model.parameters()}
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        staying = tables | {id(model.get_parameter(name)) for name in fixed}
         for value in model.parameters():
-            value.requires_grad_(id(value) not in staying)
+            value.requires_grad_(id(value) not in tables)
         self.values = {name: value for name, value in model.named_parameters() if value.requires_grad}
         masks = (zeros or {}).items()
         self._zeros = [(self.values[name], mask) for name, mask in masks if _fits(self.values, name, mask)]
@@ -159,6 +173,7 @@ class Run:
         self.best = self._copy()
         self._checkpoint, self._saved = checkpoint, time.monotonic()
         self._load()
+        self._agree()
 
     @property
     def finished(self) -> bool:
@@ -178,12 +193,15 @@ class Run:
                 int(np.random.SeedSequence((wanted.seed, self.state.step)).generate_state(1)[0])
             )
             loss = self.lesson.loss(self.model, number, batch, self.state.factors)
-            if not bool(torch.isfinite(loss)):
+            whole = loss.detach().clone()
+            several.add_up([whole])
+            if not bool(torch.isfinite(whole)):
                 raise CompressError(
-                    f"recovery: the loss became {loss.item()} at step {self.state.step}; lower rate in "
+                    f"recovery: the loss became {whole.item()} at step {self.state.step}; lower rate in "
                     f"[recovery], which is {wanted.rate:g}"
                 )
             torch.autograd.backward(loss)
+        several.add_up_gradients(list(self.values.values()))
         for value, mask in self._zeros:
             if value.grad is not None:
                 value.grad.masked_fill_(mask, 0)
@@ -199,7 +217,7 @@ class Run:
 
     def judge(self, judge: Callable[[nn.Module], float]) -> None:
         """Add a score; weights that are as good as the best so far become the best."""
-        score = judge(self.model)
+        score = float(several.told({"score": 0.0 if several.rank() else judge(self.model)}).words["score"])
         if score >= max(self.state.scores, default=score):
             self.best = self._copy()
         self.state = self.state.model_copy(update={"scores": (*self.state.scores, score)})
@@ -220,7 +238,10 @@ class Run:
             value.requires_grad_(flag)
 
     def _fresh(self) -> torch.optim.AdamW:
-        """An optimizer without moments; biases and norms do not decay."""
+        """An optimizer without moments; biases and norms do not decay, nor do ranges of inputs.
+
+        Steps of weights in low precision decay toward those they had at the start.
+        """
         values = list(self.values.values())
         groups = [
             {
@@ -247,16 +268,26 @@ class Run:
         self._saved = time.monotonic()
         if self._checkpoint is None:
             return
+        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        half = self._checkpoint.with_suffix(".part")
+        tensors = {name: value.contiguous() for name, value in self._contents().items()}
+        save_file(tensors, half, metadata={"state": self.state.model_dump_json()})
+        half.replace(self._checkpoint)
+
+    def _contents(self) -> dict[str, Tensor]:
+        """Weights, best weights and moments by name."""
         tensors = {f"now.{name}": value.detach() for name, value in self.values.items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for name, value in self.values.items():
             kept = self.optimizer.state.get(value, {})
             tensors |= {f"{key}.{name}": kept[key] for key in (*MOMENTS, "step") if key in kept}
-        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        half = self._checkpoint.with_suffix(".part")
-        tensors = {name: value.contiguous() for name, value in tensors.items()}
-        save_file(tensors, half, metadata={"state": self.state.model_dump_json()})
-        half.replace(self._checkpoint)
+        return tensors
+
+    def _agree(self) -> None:
+        """Stand where the first process stands."""
+        found = several.told({"state": self.state.model_dump(mode="json")}, self._contents())
+        if several.rank():
+            self._take_up(found.tensors, State.model_validate(found.words["state"]))
 
     def _load(self) -> None:
         """Go on from the checkpoint when it is whole and made from the same."""
@@ -270,6 +301,10 @@ class Run:
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, ValidationError):
             return
+        self._take_up(stored, state)
+
+    def _take_up(self, stored: Mapping[str, Tensor], state: State) -> None:
+        """Go on from what `_contents` gave."""
         self._take({name: stored[f"now.{name}"] for name in self.values})
         self.best = {name: stored[f"best.{name}"] for name in self.values}
         for name, value in self.values.items():
@@ -287,11 +322,6 @@ def _fits(values: Mapping[str, Tensor], name: str, mask: Tensor) -> bool:
             f"recovery: the mask of {name} is {mask.dtype} {list(mask.shape)}, the parameter is {own}"
         )
     return True
-
-
-def zeros_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Masks that hold the zeros which the named parameters have now, whatever their pattern."""
-    return {name: model.get_parameter(name).detach() == 0 for name in names}
 
 
 def rate_at(step: int, steps: int, wanted: Recovery) -> float:
@@ -331,7 +361,7 @@ def forecast_s(model: nn.Module, lesson: Lesson, batches: int = 4) -> float:
     asked, learned = [], []
     for number, batch in enumerate(itertools.islice(lesson.batches(), batches)):
         began = time.perf_counter()
-        lesson.teacher(number, batch)
+        lesson.teacher(number, several.split(batch)[0])
         told = time.perf_counter()
         torch.autograd.backward(lesson.loss(model, number, batch))
         asked.append(told - began)

@@ -19,7 +19,7 @@ from compress import bench
 from compress.core.fakequant import PRECISIONS
 from compress.cost import FORM, Rows, Table, grid, obtain
 from compress.errors import CompressError
-from compress.export import quantized
+from compress.export import quantized, runners
 from compress.export.chains import chain as chain  # part of this module's face
 from compress.ir import Option, Site
 
@@ -51,8 +51,8 @@ class Rig:
     group_mb: float = 0.0
 
 
-def session(file: bytes, site: Site, threads: int) -> bench.Runner:
-    """A call that runs the file once at the site's own shape.
+def session(file: bytes, site: Site, threads: int, provider: str = runners.CPU) -> bench.Runner:
+    """A call that runs the file once at the site's own shape, and waits for it.
 
     Raises:
         CompressError: the rows of the site's products are not its batch times its tokens.
@@ -66,7 +66,7 @@ def session(file: bytes, site: Site, threads: int) -> bench.Runner:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    loaded = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    loaded = ort.InferenceSession(file, options, providers=[provider])
     hidden = next(m.inner for m in site.matmuls if m.out_per_unit)
     random = np.random.default_rng(0)
     feeds = {"x": random.standard_normal((rows, hidden)).astype(np.float32)}
@@ -79,6 +79,8 @@ def session(file: bytes, site: Site, threads: int) -> bench.Runner:
         else:
             held = (batch, value.shape[1], site.past, site.head_dim)
             feeds[value.name] = random.standard_normal(held).astype(np.float32)
+    if provider != runners.CPU:
+        return runners.bound(loaded, feeds, provider)
     return lambda: loaded.run(None, feeds)
 
 
@@ -140,11 +142,16 @@ def measure(
 
 def on_processor(threads: int, clock: bench.Clock | None = None) -> Rig:
     """ONNX chains in onnxruntime on this processor."""
+    return Rig(in_onnxruntime(threads, runners.CPU), clock or clock_for(threads), group_mb=GROUP_MB)
+
+
+def in_onnxruntime(threads: int, provider: str) -> Callable[[Site, int, int, str], bench.Runner]:
+    """What makes a call of an ONNX chain with its products in a form."""
 
     def make(site: Site, units: int, copies: int, form: str) -> bench.Runner:
-        return session(_formed(site, units, copies, form), site, threads)
+        return session(_formed(site, units, copies, form), site, threads, provider)
 
-    return Rig(make, clock or clock_for(threads), group_mb=GROUP_MB)
+    return make
 
 
 def measure_site(

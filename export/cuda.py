@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress import profiles
 from compress.errors import CompressError
+from compress.export import decoder
 from compress.export.device import Nvml
 from compress.export.runners import Array
 from compress.ir import Document
@@ -137,13 +138,16 @@ class CudaRunner:
         Raises:
             CompressError: graphs are on, and the model does something that a graph cannot hold.
         """
-        launch = self._launcher(inputs)
+        return self._waiting(self._launcher(inputs))
 
-        def call() -> None:
-            launch()
-            self._wait()
+    def timed_step(self, prompt: Mapping[str, Array]) -> Callable[[], object]:
+        """One more token for every sequence of a prompt that the cache holds, ended by waiting for it.
 
-        return call
+        Raises:
+            CompressError: the model takes no cache; or graphs are on, and a graph cannot hold its step.
+        """
+        step = decoder.stepper(self._open(), self._feed(prompt))
+        return self._waiting(captured(step) if self.graphs else step)
 
     def device_ms(self, inputs: Mapping[str, Array], runs: int) -> NDArray[np.float64]:
         """Milliseconds of `runs` single inferences between events on the device."""
@@ -195,6 +199,13 @@ class CudaRunner:
                 return model(**feed)
 
         return captured(forward) if self.graphs else forward
+
+    def _waiting(self, launch: Callable[[], object]) -> Callable[[], object]:
+        def call() -> None:
+            launch()
+            self._wait()
+
+        return call
 
     def _wait(self) -> None:
         wait(self.device)

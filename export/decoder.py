@@ -8,7 +8,7 @@ whose attention was dropped has none. The cache keeps all tokens, also those tha
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,49 @@ def widths(model: nn.Module) -> dict[int, tuple[Width, Width]]:
         for number, layer in enumerate(layers)
         if layer.widths is not None and number not in counted
     }
+
+
+@torch.inference_mode()
+def stepper(model: nn.Module, prompt: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    """A call that gives the logits of one more token after a prompt; its cache stays as long as it was.
+
+    It runs the model as the exported file does: a cache of its own for every layer, copied to where one
+    more token fits.
+
+    Args:
+        model: in evaluation mode, where the prompt lies.
+        prompt: ids and mask, [batch, tokens]; the last token of each is what comes once more.
+
+    Raises:
+        CompressError: the model takes no cache.
+    """
+    cached, count = widths(model), _layers(model)
+    ids, mask = prompt[IDS], prompt[MASK]
+    dtype = next(model.parameters()).dtype
+    empty = {
+        number: tuple(ids.new_zeros((len(ids), heads, 0, width), dtype=dtype) for heads, width in pair)
+        for number, pair in cached.items()
+    }
+    layers = [_Layer(0, *empty.get(number, ())) for number in range(count)]
+    _run(model, {IDS: ids, MASK: mask, **_positions(model, mask, ids.shape[1])}, layers)
+    held = [(layer.past, layer.keys, layer.values) for layer in layers]
+    longer = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    new = {IDS: ids[:, -1:].clone(), MASK: longer, **_positions(model, longer, 1)}
+
+    def step() -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = _run(model, new, [_Layer(*parts) for parts in held]).logits
+        return logits
+
+    return step
+
+
+def _positions(model: nn.Module, mask: Tensor, tokens: int) -> dict[str, Tensor]:
+    """How many real tokens stand before each of the last ones, where the model takes that."""
+    if not takes_positions(model):
+        return {}
+    counted = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {POSITIONS: counted[:, mask.shape[1] - tokens :]}
 
 
 def export(

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import cost
+from compress import cost, page
 from compress.errors import CompressError
 from compress.export import device, edge, ort, tensorrt
 from compress.export.engine import EngineOptions, Stamp, stamp_path
 from compress.export.finished import Finished, finished, parts
 from compress.export.runners import OrtRunner
+from compress.report import Engine, Report
 
 MARK = "compress-export.txt"  # a folder that holds it is ours to replace
 Format = Callable[[Finished, Path], list[Path]]
@@ -29,6 +30,8 @@ def copy(output: Finished, destination: Path) -> list[Path]:
 def engine(output: Finished, destination: Path) -> list[Path]:
     """An engine for the GPU at hand with its stamp, beside the ONNX file that it was built from.
 
+    The report of the output says from then on which layers run 2:4 kernels in it.
+
     Raises:
         CompressError: no TensorRT or GPU (it says what to install, and which file serves without), the
             builder refuses the file, or the engine answers with other numbers than the file.
@@ -37,7 +40,20 @@ def engine(output: Finished, destination: Path) -> list[Path]:
     built = destination / "model.engine"
     stamp = tensorrt.build(output.compressed, built, engine_options(output), cost.cache_folder() / "tensorrt")
     agree(built, output, stamp)
+    page.write(with_engine(output.report, stamp), output.directory / "compression")
     return [*written, built, stamp_path(built)]
+
+
+def with_engine(report: Report, stamp: Stamp) -> Report:
+    """The report with what the builder made of 2:4 zeros."""
+    made = Engine(
+        device=stamp.machine.device,
+        tensorrt=stamp.machine.tensorrt,
+        sparse=stamp.options.sparse,
+        eligible=stamp.sparsity.eligible,
+        picked=stamp.sparsity.picked,
+    )
+    return report.model_copy(update={"engine": made})
 
 
 def engine_options(output: Finished) -> EngineOptions:

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import onnx_ir as ir
+import torch
 
+from compress.core import lowrank
 from compress.core.fakequant import Quantized
 from compress.export import lowering, quantized, sparse
 from compress.export.lowering import Lowering
 from compress.ir import Option, Site
-from compress.surgery import ROUNDING, Removal, readers
+from compress.surgery import Removal, readers
 
 
 def lower(graph: ir.Model, sites: Iterable[Site], removals: Mapping[str, Removal]) -> None:
@@ -42,12 +43,11 @@ def _lowering(graph: ir.Model, name: str, option: Option, removal: Removal) -> L
     weight = sparse.values(graph.graph.initializers[name])
     left = right = rest = None
     if option.rank:
-        left, right = (part.numpy() for part in removal.factors[name])
-        rest = None if option.pattern == "dense" else weight - left @ right
+        factors = removal.factors[name]
+        left, right = (part.numpy() for part in factors)
+        if option.pattern != "dense":
+            rest = lowrank.apart(torch.from_numpy(weight), *factors).numpy()
     blocks = None
     if option.pattern != "dense":
-        rows, columns = option.block
-        kept = weight if rest is None else np.where(np.abs(rest) > ROUNDING * np.abs(weight).max(), rest, 0.0)
-        rest = None if rest is None else kept
-        blocks = sparse.find(kept, rows, columns)
+        blocks = sparse.find(weight if rest is None else rest, *option.block)
     return Lowering(blocks=blocks, left=left, right=right, sparse=rest)

@@ -112,7 +112,13 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections, attention of all kept heads in one call, and their outputs side by side."""
+    """Projections, attention of all kept heads in one call, and their outputs side by side.
+
+    In decoding, keys and values of the past come before the new ones.
+    """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, site: Site, readers: Sequence[Matmul], units: int, generator: torch.Generator) -> None:
         """Separate or fused projections; the widest first, which is the query where queries are grouped.
@@ -141,6 +147,9 @@ class Attention(nn.Module):
             )
         self.batch, self.tokens = site.batch, site.tokens
         self.head_dim, self.grouped = site.head_dim, site.queries > 1
+        held = (site.batch, units, site.past, site.head_dim)
+        self.register_buffer("keys", torch.randn(held, generator=generator))
+        self.register_buffer("values", torch.randn(held, generator=generator))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """[rows, hidden] -> [rows, heads * head_dim]."""
@@ -150,6 +159,8 @@ class Attention(nn.Module):
         query, key, value = (
             out.reshape(self.batch, self.tokens, -1, self.head_dim).transpose(1, 2) for out in outs
         )
+        if self.keys.shape[2]:
+            key, value = torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2)
         context = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, enable_gqa=self.grouped
         )
@@ -165,8 +176,6 @@ def inputs(site: Site, units: int) -> tuple[Tensor, Tensor | None]:
     rows = site.matmuls[0].rows
     hidden = next(m.inner for m in site.matmuls if m.out_per_unit)
     x = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(0))
-    if site.past:
-        raise CompressError(f"{site.name}: attention over a past is not timed alone in torch")
     if site.kind != "heads":
         return x, None
     if rows != site.batch * site.tokens:
@@ -175,7 +184,7 @@ def inputs(site: Site, units: int) -> tuple[Tensor, Tensor | None]:
         )
     if not units:
         return x, None
-    mask = torch.zeros(site.batch, 1, site.tokens, site.tokens)
-    if site.causal:
-        mask += torch.full((site.tokens, site.tokens), -1e4).triu(1)  # a float16 holds no more than 6e4
+    mask = torch.zeros(site.batch, 1, site.tokens, site.past + site.tokens)
+    if site.causal:  # a float16 holds no more than 6e4
+        mask[..., site.past :] += torch.full((site.tokens, site.tokens), -1e4).triu(1)
     return x, mask

@@ -1,4 +1,7 @@
-"""Where a compilation is timed: on this processor by the exported file, or on its GPU by the torch model."""
+"""Where a compilation is timed: the exported file on this processor, or file or torch model on its GPU.
+
+A GPU is timed in onnxruntime's CUDA provider where that is installed and starts, else in torch.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +19,8 @@ from compress.artifact import digest
 from compress.cost import Table
 from compress.energy import Meter, Rapl
 from compress.errors import CompressError
-from compress.export import blocks, cuda, modules, runners, verify
-from compress.export.cuda import CudaRunner
+from compress.export import blocks, cuda, modules, products, runners, verify
+from compress.export.cuda import Change, CudaRunner
 from compress.export.device import TOLERANCES, Nvml
 from compress.export.runners import Array, OrtRunner
 from compress.ir import Site
@@ -50,7 +53,7 @@ class Place:
 
     Attributes:
         profile: the target, which this machine is.
-        runtime: "onnxruntime", or "torch-cuda" for the GPU.
+        runtime: "onnxruntime" for files, "torch-cuda" for torch models on the GPU.
         device: what torch calls it.
         threads: of onnxruntime.
         graphs: whether a GPU replays captured graphs.
@@ -64,20 +67,48 @@ class Place:
 
     @property
     def precision(self) -> str:
-        """What the dense model and the compressed one are timed in."""
+        """What the dense model and the compressed one are timed in.
+
+        Files hold float32, which the CUDA provider multiplies as TF32 where the GPU can.
+        """
+        if self.by_file and self.on_gpu:
+            return "tf32" if "tf32" in self.profile.precisions else "fp32"
         return self.profile.baseline_precision
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is timed, or torch on this processor in its place."""
+        return self.profile.kind == "gpu"
+
+    @property
+    def provider(self) -> str:
+        """What onnxruntime calls the device."""
+        return runners.CUDA if self.on_gpu else runners.CPU
 
     @property
     def by_file(self) -> bool:
         """Whether it is the exported file that is timed; otherwise it is the torch model itself."""
         return self.runtime == "onnxruntime"
 
-    def runner(self, model: nn.Module, file: Path, logits: Callable[[object], Tensor], name: str) -> Timed:
-        """What is timed: the file, or the model on the GPU in the target's precision."""
+    def runner(
+        self,
+        model: nn.Module,
+        file: Path,
+        logits: Callable[[object], Tensor],
+        name: str,
+        change: Change | None = None,
+    ) -> Timed:
+        """What is timed: the file, or the model on the GPU in the target's precision, changed there."""
         if self.by_file:
-            return OrtRunner(file, threads=self.threads)
+            return OrtRunner(file, threads=self.threads, provider=self.provider)
         return CudaRunner(
-            model, logits, name, device=self.device, precision=self.precision, graphs=self.graphs
+            model,
+            logits,
+            name,
+            device=self.device,
+            precision=self.precision,
+            graphs=self.graphs,
+            change=change,
         )
 
     def suited(
@@ -86,55 +117,76 @@ class Place:
         logits: Callable[[object], Tensor],
         name: str,
         inputs: Mapping[str, Array],
+        *,
+        steps: bool = False,
     ) -> "Place":
-        """This place, without graphs if the model cannot be captured: all that is compared runs alike."""
+        """This place, without graphs if the model cannot be captured: all that is compared runs alike.
+
+        With `steps` it is one more token after the inputs that is timed.
+        """
         if self.by_file or not self.graphs:
             return self
         try:
             with self.runner(model, Path(), logits, name) as runner:
-                runner.timed(inputs)
+                if steps and isinstance(runner, CudaRunner):
+                    runner.timed_step(inputs)
+                else:
+                    runner.timed(inputs)
         except CompressError:
             return replace(self, graphs=False)
         return self
 
     def agreement(
         self,
-        model: nn.Module,
+        expected: nn.Module,
+        runner: Timed,
         logits: Callable[[object], Tensor],
-        name: str,
         batches: Sequence[dict[str, Array]],
+        *,
+        rounded: bool,
     ) -> list[str]:
-        """How far a model on a GPU is from float32, as a note; of a file, others say that.
+        """How far what is timed on a GPU is from float32, as a note; of a processor, others say that.
+
+        Args:
+            expected: the model on this processor; products in low precision are emulated.
+            runner: the same at this place.
+            logits: picks the output that carries the quality.
+            batches: inputs.
+            rounded: whether products in low precision are among them.
 
         Raises:
             CompressError: they disagree by more than the precision explains.
         """
-        if self.by_file:
+        if not self.on_gpu:
             return []
-        with (
-            runners.TorchRunner(model, logits, name) as reference,
-            self.runner(model, Path(), logits, name) as runner,
-        ):
-            found = verify.parity(reference, runner, batches, relative=TOLERANCES[self.precision])
+        allowed = max(TOLERANCES[self.precision], TOLERANCES["int8"] if rounded else 0.0)
+        name = next(iter(runner.infer(batches[0])))
+        with runners.TorchRunner(expected, logits, name) as reference:
+            found = verify.parity(reference, runner, batches, relative=allowed)
+        what = f"torch model in {self.precision} ({self.runtime}), not the ONNX file"
+        if self.by_file:
+            what = f"ONNX file in onnxruntime's {self.provider} ({self.precision})"
         return [
-            f"What was timed is the torch model in {self.precision} ({self.runtime}), not the ONNX file: "
-            f"its answers are at most {found.max_abs_difference:.2g} away from float32, "
-            f"{found.agreement:.1%} agree."
+            f"What was timed is the {what}: its answers are at most {found.max_abs_difference:.2g} away "
+            f"from float32, {found.agreement:.1%} agree."
         ]
 
     def environment(self) -> dict[str, Fact]:
         """The GPU that timed, with its driver, clock and temperature now; nothing of a processor."""
-        if self.by_file:
+        if not self.on_gpu:
             return {}
         facts = {key: value for key, value in self.facts().items() if value is not None}
-        return {"gpu": facts.pop("provider"), **{key: v for key, v in facts.items() if key != "version"}}
+        if not self.by_file:
+            facts["gpu"] = facts.pop("provider")
+        return {key: value for key, value in facts.items() if key != "version"}
 
     def rig(self) -> blocks.Rig:
         """How chains of single sites are run here."""
-        if self.by_file:
+        if not self.on_gpu:
             return blocks.on_processor(self.threads)
+        make = blocks.in_onnxruntime(self.threads, self.provider) if self.by_file else self._chain
         return blocks.Rig(
-            self._chain,
+            make,
             time.perf_counter,
             least_mb=2 * OVER_CACHE * self.profile.cache_mb,  # float32 megabytes, of a model in half of it
             group_mb=GPU_GROUP_MB,
@@ -142,7 +194,7 @@ class Place:
 
     def empty_table(self) -> Table:
         """A table of this machine, runtime and precision without any rows."""
-        if self.by_file:
+        if not self.on_gpu:
             return blocks.empty_table(self.threads)
         return Table(
             fingerprint=self.fingerprint,
@@ -156,20 +208,21 @@ class Place:
     @property
     def fingerprint(self) -> str:
         """A short hash of what decides speed here."""
-        if self.by_file:
+        if not self.on_gpu:
             return bench.fingerprint()
         driver = cuda.conditions().get("driver", "") if self.device.startswith("cuda") else ""
-        return digest(cuda.gpu(), torch.__version__, driver, self.graphs)[:16]
+        return digest(cuda.gpu(), self.facts()["version"], driver, self.graphs)[:16]
 
     def meter(self) -> Meter:
         """The energy counter of what runs: the GPU's own, or the processor's."""
-        return Rapl() if self.by_file else Nvml()
+        return Nvml() if self.on_gpu else Rapl()
 
     def facts(self) -> dict[str, Fact]:
         """Runtime, version, provider and, on a GPU, driver, clock and temperature at this moment."""
-        if self.by_file:
-            return {**runners.facts(), "provider": runners.CPU, "threads": self.threads}
         found = cuda.gpu() if self.device.startswith("cuda") else None
+        if self.by_file:
+            of_gpu = {} if found is None else {"gpu": found.name, "cuda": found.cuda, **cuda.conditions()}
+            return {**runners.facts(), "provider": self.provider, "threads": self.threads, **of_gpu}
         return {
             "runtime": self.runtime,
             "version": torch.__version__,
@@ -180,8 +233,11 @@ class Place:
         }
 
     def _chain(self, site: Site, units: int, copies: int, form: str) -> bench.Runner:
-        """A chain of one site on the GPU, as a call that waits for it; in torch only structure is built."""
-        assert form == "dense", "other forms are not offered here"
+        """A chain of one site on the GPU with its products in a form, as a call that waits for it.
+
+        Raises:
+            CompressError: torch or the GPU has no such product, or none of that size.
+        """
         dtype = cuda.DTYPES[self.precision]
         x, mask = (
             None if part is None else part.to(self.device, dtype) for part in modules.inputs(site, units)
@@ -192,6 +248,13 @@ class Place:
             with torch.inference_mode():
                 return chain(x, mask)
 
+        try:
+            if form != "dense" and units and (left := products.convert(chain, form)):
+                raise CompressError(f"{site.name}: {form} does not fit {left[0]} at {units} units")
+            forward()
+        except (RuntimeError, NotImplementedError) as error:
+            words = str(error).splitlines()[0][:200]
+            raise CompressError(f"{site.name}: torch cannot run {form} here: {words}") from error
         launch = cuda.captured(forward) if self.graphs and self.device.startswith("cuda") else forward
 
         def call() -> None:
@@ -201,13 +264,15 @@ class Place:
         return call
 
 
-VERSIONS = ("version", "provider", "cuda", "driver", "cuda_graph")
+VERSIONS = ("version", "provider", "gpu", "cuda", "driver", "cuda_graph")
 
 
 def place_of(profile: Profile, threads: int) -> Place | None:
     """Where a target can be timed on this machine, None when it is another device."""
     if profile.measured_here:
         return Place(profile, "onnxruntime", "cpu", threads)
-    if cuda.at_hand(profile):
-        return Place(profile, cuda.RUNTIME, "cuda", threads)
-    return None
+    if not cuda.at_hand(profile):
+        return None
+    if runners.starts(runners.CUDA):
+        return Place(profile, "onnxruntime", "cuda", threads, graphs=False)
+    return Place(profile, cuda.RUNTIME, "cuda", threads)

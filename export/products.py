@@ -1,24 +1,32 @@
-"""Linear layers whose product runs in another form through torch: 2:4 zeros, blocks, int8, fp8.
+"""Linear layers whose product runs in another form through torch: 2:4 zeros, blocks, ranks, int8, fp8.
 
 Weights are [out, in]. Each layer computes on a CPU what it computes on a GPU, up to the order of sums;
 only the time differs. A layer that a form does not fit stays as it is, and its name is returned.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Iterable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.core import fakequant
+from compress.core.fakequant import Precision, Quantized
+from compress.core.support import quota
 from compress.errors import CompressError
+from compress.ir import Option
 
-INT8_MOST = 127.0
+MIDDLE = 128.0  # between bytes and signed bytes
+TIMED_SPAN = (-16.0, 16.0)
 FP8_MOST = 448.0  # largest number of e4m3
 LEAST_ROWS = 32  # torch._int_mm wants more than 16 rows on a GPU
 FP8_CAPABILITY = (8, 9)
 SPARSE_CAPABILITY = (8, 0)
+Work = Callable[..., Any]
 
 
 class SparseLinear(nn.Module):
@@ -101,79 +109,161 @@ class BlockLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Int8Linear(nn.Module):
-    """Products of 8-bit whole numbers, summed exactly: rows of the input and of the weight are scaled.
+class BsrLinear(nn.Module):
+    """A weight in block compressed rows, multiplied by the kernels that torch has for them in Triton.
 
-    `input_scale` None finds the scale of every row of the input as it comes (dynamic).
+    Unlike `BlockLinear` it gathers nothing: every band of rows reads the inputs of its own blocks.
     """
 
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, input_scale: float | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> None:
+        """Pack the blocks of `rows` x `columns` that hold anything."""
         super().__init__()
-        w = weight.detach().float()
-        scale = w.abs().amax(1, keepdim=True).clamp_min(1e-12) / INT8_MOST
-        self.register_buffer("weight", _int8(w, scale))
-        self.register_buffer("scale", scale.reshape(1, -1))
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
-        self.input_scale = input_scale
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch calls the layout a beta
+            self.weight = weight.detach().to_sparse_bsr((rows, columns))  # no buffer: it is not moved
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.step = max(rows, 16)  # rows of an input are cut into tiles as high as a block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        from torch.sparse._triton_ops import bsr_dense_addmm
+
+        flat = x.reshape(-1, x.shape[-1])
+        padded = functional.pad(flat, (0, 0, 0, -len(flat) % self.step))
+        out = self.weight.shape[0]
+        bias = x.new_zeros(out) if self.bias is None else self.bias
+        y: Tensor = bsr_dense_addmm(bias[:, None].expand(out, len(padded)), self.weight, padded.t())
+        return y.t()[: len(flat)].reshape(*x.shape[:-1], out)
+
+
+def blocks_of(weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> nn.Module:
+    """A layer of blocks: torch's own kernel where it is, gathered products elsewhere."""
+    if weight.is_cuda:
+        from torch.utils._triton import has_triton
+
+        if has_triton():
+            return BsrLinear(weight, bias, rows, columns)
+    return BlockLinear(weight, bias, rows, columns)
+
+
+class ThinLinear(nn.Module):
+    """The product of two thin factors, [out, rank] and [rank, in]."""
+
+    def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.left = nn.Parameter(left.detach().clone(), requires_grad=False)
+        self.right = nn.Parameter(right.detach().clone(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return functional.linear(functional.linear(x, self.right), self.left, self.bias)
+
+
+@cache
+def fused(work: Work) -> Work:
+    """Elementwise work as one kernel, where torch can write kernels for a GPU (which takes Triton)."""
+    return torch.compile(work, dynamic=True) if find_spec("triton") else work
+
+
+class Int8Linear(nn.Module):
+    """Products of 8-bit whole numbers, summed exactly; the input becomes bytes over the range it has now.
+
+    It computes what ONNX's DynamicQuantizeLinear and MatMulInteger do. The product wants signed bytes on
+    both sides, so the input's are moved down by 128, and what that changes is a constant of each output.
+    """
+
+    codes: Tensor
+    step: Tensor
+    sums: Tensor
+    bias: Tensor | None
+
+    def __init__(self, codes: Tensor, step: Tensor, bias: Tensor | None) -> None:
+        """[out, in] int8 codes and [out] steps, in float32."""
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("step", step.float())
+        self.register_buffer("sums", codes.float().sum(1))
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of `x`."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        if self.input_scale is None:
-            scale = flat.abs().amax(1, keepdim=True).clamp_min(1e-12) / INT8_MOST
-        else:
-            scale = torch.full((1, 1), self.input_scale, device=x.device)
-        q = _int8(flat, scale)
+        flat = x.reshape(-1, x.shape[-1])
+        low, high = torch.aminmax(flat)
+        to_bytes: Work = fused(_to_bytes) if x.is_cuda else _to_bytes
+        from_sums: Work = fused(_from_sums) if x.is_cuda else _from_sums
+        q, step, shift = to_bytes(flat, low, high)
         if len(q) < LEAST_ROWS:
             q = functional.pad(q, (0, 0, 0, LEAST_ROWS - len(q)))
-        sums = torch._int_mm(q, self.weight.t())[: len(flat)]
-        y = sums.float() * scale * self.scale
-        if self.bias is not None:
-            y = y + self.bias
+        total = torch._int_mm(q, self.codes.t())[: len(flat)]
+        y: Tensor = from_sums(total, shift, self.sums, step, self.step, self.bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def _int8(values: Tensor, scale: Tensor) -> Tensor:
-    return (values / scale).round().clamp(-INT8_MOST, INT8_MOST).to(torch.int8)
+def _to_bytes(flat: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed bytes of an input, their step, and how far they are above the code of zero."""
+    step, zero = fakequant.affine(low.float(), high.float())
+    codes = (flat.float() / step).clamp(-zero, fakequant.BYTE - zero).round()
+    shift = MIDDLE - zero
+    return (codes - shift).to(torch.int8), step, shift
+
+
+def _from_sums(
+    total: Tensor, shift: Tensor, sums: Tensor, step: Tensor, steps: Tensor, bias: Tensor | None
+) -> Tensor:
+    """What sums of products of codes stand for."""
+    y = (total.float() + shift * sums) * (step * steps)
+    return y if bias is None else y + bias
 
 
 class Fp8Linear(nn.Module):
-    """Products of 8-bit floating-point numbers (e4m3), one scale for the weight and one for the input."""
+    """Products of 8-bit floating-point numbers (e4m3), one step for the weight and one for the input."""
 
-    weight: Tensor
-    scale: Tensor
+    codes: Tensor
+    step: Tensor
+    read: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, input_scale: float | None = None) -> None:
+    def __init__(self, codes: Tensor, step: float, read: float, bias: Tensor | None) -> None:
+        """[out, in] float8 codes; `step` is that of the weight, `read` that of the input.
+
+        Raises:
+            CompressError: the GPU multiplies no such numbers.
+        """
         super().__init__()
-        if weight.is_cuda:
+        if codes.is_cuda:
             _capable("fp8 products", FP8_CAPABILITY)
-        w = weight.detach().float()
-        scale = w.abs().amax().clamp_min(1e-12) / FP8_MOST
-        self.register_buffer("weight", _fp8(w, scale))
-        self.register_buffer("scale", scale)
+        self.register_buffer("codes", codes)
+        self.register_buffer("step", torch.tensor(step, device=codes.device))
+        self.register_buffer("read", torch.tensor(read, device=codes.device))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.input_scale = input_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the dtype of `x`."""
-        flat = x.reshape(-1, x.shape[-1]).float()
-        if self.input_scale is None:
-            scale = flat.abs().amax().clamp_min(1e-12) / FP8_MOST
-        else:
-            scale = torch.full((), self.input_scale, device=x.device)
-        y = torch._scaled_mm(
-            _fp8(flat, scale), self.weight.t(), scale_a=scale, scale_b=self.scale, out_dtype=x.dtype
-        )
+        flat = x.reshape(-1, x.shape[-1])
+        q = (fused(_to_floats) if x.is_cuda else _to_floats)(flat, self.read)
+        y = torch._scaled_mm(q, self.codes.t(), scale_a=self.read, scale_b=self.step, out_dtype=x.dtype)
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], -1)
 
 
-def _fp8(values: Tensor, scale: Tensor) -> Tensor:
-    return (values / scale).clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
+def _to_floats(flat: Tensor, step: Tensor) -> Tensor:
+    """An input in e4m3; what lies outside becomes the largest number there is."""
+    return (flat.float() / step).clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
+
+
+def quantized(found: Quantized, layer: nn.Linear) -> nn.Module:
+    """The product of a weight in low precision, where `layer` lies and with its bias.
+
+    Raises:
+        CompressError: no kernel of torch multiplies in that precision.
+    """
+    codes, step = found.codes.to(layer.weight.device), found.step.to(layer.weight.device)
+    if found.precision == "int8-dynamic":
+        return Int8Linear(codes, step[:, 0], layer.bias)
+    if found.precision == "fp8" and found.input_step is not None:
+        return Fp8Linear(codes, float(found.step[0, 0]), found.input_step, layer.bias)
+    raise CompressError(f"torch has no product of {found.precision} on a GPU; it has int8-dynamic and fp8")
 
 
 def _capable(what: str, least: tuple[int, int]) -> None:
@@ -202,7 +292,7 @@ def prune_blocks(weight: Tensor, rows: int, columns: int, density: float) -> Ten
     out, inner = weight.shape
     tiles = weight.reshape(out // rows, rows, inner // columns, columns)
     norms = tiles.square().sum((1, 3))  # [bands, column blocks]
-    kept = norms.argsort(dim=1, descending=True, stable=True)[:, : max(1, round(density * norms.shape[1]))]
+    kept = norms.argsort(dim=1, descending=True, stable=True)[:, : quota(norms.shape[1], density)]
     mask = torch.zeros_like(norms, dtype=torch.bool).scatter_(1, kept, True)
     return (tiles * mask[:, None, :, None]).reshape(out, inner)
 
@@ -214,42 +304,48 @@ def _sparse(layer: nn.Linear) -> nn.Module:
     return SparseLinear(prune_24(layer.weight.detach()), layer.bias)
 
 
-def _int8_layer(layer: nn.Linear) -> nn.Module:
-    return Int8Linear(layer.weight, layer.bias)
+def _rounded(precision: Precision) -> Make:
+    """A layer rounded to the nearest, for timing only: the range of its input is made up."""
 
+    def make(layer: nn.Linear) -> nn.Module:
+        span = TIMED_SPAN if precision == "fp8" else None
+        return quantized(fakequant.nearest(layer.weight.detach().float(), precision, span), layer)
 
-def _fp8_layer(layer: nn.Linear) -> nn.Module:
-    return Fp8Linear(layer.weight, layer.bias)
+    return make
 
 
 # By form: the multiples that a weight's sizes must be, and the layer.
 FORMS: dict[str, tuple[int, int, Make]] = {
     "2:4": (32, 64, _sparse),
-    "int8": (8, 8, _int8_layer),
-    "fp8": (16, 16, _fp8_layer),
+    "int8-dynamic": (8, 8, _rounded("int8-dynamic")),
+    "fp8": (16, 16, _rounded("fp8")),
 }
 
 
 def form(words: str) -> tuple[int, int, Make]:
-    """What a form asks of a weight's sizes, and what makes the layer; `block:32x128@0.25` among them.
+    """What a form asks of a weight's sizes, and what makes the layer; blocks and ranks among them.
 
     Raises:
         CompressError: there is no such form.
     """
-    block = re.fullmatch(r"block:(\d+)x(\d+)@([0-9.]+)", words)
-    if block is not None:
-        rows, columns, density = int(block[1]), int(block[2]), float(block[3])
-
-        def make(layer: nn.Linear) -> nn.Module:
-            pruned = prune_blocks(layer.weight.detach(), rows, columns, density)
-            return BlockLinear(pruned, layer.bias, rows, columns)
-
-        return rows, columns, make
-    if words not in FORMS:
+    if words in FORMS:
+        return FORMS[words]
+    option = Option.of(words, None)
+    if option.precision != "fp32" or (option.pattern == "dense") == (option.rank == 0):
         raise CompressError(
-            f"{words!r} is no form of a product; known: {', '.join(FORMS)}, block:RxC@DENSITY"
+            f"{words!r} is no form of a product; known: {', '.join(FORMS)}, block:RxC@DENSITY, rank:N"
         )
-    return FORMS[words]
+
+    def make(layer: nn.Linear) -> nn.Module:
+        weight = layer.weight.detach()
+        if option.rank:
+            out, inner = weight.shape
+            left, right = weight[:, :1].expand(out, option.rank), weight[:1].expand(option.rank, inner)
+            return ThinLinear(left, right, layer.bias)
+        rows, columns = option.block
+        return blocks_of(prune_blocks(weight, rows, columns, option.density), layer.bias, rows, columns)
+
+    return (1, 1, make) if option.rank else (*option.block, make)
 
 
 def convert(model: nn.Module, words: str, names: Iterable[str] | None = None) -> list[str]:
@@ -257,7 +353,7 @@ def convert(model: nn.Module, words: str, names: Iterable[str] | None = None) ->
 
     Args:
         model: on the device where it will run.
-        words: "2:4", "int8", "fp8" or `block:RxC@DENSITY`.
+        words: as `ir.Option.form` says it: one of `FORMS`, blocks, or a rank.
         names: modules to replace; all linear layers unless given.
     """
     out_step, inner_step, make = form(words)

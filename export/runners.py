@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from compress.export import cache
 
 Array = NDArray[Any]
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 CHUNK_BYTES = 2**20
 TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -76,6 +78,7 @@ class OrtRunner:
                 f"onnxruntime cannot load {path} ({Path(path).stat().st_size} bytes): {words}\n"
                 "  The file is damaged or of a newer format; export it again."
             ) from error
+        _own(session, provider)
         self._session: onnxruntime.InferenceSession | None = session
 
     def __enter__(self) -> Self:
@@ -117,24 +120,15 @@ class OrtRunner:
             raise self._refusal(feed, error) from error
 
     def timed(self, inputs: Mapping[str, Array]) -> Callable[[], object]:
-        """One inference with inputs and outputs bound beforehand, ready to be measured.
+        """One inference with inputs and outputs bound beforehand where it computes, ready to be measured.
 
         The call keeps the session alive after the runner is closed.
 
         Raises:
             CompressError: an input is missing, or the file does not accept a shape or type.
         """
-        session = self._open()
-        binding = session.io_binding()
         feed = self._feed(inputs)
-        for name, value in feed.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for output in session.get_outputs():
-            binding.bind_output(output.name, "cpu")
-
-        def call() -> None:
-            session.run_with_iobinding(binding)
-
+        call = bound(self._open(), feed, self.provider)
         try:
             call()  # a shape that does not fit is told now, not in the middle of a measurement
         except (*BROKEN, RuntimeError) as error:  # bound runs raise the plain one
@@ -210,6 +204,58 @@ class TorchRunner:
             "provider": "cpu",
             "threads": torch.get_num_threads(),
         }
+
+
+def bound(
+    session: onnxruntime.InferenceSession, feed: Mapping[str, Array], provider: str
+) -> Callable[[], None]:
+    """A call that runs a session on inputs that lie where the provider computes, and waits for it."""
+    binding = session.io_binding()
+    device = "cpu" if provider == CPU else "cuda"
+    for name, value in feed.items():
+        whole = np.ascontiguousarray(value)
+        if device == "cpu":
+            binding.bind_cpu_input(name, whole)
+        else:
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(whole, device, 0))
+    for output in session.get_outputs():
+        binding.bind_output(output.name, device)
+
+    def call() -> None:
+        session.run_with_iobinding(binding)
+        if device != "cpu":
+            binding.synchronize_outputs()
+
+    return call
+
+
+def starts(provider: str) -> bool:
+    """Whether onnxruntime has a provider and can start it; it also names those whose libraries it lacks."""
+    if provider not in onnxruntime.get_available_providers():
+        return False
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "one", value[:1], value[1:])
+    file = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    try:
+        session = onnxruntime.InferenceSession(file.SerializeToString(), _options(1), providers=[provider])
+        _own(session, provider)
+    except (*BROKEN, RuntimeError, CompressError):
+        return False
+    return True
+
+
+def _own(session: onnxruntime.InferenceSession, provider: str) -> None:
+    """Refuse a session that silently fell back to the processor.
+
+    Raises:
+        CompressError: the provider did not start.
+    """
+    found = session.get_providers()
+    if provider not in found:
+        raise CompressError(
+            f"onnxruntime {onnxruntime.__version__} names {provider} but could not start it, and would run "
+            f"on {', '.join(found)}: libraries of CUDA or cuDNN of its versions are missing"
+        )
 
 
 RUNNERS = {"onnxruntime": OrtRunner, "torch": TorchRunner}

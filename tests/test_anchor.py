@@ -1,5 +1,7 @@
 """Whole models set the level of a table: sums of sites are their times, whatever the table says."""
 
+from types import SimpleNamespace
+
 import pytest
 from pydantic import ValidationError
 
@@ -48,3 +50,26 @@ def test_one_size_alone_leaves_the_table_as_it_is():
 def test_a_curve_without_points_is_refused():
     with pytest.raises(ValidationError):
         Whole(inside_ms=(), whole_ms=())
+
+
+def narrow_times(monkeypatch, whole_ms, narrowed):
+    site = SimpleNamespace(name="a", units=8)
+    monkeypatch.setattr(anchor, "_times", lambda job, place, sizes: whole_ms)
+    job = SimpleNamespace(sites=[site], narrowed=narrowed)
+    return anchor.measure(job, None, {"a": {8: 4.0, 4: 2.0, 2: 1.0, 0: 0.0}})
+
+
+def test_times_of_a_narrow_model_count_from_the_dense_one(monkeypatch):
+    factor, found = narrow_times(monkeypatch, [18.0, 9.0, 5.0, 3.0, 1.0], object())
+    assert factor == pytest.approx(2.0)
+    assert found.dense_ms == 18.0
+    assert [found.latency_ms(factor * ms) for ms in (4.0, 2.0, 1.0, 0.0)] == pytest.approx(
+        [9.0, 5.0, 3.0, 1.0]
+    )
+    assert found.room_ms(12.0) > factor * 4.0  # slower than the uncut narrow model: everything fits
+
+
+def test_a_narrow_model_that_is_no_faster_has_no_room_to_gain(monkeypatch):
+    _, found = narrow_times(monkeypatch, [9.0, 9.5, 5.0, 3.0, 1.0], object())
+    assert found.dense_ms == 9.0
+    assert found.whole_ms == (9.0, 5.0, 3.0, 1.0)

@@ -4,6 +4,7 @@ from classifier import Padded, padded
 
 from compress import calibrate
 from compress.calibrate import collect, read
+from compress.core import fakequant, ranges
 from compress.errors import CompressError
 from compress.task import Batch
 
@@ -48,6 +49,38 @@ def test_how_the_data_is_split_and_padded_changes_nothing(tmp_path):
         for other in (read(tmp_path / "many", index), read(tmp_path / "wide", index)):
             assert other.count == one.count
             assert torch.allclose(other.second, one.second, rtol=1e-5, atol=1e-6)
+
+
+def test_ranges_are_those_of_all_real_values_and_each_column_knows_its_ends(tmp_path):
+    task, sites = padded()
+    batches = list(task.batches("calibration", 16))
+    collect(task, sites, batches, tmp_path, readers=True)  # what lacks ranges is collected again
+    collect(task, sites, batches, tmp_path, spans=True)
+    for index, site in enumerate(sites):
+        rows = inputs_of(task, site, batches).float()
+        found = read(tmp_path, index)
+        assert torch.equal(found.range.low, rows.amin(0))
+        assert torch.equal(found.range.high, rows.amax(0))
+        read_by = inputs_of(task, site.model_copy(update={"writer": calibrate.reader(site)}), batches).float()
+        for seen, span in ((rows, found.range.span), (read_by, found.reader_span)):
+            step, zero = fakequant.affine(*map(torch.tensor, span))
+            lost = (fakequant.input_codes(seen, step, zero) * step - seen).square().mean()
+            low, high = torch.aminmax(seen)
+            step, zero = fakequant.affine(low, high)
+            whole = (fakequant.input_codes(seen, step, zero) * step - seen).square().mean()
+            assert float(low) - 1e-6 <= span[0] <= 0 <= span[1] <= float(high) + 1e-6
+            assert lost <= 1.05 * whole
+    with_padding = [Batch(batch.inputs, batch.labels, None) for batch in batches]
+    collect(task, sites, with_padding, tmp_path / "blind", spans=True)
+    blind = [read(tmp_path / "blind", index).range.low for index in range(len(sites))]
+    assert any(not torch.equal(low, read(tmp_path, index).range.low) for index, low in enumerate(blind))
+
+
+def test_a_range_of_some_columns_is_no_wider_than_they_are():
+    found = ranges.Range((-2.0, 3.0), torch.tensor([0.5, -9.0, -0.5]), torch.tensor([1.0, 9.0, 2.0]))
+    assert found.of(torch.tensor([0])) == (0.0, 1.0)
+    assert found.of(torch.tensor([0, 2])) == (-0.5, 2.0)
+    assert found.of(torch.tensor([0, 1, 2])) == (-2.0, 3.0)
 
 
 def test_counting_padding_would_be_noticed(tmp_path):

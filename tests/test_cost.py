@@ -4,8 +4,10 @@ from itertools import pairwise
 
 import oracles
 import pytest
+import torch
 
 from compress import cost, profiles
+from compress.core.fakequant import GRIDS, Quantized, blocks
 from compress.cost import Table
 from compress.errors import CompressError
 from compress.ir import Drop, Matmul, Option, Site
@@ -103,6 +105,29 @@ def test_separate_operators_cost_what_they_read_and_write():
     assert apart == 2 * (3 * square + 4 * features + 3 * 64 * 3 * 16 * 4 + 64 * 64 * 4)
     flash = kernels(heads(), 3, 4.0, fused=True)[-1]
     assert flash.moved_bytes == 4 * features
+
+
+def test_in_a_lower_precision_products_read_less_and_the_rest_stays():
+    rows, hidden, width = 32, 64, 256
+    fp8 = Option(precision="fp8")
+    plain = kernels(ffn(), width, 2.0, fused=True)
+    low = kernels(ffn(), width, 2.0, fused=True, option=fp8)
+    assert [k.precision for k in plain] == ["", ""]
+    assert [k.precision for k in low] == ["fp8", "fp8"]
+    spared = [rows * hidden + hidden * width, rows * width + hidden * width]
+    assert [a.moved_bytes - b.moved_bytes for a, b in zip(plain, low, strict=True)] == spared
+    apart = kernels(heads(), 4, 2.0, fused=False, option=fp8)
+    rounding = [k for k in apart if k.moved_bytes == 64 * 64 * 3.0 and not k.rows]
+    assert len(rounding) == 2  # what query, key and value read is rounded once, and what the output reads
+    inside = [k for k in apart if k.batch > 1]
+    assert len(inside) == 2
+    assert {k.precision for k in inside} == {""}
+    h100 = profiles.load("h100")
+    large = ffn(rows=65536, hidden=8192, width=32768)
+    half = roofline(large, 32768, h100)
+    assert 1.5 < half / roofline(large, 32768, h100, option=fp8) < 2.0
+    with pytest.raises(CompressError, match="a100 states no peak for 'fp8'"):
+        roofline(ffn(), width, profiles.load("a100"), option=fp8)
 
 
 def test_a_dropped_site_costs_nothing():
@@ -246,6 +271,20 @@ def test_a_price_is_measured_where_the_table_knows_and_estimated_elsewhere():
     assert cost.price(site, Option(units=64), profile=profile, table=half).source == "estimated"
     assert cost.price(site, Option(units=64), profile=profiles.load("a100")).weight_bytes == 64 * 129 * 2
     assert cost.price(site, Option(units=0), profile=profile).weight_bytes == 0
+
+
+@pytest.mark.parametrize("precision", sorted(GRIDS))
+def test_bytes_in_low_precision_are_those_of_its_codes_and_steps(precision):
+    site = ffn(256, 1024, 128)
+    site = site.model_copy(
+        update={"matmuls": tuple(m.model_copy(update={"bias": False}) for m in site.matmuls)}
+    )
+    total = 0
+    for matmul in site.matmuls:
+        out, inner = matmul.features(64)
+        steps = torch.ones(out, blocks(inner, GRIDS[precision].block))
+        total += Quantized(precision, torch.zeros(out, inner), steps).weight_bytes()
+    assert cost.weight_bytes(site, Option(units=64, precision=precision), "fp32") == total
 
 
 def test_calibration_finds_the_constants_that_made_a_table():

@@ -1,13 +1,11 @@
 from types import SimpleNamespace
 
 import families
-import numpy as np
 import pytest
-import torch
 
 from compress import files
-from compress.errors import CompressError
 from compress.export.cache import PAST
+from compress.export.cuda import CudaRunner
 from compress.export.runners import OrtRunner
 from compress.recipe import Shapes
 
@@ -48,27 +46,15 @@ def test_a_run_is_the_phase_that_was_asked_for_unless_another_is_named(file):
             files.timed(own, runner, phase)()
 
 
-def test_a_module_on_a_gpu_is_timed_on_its_prompt_and_not_token_by_token():
+def test_a_module_on_a_gpu_is_timed_in_the_phase_that_was_asked_for(monkeypatch):
     seen = []
-    module = SimpleNamespace(timed=lambda inputs: seen.append(inputs) or "a call")
-    own = job("gpt2", True, batch=2, tokens=6)
-    assert files.timed(own, module) == "a call"
-    assert seen[0]["input_ids"].shape == (2, 6)
-    with pytest.raises(CompressError, match="leave out --phase decode"):
-        files.timed(own, module, "decode")
-    with pytest.raises(CompressError, match="leave out --phase decode"):
-        files.timed(job("gpt2", True, batch=2, tokens=6, phase="decode"), module)
-    assert files.timed(job("bert", False, batch=1, tokens=5), module) == "a call"
-
-
-def test_a_model_that_does_not_decode_is_written_as_it_is(tmp_path):
-    own = job("bert", False, batch=1, tokens=5)
-    files.write(own, own.task.model, tmp_path / "model.onnx")
-    with OrtRunner(tmp_path / "model.onnx", 1) as runner:
-        assert set(runner.inputs()) == {"input_ids", "attention_mask"}
-        found = files.inputs(own, runner)
-        assert found["input_ids"].shape == (1, 5)
-        answer = runner.infer(found)["logits"]
-    with torch.inference_mode():
-        expected = own.task.model(**own.task.example(1, 5)).logits.numpy()
-    assert np.abs(answer - expected).max() < 1e-4
+    for name in ("timed", "timed_step"):
+        monkeypatch.setattr(
+            CudaRunner, name, lambda self, inputs, name=name: seen.append((name, inputs["input_ids"].shape))
+        )
+    own, step = job("gpt2", True, batch=2, tokens=6), job("gpt2", True, batch=2, tokens=6, phase="decode")
+    with CudaRunner(own.task.model, own.task.logits, device="cpu", precision="fp32") as runner:
+        for asked, phase in ((own, None), (own, "decode"), (step, None), (step, "prefill")):
+            files.timed(asked, runner, phase)
+    assert [name for name, _ in seen] == ["timed", "timed_step", "timed_step", "timed"]
+    assert {shape for _, shape in seen} == {(2, 6)}

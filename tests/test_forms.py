@@ -4,6 +4,7 @@ from classifier import padded
 from onnx import load
 
 from compress import calibrate, database, forms, profiles, quantize, surgery
+from compress.core.fakequant import GRIDS, PRECISIONS
 from compress.errors import CompressError
 from compress.export import forms as in_files
 from compress.export import onnx, runners
@@ -18,7 +19,7 @@ HERE = profiles.load("cpu")
 def statistics(tmp_path_factory):
     folder = tmp_path_factory.mktemp("statistics")
     task, sites = padded()
-    calibrate.collect(task, sites, list(task.batches("calibration", 16)), folder, readers=True)
+    calibrate.collect(task, sites, list(task.batches("calibration", 16)), folder, spans=True)
     return folder
 
 
@@ -42,6 +43,8 @@ def test_structure_offers_no_form_and_a_device_none_that_it_cannot_run():
     assert set(forms.of(sites[0], ["structure", "block"], HERE)) == set(forms.BLOCKS)
     assert forms.of(sites[0], ["block", "int8"], profiles.load("a100")) == ()
     assert forms.of(sites[0], ["2:4"], profiles.load("a100")) == ("2:4",)
+    assert forms.of(sites[0], ["int8", "int8-static", "int4"], HERE) == tuple(PRECISIONS)
+    assert forms.of(sites[0], ["int8-static", "int4"], profiles.load("a100")) == ()
 
 
 def test_levels_lie_where_blocks_fit_near_what_structure_offers():
@@ -95,7 +98,9 @@ def test_integers_stand_for_the_weights_that_are_judged(statistics):
     assert treated(statistics, 1, "int4")[1] > 10 * error
 
 
-@pytest.mark.parametrize("form", [HALF, "rank:4", "int8-dynamic", "2:4", "block:4x4@0.5+rank:2"])
+@pytest.mark.parametrize(
+    "form", [HALF, "rank:4", "int8-dynamic", "int8-static", "int4", "2:4", "block:4x4@0.5+rank:2"]
+)
 def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form):
     """One path for all: candidates, the shrunk model (integers emulated), the rewritten file."""
     task, sites = padded()
@@ -129,7 +134,53 @@ def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form):
                 torch.from_numpy(found), reference(**batch.inputs).logits, atol=1e-4, rtol=1e-4
             )
     operators = {node.op_type for node in load(file).graph.node}
-    assert ("MatMulInteger" in operators) == (form == "int8-dynamic")
+    for precision, operator in (
+        ("int8-dynamic", "MatMulInteger"), ("int8-static", "QuantizeLinear"), ("int4", "MatMulNBits"),
+    ):  # fmt: skip
+        assert (operator in operators) == (form == precision)
+
+
+def test_static_integers_are_the_dynamic_ones_for_inputs_in_the_range_of_what_is_kept(statistics):
+    assert GRIDS["int8-static"] == GRIDS["int8-dynamic"]
+    for index, site in enumerate(padded()[1]):
+        found, error = treated(statistics, index, "int8-static")
+        twin, same = treated(statistics, index, "int8-dynamic")
+        assert (found.form, error) == ("int8-static", same)
+        seen = calibrate.read(statistics, index)
+        for name, one in found.codes.items():
+            assert torch.equal(one.codes, twin.codes[name].codes)
+            low, high = seen.range.span if name == site.writer else seen.reader_span
+            assert one.input_step == pytest.approx((high - low) / 255, rel=1e-6)
+            assert one.input_zero == round(-low / one.input_step)
+        few = surgery.Removal(
+            torch.arange(1), found.weight[:, : site.column.width], found.bias, found.readers, "int8-dynamic",
+            codes=twin.codes,
+        )  # fmt: skip
+        width = site.column.width
+        narrow = forms.static(site, few, seen).codes[site.writer]
+        most = max(0.0, min(seen.range.span[1], float(seen.range.high[:width].max())))
+        assert narrow.input_step * (255 - narrow.input_zero) == pytest.approx(most, abs=narrow.input_step)
+
+
+def test_static_integers_without_ranges_are_refused(tmp_path):
+    task, sites = padded()
+    calibrate.collect(task, sites, list(task.batches("calibration", 48)), tmp_path, readers=True)
+    with pytest.raises(CompressError, match="no ranges of its inputs; calibrate with spans"):
+        treated(tmp_path, 0, "int8-static")
+
+
+def test_static_candidates_built_beside_dynamic_ones_are_those_built_alone(statistics, tmp_path):
+    task, sites = padded()
+    static, dynamic = (Option(units=2, precision=name) for name in ("int8-static", "int8-dynamic"))
+    for folder, options in (("both", [dynamic, static]), ("alone", [static])):
+        database.build(task.model, sites[:1], statistics, {sites[0].name: options}, tmp_path / folder)
+    first, second = (database.removal(tmp_path / folder, 0, static) for folder in ("both", "alone"))
+    assert first.form == second.form == "int8-static"
+    assert torch.equal(first.weight, second.weight)
+    for name, one in first.codes.items():
+        other = second.codes[name]
+        assert torch.equal(one.codes, other.codes)
+        assert (one.input_step, one.input_zero) == (other.input_step, other.input_zero)
 
 
 def test_all_blocks_kept_change_nothing(statistics):

@@ -7,8 +7,9 @@ import tiny
 import compress
 from compress import gradual, pipeline
 from compress.console import Quiet
+from compress.errors import CompressError
 from compress.ir import Budget
-from compress.recipe import Calibration, Recipe, Recovery, Search
+from compress.recipe import Calibration, Options, Recipe, Recovery, Search
 
 SPEEDUPS = (1.1, 1.3)
 
@@ -39,6 +40,15 @@ def recipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(recipe):
     return gradual.run(recipe, Quiet())
+
+
+def test_a_family_keeps_its_width(recipe):
+    wider = recipe.model_copy(update={"options": Options(moves=("structure", "width"))})
+    with pytest.raises(
+        CompressError, match=r"--speedup 1\.3x,1\.1x with --moves width: .* run the command once"
+    ):
+        gradual.run(wider, Quiet())
+    assert not Path(recipe.out).exists()
 
 
 @pytest.mark.slow

@@ -16,36 +16,38 @@ ROWS = (
     "errors",
     "ir profiles",
     "artifact recipe",
-    "wording tables svg",
+    "wording tables svg launch",
     "core.budget core.fakequant core.obs core.rotation core.scores core.smooth core.units "
     "search report data trace modeling",
     "core.gptq core.ranges core.support",
     "core.block core.lowrank core.nm core.permute core.sltrain",
-    "sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
+    "advice sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
     "page family quality named trial store cost console export.engine export.seams "
     "export.attention export.cache published export.products export.modules",
-    "expand analyze stream images texts devices doctor session merge export.lowering export.runners",
-    "task export.onnx export.chains export.finished export.tensorrt export.decode export.cuda",
+    "expand analyze stream images texts devices doctor session merge several export.lowering export.runners",
+    "task export.onnx export.chains export.finished export.tensorrt export.decode",
     "calibrate export.quantized export.verify export.ort export.decoder",
-    "forms export.blocks export.forms",
+    "forms formed export.blocks export.forms export.cuda",
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",
     "files",
-    "stitch anchor matching pat tune",
+    "learning stitch anchor matching pat tune",
     "pricing",
     "power",
-    "choosing proof recovery",
-    "thrift",
-    "pipeline survey export.deliver",
+    "attribution choosing recovery",
+    "proof",
+    "aware thrift width",
+    "pipeline survey export.deliver follow",
     "gradual",
     "cli",
     "__main__",
 )
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
-    "errors ir profiles artifact recipe wording tables svg search report data charts loop bench energy "
-    "roofline page published family cost console devices doctor session measurement merge cli export.device"
+    "advice errors ir profiles artifact recipe wording tables svg search report data charts loop bench "
+    "energy roofline page published family cost console devices doctor session measurement merge cli "
+    "export.device launch"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets

@@ -2,7 +2,7 @@ import pytest
 from outputs import GPU_RUNTIME, PI_RUNTIME, RASPBERRY, measurement, write_output
 from reports import A100, CPU, TIMED
 
-from compress import cli, merge, page, report
+from compress import advice, cli, merge, page, report
 from compress import measurement as documents
 from compress.errors import CompressError
 from compress.ir import Budget
@@ -272,13 +272,13 @@ def test_a_missing_measurement_and_a_lone_vouch_are_bad_requests(out, capfd):
 
 def test_a_report_that_was_not_measured_says_how_to_get_a_verdict(out):
     before = a100(out)
-    step = report.next_step(before, "out")
+    step = advice.next_step(before, "out")
     for words in ("export out --to edge", "verify.py", "a100", "report out --merge measured.json"):
         assert words in step
     assert "--merge measured.json" in page.markdown(before)
     assert "--merge measured.json" in page.html(before)
     after = merge.merge(before, measurement(before, device=A100_FACTS, runtime=GPU_RUNTIME))
-    assert report.next_step(after) is None
+    assert advice.next_step(after) is None
     assert "--merge" not in page.markdown(after)
 
 

@@ -9,10 +9,21 @@ from reports import CPU, TIMED, latency, matches, report, whole
 from compress import charts, page
 from compress.errors import CompressError
 from compress.ir import Budget
-from compress.report import Figures, Measured, Parity, Phases, PhaseTimes, Predicted, SiteReport, read
+from compress.report import Engine, Figures, Measured, Parity, Phases, PhaseTimes, Predicted, SiteReport, read
 
 EVIL = "<script>alert(1)</script>\"'|`[x](javascript:y)"
 AWAY = Predicted(speedup=3.17, latency_ms=77.7, baseline_latency_ms=246.3, energy_mj=88.8, power_w=66.6)
+
+
+def test_an_engine_without_24_kernels_says_that_its_zeros_gain_nothing():
+    made = report(layers=1)
+    engine = Engine(device="NVIDIA A100", tensorrt="11.0", sparse=True, eligible=tuple("abcdefgh"))
+    (line,) = [line for line in page.limits(made.model_copy(update={"engine": engine})) if "engine" in line]
+    assert line == (
+        "The engine for NVIDIA A100 (TensorRT 11.0) may use 2:4 kernels in 8 layers (a, b, c, d, e, f and 2 "
+        "more) and does in 0 layers; so its 2:4 zeros gain no time."
+    )
+    assert not [line for line in page.limits(made) if "engine" in line]
 
 
 class Cells(html.parser.HTMLParser):

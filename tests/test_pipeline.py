@@ -12,7 +12,7 @@ from compress import pipeline
 from compress.export.cache import MASK, PAST
 from compress.export.runners import OrtRunner
 from compress.ir import Budget
-from compress.recipe import Bench, Calibration, Recipe, Search, Shapes
+from compress.recipe import Bench, Calibration, Options, Recipe, Recovery, Search, Shapes
 from compress.report import read
 
 
@@ -56,3 +56,27 @@ def test_a_decoder_is_compiled_and_both_of_its_phases_are_told(tmp_path):
         assert any(name.startswith(PAST) for name in runner.inputs())
         ids = np.ones((2, 5), dtype=np.int64)
         assert np.isfinite(runner.infer({"input_ids": ids, MASK: ids})["logits"]).all()
+
+
+@pytest.mark.slow
+def test_a_budget_of_bytes_is_met_with_four_bits_that_have_learned(tmp_path):
+    place = tiny.decoder(
+        tmp_path / "model", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=256, max_position_embeddings=64,
+    )  # fmt: skip
+    words = random.Random(0).choices(tiny.WORDS, k=3000)
+    lines = [" ".join(words[start : start + 12]) for start in range(0, len(words), 12)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    asked = Recipe(
+        model=str(place), data=str(tmp_path / "text.txt"), task="text-generation", target="cpu",
+        budget=Budget(size_mb=0.08), out=str(tmp_path / "out"), shapes=Shapes(batch=1, tokens=16),
+        options=Options(moves=("structure", "int4")), recovery=Recovery(mode="fast", epochs=1, samples=64),
+        calibration=Calibration(samples=64), search=Search(samples=32, generations=1),
+        bench=Bench(blocks=30, block_ms=2.0),
+    )  # fmt: skip
+    found = pipeline.run(asked, Silent())
+    assert "int4" in {site.option.precision for site in found.sites}
+    assert any("learning in int4" in warning for warning in found.warnings)
+    assert any(line.startswith("int4: ") for line in found.attribution)
+    # Codes that had not learned with the model would not give its answers.
+    assert found.parity.max_abs_difference <= found.parity.tolerance

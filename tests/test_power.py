@@ -25,7 +25,9 @@ def costs(fixed_ms=1.0):
 
 def job(budget, target="a100", place=None):
     recipe = SimpleNamespace(budget=budget, bench=SimpleNamespace(threads=1, rounds=6))
-    return SimpleNamespace(recipe=recipe, profile=profiles.load(target), sites=SITES, place=place, task=None)
+    return SimpleNamespace(
+        recipe=recipe, profile=profiles.load(target), sites=SITES, place=place, task=None, narrowed=None
+    )
 
 
 def used(mj, idle_w=30.0):

@@ -12,7 +12,8 @@ from compress.core.fakequant import GRIDS
 from compress.errors import CompressError
 from compress.quantize import Place, QuantizedLinear
 
-PRECISIONS = ("int8-dynamic", "int8-static", "int4")
+PRECISIONS = ("int8-dynamic", "int8-static", "int4", "fp8")
+LEARNED = PRECISIONS[:3]
 
 
 def model():
@@ -28,9 +29,8 @@ def inputs(rows=50, seed=0):
 
 
 def place(layer, precision, span=(-4.0, 4.0)):
-    return Place(
-        fakequant.nearest(layer.weight.detach(), precision, span if precision == "int8-static" else None)
-    )
+    fixed = precision in ("int8-static", "fp8")
+    return Place(fakequant.nearest(layer.weight.detach(), precision, span if fixed else None))
 
 
 def places(net, precision):
@@ -47,6 +47,9 @@ def test_a_layer_computes_the_reference_of_its_precision(precision):
     if precision == "int4":
         codes, step = fakequant.block_codes(rows, 32)
         expected = (codes * step).flatten(1)[:, :70].double() @ weight.T + bias
+    elif precision == "fp8":
+        read = (rows / (4 / 448)).to(torch.float8_e4m3fn).double() * (4 / 448)
+        expected = read @ weight.T + bias
     else:
         low, high = (
             torch.aminmax(rows) if precision == "int8-dynamic" else (torch.tensor(-4.0), torch.tensor(4.0))
@@ -150,7 +153,14 @@ def test_rounding_with_moments_beats_rounding_to_the_nearest_and_keeps_the_mean(
     assert bare.bias is None
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+def test_fp8_is_not_trained():
+    net = model()
+    with pytest.raises(CompressError, match="fp8 has one step for a whole weight"):
+        quantize.insert(net, places(net, "fp8"), learn=True)
+    assert type(net[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("precision", LEARNED)
 def test_training_moves_weights_and_steps_and_lowers_the_loss(precision):
     net, x = model(), inputs(200)
     goal = net(x).detach()
@@ -172,7 +182,7 @@ def test_training_moves_weights_and_steps_and_lowers_the_loss(precision):
         optimizer.step()
         losses.append(loss.item())
     names = {name.rpartition(".")[2] for name, _ in net.named_parameters()}
-    assert names == {"weight", "bias", "step"} | ({"input_step"} if precision == "int8-static" else set())
+    assert names == {"weight", "bias", "change"} | ({"input_change"} if precision == "int8-static" else set())
     assert losses[-1] < 0.7 * losses[0]
     expected = net(x)
     found = quantize.settle(net)
@@ -180,11 +190,69 @@ def test_training_moves_weights_and_steps_and_lowers_the_loss(precision):
     assert torch.allclose(net(x), expected, atol=1e-5)
 
 
-def test_a_step_below_zero_is_never_used():
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_gradient_of_a_step_is_that_of_finite_changes_where_codes_stand_still(precision):
+    """LSQ: inside of the grid only `round(v) - v` is left, outside the bound. Seen by rounding as it is."""
+    layer, x = nn.Linear(64, 5), torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    made = QuantizedLinear(layer, place(layer, precision, (-1.0, 1.0)), learn=True)
+    weight, bias = made.weight.detach().double(), made.bias.detach().double()
+    with torch.no_grad():
+        made.change.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(2))
+    made(x).sum().backward()
+    step = made.steps().detach().double()
+    block = made.grid.block or 64
+    spread = step.repeat_interleave(block, 1)
+    codes = fakequant.weight_codes(weight, step, made.grid)
+    scaled = weight / spread
+    inside = (scaled > made.grid.low) & (scaled < made.grid.high) & (codes == scaled.round())
+    per_step = torch.where(inside, codes - scaled, codes)
+    if precision == "int4":
+        read, read_step = fakequant.block_codes(x, 32)
+        seen = (read * read_step).flatten(1).double()
+    else:
+        found = (
+            fakequant.dynamic_range(x) if precision == "int8-dynamic" else (made.input_step, made.input_zero)
+        )
+        input_step = torch.as_tensor(found[0])
+        seen = (fakequant.input_codes(x, input_step, torch.as_tensor(float(found[1]))) * input_step).double()
+    expected = (seen.sum(0) * per_step * spread).reshape(5, -1, block).sum(2)
+    if precision == "int8-static":  # the bias is rounded to steps of the product, and follows them
+        unit = float(input_step) * step
+        whole = bias[:, None] / unit
+        expected += 7 * (whole.round() - whole) * unit
+    damped = expected / (block * made.grid.high) ** 0.5
+    assert torch.allclose(made.change.grad.double(), damped, rtol=1e-3, atol=1e-5)
+
+
+def test_codes_that_are_held_are_those_of_every_pass_and_learn_again_afterwards():
+    net, x = model(), inputs()
+    quantize.insert(net, places(net, "int8-dynamic"), learn=True)
+    with torch.no_grad():
+        net[0].weight.add_(0.01)
+        expected = net(x)
+        with quantize.held(net):
+            assert torch.equal(net(x), expected)
+            net[0].weight.mul_(2)
+            assert torch.equal(net(x), expected)
+        assert not torch.equal(net(x), expected)
+
+
+def test_products_of_one_input_learn_one_step_for_it():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).eval()
+    quantize.insert(net, {f"{k}.weight": place(net[k], "int8-static") for k in (0, 1)}, learn=True)
+    quantize.share_input(net, ["0.weight", "1.weight"])
+    with torch.no_grad():
+        net[0].input_change.fill_(0.25)
+    found = quantize.settle(net)
+    assert found["0.weight"].input_step == found["1.weight"].input_step
+    assert found["0.weight"].input_step == pytest.approx(8 / 255 * 2.718281828**0.25)
+
+
+def test_a_step_of_zero_is_never_used():
     made = QuantizedLinear(nn.Linear(8, 3), place(nn.Linear(8, 3), "int8-static"), learn=True)
     with torch.no_grad():
-        made.step.fill_(-1.0)
-        made.input_step.fill_(-1.0)
+        made.change.fill_(-1e3)
+        made.input_change.fill_(-1e3)
     assert bool(torch.isfinite(made(torch.ones(2, 8))).all())
     found = made.quantized()
     assert float(found.step.min()) > 0

@@ -73,7 +73,7 @@ def test_the_recipe_holds_every_table_and_only_defaults(tmp_path):
 
 def test_every_flag_and_verb_that_is_mentioned_exists():
     known = {flag for command in cli.app.commands.values() for p in command.params for flag in p.opts}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT)) - known <= {"--all"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", TEXT)) - known <= {"--all", "--nproc-per-node"}
     verbs = set(re.findall(r"^\| `compress ([a-z]+)", TEXT, re.MULTILINE))
     assert verbs | {"run"} == set(cli.app.commands)
 

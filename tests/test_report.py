@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from reports import A100, matches, report, whole
 
 from compress import report as reporting
+from compress.advice import ruin
 from compress.errors import CompressError
 from compress.ir import Budget
 from compress.report import (
@@ -18,7 +19,6 @@ from compress.report import (
     exit_code,
     judge,
     read,
-    ruin,
     steps,
     thin,
     verdict_line,

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from toys import lively
 
 import compress
 from compress import store
@@ -23,19 +24,6 @@ TIED_TO_HEADS = ("gpt2", "opt")  # which class ViT belongs to depends on transfo
 POST_NORM = ("bert", "roberta", "electra", "distilbert", "interleaved")
 ATOL = 1e-4  # float32, logits of size one
 EXACT = 1e-9  # float64
-
-
-def lively(model):
-    """Scales, shifts and biases that matter, so that one that is forgotten shows."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            noise = torch.randn(value.shape, generator=generator).to(value)
-            if value.ndim > 1:
-                value.copy_(noise / value.shape[-1] ** 0.5)
-            else:
-                value.copy_(0.3 * noise + ("bias" not in name))
-    return model.eval()
 
 
 def double(model):

@@ -44,6 +44,28 @@ def test_a_file_without_a_cache_has_no_phases(tmp_path):
         shapes_of(tmp_path / "model.onnx", phase="decode")
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_the_hidden_width_is_listed_as_a_site_or_with_the_reason_why_not(family, monkeypatch):
+    model, example = families.build(family)
+    monkeypatch.setattr(survey, "load_model", lambda name: model)
+    monkeypatch.setattr(survey, "example_inputs", lambda *_: example)
+    found = survey.inspect("m", Shapes())
+    listed = [site for site in found["sites"] if site["kind"] == "residual"]
+    refused = [skip for skip in found["skipped"] if skip["place"] == "residual"]
+    others = [site for site in found["sites"] if site["kind"] != "residual"]
+    assert found["parameters_in_sites"] == sum(site["parameters"] for site in others)
+    if family == "gpt2":
+        (site,) = listed
+        assert found["sites"][-1] == site
+        assert (site["name"], site["units"], refused) == ("residual", families.HIDDEN, [])
+        inner = 3 * families.HIDDEN + families.NEURONS  # biases of what reads lie outside of the stream
+        assert site["parameters"] == found["parameters"] - families.LAYERS * inner
+        assert 0 < site["multiplications_share"] <= 1
+    else:
+        assert listed == []
+        assert "normalization after the sum (post-norm)" in refused[0]["reason"]
+
+
 def test_a_device_that_is_not_here_cannot_be_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(

@@ -72,6 +72,8 @@ MOVES: dict[str, dict[str, object]] = {
     "block": {"moves": ["block"]},
     "lowrank": {"moves": ["lowrank"]},
     "int8": {"moves": ["int8"]},
+    "int8-static": {"moves": ["int8-static"]},
+    "int4": {"moves": ["int4"]},
     "structure + int8": {"moves": ["structure", "int8"]},
     "all in one search": {"moves": ["structure", "block", "lowrank", "int8"]},
 }

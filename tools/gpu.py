@@ -3,15 +3,17 @@
 .venv/bin/python tools/gpu.py --out h100.torch-cuda.json          on a machine with an H100
 python tools/gpu.py --device cpu --quick --out try.json      the same steps on toy models anywhere
 
-Parts: `tables` (every site of a BERT-base and a ViT-B of random weights at its levels), `compile`
-(`compress --speedup 2x` on both, synthetic data: asked, predicted, measured), `layers` and `models` (2:4,
-blocks, int8 and fp8 against dense over batch sizes), `energy` (millijoules of one run from the GPU's
-counter), `decode` (cache and peak memory, time per token). The file is written after every part, so that
-what was done is never lost. It has the form of a shipped table: as `profiles/<target>.torch-cuda.json` it
-prices later compilations.
+Parts: `tables` (every site of a BERT-base and a ViT-B of random weights at its levels, in every form that
+torch multiplies in), `compile` (`compress --speedup 2x` on both, synthetic data, by structure and by forms:
+asked, predicted, measured), `layers` and `models` (2:4, blocks, int8 and fp8 against dense over batch
+sizes), `energy` (millijoules of one run from the GPU's counter), `decode` (cache and peak memory, time per
+token), `files` (both models as files in onnxruntime's CUDA provider, where it starts). The file is written
+after every part, so that what was done is never lost. It has the form of a shipped table: as
+`profiles/<target>.torch-cuda.json` it prices later compilations.
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -29,16 +31,19 @@ import torch
 import transformers
 from torch import nn
 
-from compress import analyze, bench, cost, energy, profiles, surgery
+from compress import analyze, bench, cost, energy, forms, profiles, surgery
 from compress.cost import Table
 from compress.errors import CompressError
-from compress.export import blocks, cuda, place, products
+from compress.export import blocks, cuda, onnx, place, products, runners
+from compress.export.cache import IDS, MASK
 from compress.export.cuda import CudaRunner
 from compress.export.device import Nvml
+from compress.pricing import FORM_LEVELS
 from compress.surgery import Removal
 from compress.task import Batch, Task
 
-FORMS = ("2:4", "int8", "fp8", "block:64x64@0.5")
+FORMS = ("2:4", "int8-dynamic", "fp8", "block:64x64@0.5")
+MOVES = {"structure": ["structure"], "forms": ["2:4", "int8", "fp8", "block"]}
 REPEATS = 8  # times that a layer runs in one timed call, so that the call itself does not count
 Call = Callable[[], object]
 QUICK = os.environ.get("COMPRESS_GPU_QUICK") == "1"  # the factories below are called by their name only
@@ -69,7 +74,7 @@ class Synthetic(Task):
 def bert_base() -> Synthetic:
     """BERT-base, or a toy of its shape."""
     sizes = (
-        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+        {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
         if QUICK
         else {
             "hidden_size": 768,
@@ -94,10 +99,10 @@ def vit_base() -> Synthetic:
     """ViT-B/16 at 224 pixels, or a toy of its shape."""
     sizes = (
         {
-            "hidden_size": 64,
+            "hidden_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
-            "intermediate_size": 128,
+            "intermediate_size": 256,
             "image_size": 32,
             "patch_size": 8,
         }
@@ -118,14 +123,16 @@ MODELS = {"bert-base": bert_base, "vit-b": vit_base}
 
 
 def here(device: str) -> Callable[[profiles.Profile, int], place.Place | None]:
-    """What says where a target is timed: the GPU at hand, or, to try the script, torch on the processor."""
+    """What says where a target is timed: torch on the GPU at hand or, to try it, on the processor."""
     if device == "cuda":
-        return place.place_of
+        return lambda profile, threads: (
+            place.Place(profile, cuda.RUNTIME, "cuda", threads) if cuda.at_hand(profile) else None
+        )
     return lambda profile, threads: place.Place(profile, "torch-cpu", "cpu", threads, graphs=False)
 
 
 def tables(options: argparse.Namespace, document: dict) -> list[dict]:
-    """Every site of both models at the levels that a compilation would ask for; no ONNX is needed."""
+    """Every site of both models at the levels and in the forms that a compilation would ask for."""
     spot = spot_of(options)
     rows = []
     for name, factory in MODELS.items():
@@ -137,7 +144,11 @@ def tables(options: argparse.Namespace, document: dict) -> list[dict]:
         wanted = {}
         for shape, site in sites.items():
             align = spot.profile.align_units if site.kind == "ffn" else 1
-            wanted[shape] = blocks.sample(cost.grid(site, align))
+            levels = cost.grid(site, align)
+            wanted[shape] = blocks.sample(levels)
+            for form in forms.of(site, MOVES["forms"], spot.profile, in_torch=True):
+                fitting = forms.levels(site, form, levels, in_torch=True)
+                wanted[cost.row_key(site, form)] = blocks.sample(fitting, FORM_LEVELS)
         measure = partial(blocks.measure, list(sites.values()), rig=suited.rig())
         table = cost.obtain(suited.empty_table(), wanted, measure)
         before = document["table"]
@@ -148,6 +159,7 @@ def tables(options: argparse.Namespace, document: dict) -> list[dict]:
             {
                 "model": name,
                 "shapes": list(sites),
+                "untimed": [key for key, units in wanted.items() if units and key not in table.rows],
                 "graphs": suited.graphs,
                 "seconds": round(time.perf_counter() - began, 1),
             }
@@ -171,13 +183,13 @@ def tokens_of(options: argparse.Namespace) -> int:
 
 
 def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
-    """`compress --speedup 2x` on both models, through the command's own pipeline."""
+    """`compress --speedup 2x` on both models, by structure and by forms, through its own pipeline."""
     from compress import console, job, pipeline
     from compress.recipe import Recipe
 
     job.place_of = lambda profile, threads: spot_of(options)
     rows = []
-    for name, factory in MODELS.items():
+    for (name, factory), (moves, allowed) in itertools.product(MODELS.items(), MOVES.items()):
         with tempfile.TemporaryDirectory() as folder:
             recipe = Recipe.model_validate(
                 {
@@ -187,7 +199,7 @@ def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
                     "out": f"{folder}/out",
                     "shapes": {"batch": options.batch, "tokens": tokens_of(options)},
                     # Weights are random, so quality says nothing: only as much as a plan needs is computed.
-                    "options": {"score": "magnitude"},
+                    "options": {"score": "magnitude", "moves": allowed},
                     "calibration": {"samples": 16, "batch": 8, "refit": False},
                     "search": {"samples": 8, "generations": 1, "offspring": 2},
                     "bench": {"blocks": 30, "block_ms": 2.0 if options.quick else 60.0},
@@ -197,12 +209,16 @@ def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
             try:
                 found = pipeline.run(recipe, console.Quiet())
             except CompressError as error:
-                rows.append({"model": name, "asked": options.speedup, "error": str(error)})
+                asked = {"model": name, "moves": moves, "asked": options.speedup}
+                rows.append({**asked, "error": str(error)})
                 continue
             verdict = found.verdict
             rows.append(
                 {
                     "model": name,
+                    "moves": moves,
+                    "options": sorted({f"{s.option.pattern} {s.option.precision}" for s in found.sites}),
+                    "forms": [line for line in found.attribution if ":" in line],
                     "shapes": found.target.shapes,
                     "precision": found.target.precision,
                     "asked": options.speedup,
@@ -385,11 +401,40 @@ def decode(options: argparse.Namespace, _: dict) -> list[dict]:
     )
     dense = transformers.LlamaForCausalLM(config).eval()
     example = {"input_ids": torch.ones(1, 8, dtype=torch.long)}
-    rows = []
-    for label, model in (("dense", dense), ("half", halved(dense, example))):
+    rows, halves = [], {"dense": dense, "half": halved(dense, example)}
+    for label, model in halves.items():
         placed = copy.deepcopy(model).to(options.device, cuda.DTYPES[options.precision]).eval()
         rows.append({"what": label, **decoded(placed, batch, context, steps, options)})
         del placed
+    prompt = {name: torch.ones(batch, context, dtype=torch.long).numpy() for name in (IDS, MASK)}
+    with contextlib.ExitStack() as stack:
+        calls = {}
+        for label, model in halves.items():
+            task = Synthetic(model, 1, lambda batch, tokens, seed: example)
+            loaded = stack.enter_context(runner(task, options, None, graphs=False))
+            calls[label] = loaded.timed_step(prompt)
+        rows.append({"what": "one more token, interleaved", "graphs": False, **timed(calls, options)})
+    return rows
+
+
+def files(options: argparse.Namespace, _: dict) -> list[dict]:
+    """Both models, dense and halved, as ONNX files in onnxruntime: on the GPU where its provider starts."""
+    provider = runners.CUDA if options.device == "cuda" else runners.CPU
+    if not runners.starts(provider):
+        return [{"provider": provider, "not": "onnxruntime here does not have it, or cannot start it"}]
+    rows = []
+    for name, factory in MODELS.items():
+        task = factory()
+        example = task.example(options.batch, tokens_of(options))
+        inputs = {key: value.numpy() for key, value in example.items()}
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            calls = {}
+            for label, model in (("dense", task.model), ("half", halved(task.model, example))):
+                path = Path(folder) / f"{label}.onnx"
+                onnx.export(model, example, path, output_name="logits", logits=task.logits)
+                loaded = stack.enter_context(runners.OrtRunner(path, 1, provider))
+                calls[label] = loaded.timed(inputs)
+            rows.append({"model": name, "provider": provider, **timed(calls, options)})
     return rows
 
 
@@ -431,6 +476,7 @@ PARTS = {
     "models": models,
     "energy": energies,
     "decode": decode,
+    "files": files,
 }
 
 

@@ -1,4 +1,4 @@
-"""Numbers on 8 or 4 bits as float tensors: exactly what an integer runtime computes, with gradients.
+"""Numbers on 8 or 4 bits as float tensors: exactly what a low-precision runtime computes, with gradients.
 
 A weight [out, in] becomes whole numbers times a positive step, one step a row or a block of columns; an
 input becomes bytes with one step and one zero point for the whole tensor. Real zero is a whole number in
@@ -18,7 +18,12 @@ Gradients pass rounding unchanged and stop where a code is clipped. Since a step
 and multiplies the sum, ordinary differentiation then gives the gradient of learned step sizes:
 `round(v) - v` inside and the bound outside.
 
-References: ONNX DynamicQuantizeLinear; Esser et al., "Learned Step Size Quantization", arXiv 1902.08153.
+On `fp8` codes are no whole numbers but those of e4m3: four bits of exponent and three of mantissa, up to
+448, so that their relative error is the same over four decades and a range need not be tight. Weight and
+input have one step each, products are summed in float.
+
+References: ONNX DynamicQuantizeLinear; Esser et al., "Learned Step Size Quantization", arXiv 1902.08153;
+Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433.
 """
 
 from collections.abc import Mapping
@@ -30,7 +35,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 
-Precision = Literal["int8-dynamic", "int8-static", "int4"]
+Precision = Literal["int8-dynamic", "int8-static", "int4", "fp8"]
 PAIR = 128  # two neighbors of one sign, together
 BYTE = 255
 SHRINK = 0.4  # how far below the largest weight a step may aim
@@ -42,28 +47,30 @@ class Grid:
     """The codes that a weight may have: from `low` to `high`, one step for `block` columns of a row.
 
     `block` 0 is one step for the whole row. With `paired`, columns 2k and 2k + 1 of one sign add up to
-    at most 128.
+    at most 128. A `floating` one holds the numbers of e4m3, with one step for the whole weight.
     """
 
     low: int
     high: int
     block: int = 0
     paired: bool = False
+    floating: bool = False
 
 
 GRIDS: Mapping[Precision, Grid] = {
     "int8-dynamic": Grid(-127, 127, paired=True),
     "int8-static": Grid(-127, 127, paired=True),
     "int4": Grid(-8, 7, block=32),
+    "fp8": Grid(-448, 448, floating=True),
 }
 PRECISIONS: Mapping[str, Precision] = {name: name for name in GRIDS}
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A weight in low precision: `codes` [out, in] int8 times `step` [out, blocks] float32.
+    """A weight in low precision: `codes` [out, in], int8 or float8, times `step` [out, blocks] float32.
 
-    `input_step` and `input_zero` say which bytes its input becomes, for int8-static alone.
+    `input_step` and `input_zero` say which bytes its input becomes, for int8-static and fp8 alone.
     """
 
     precision: Precision
@@ -79,12 +86,12 @@ class Quantized:
 
     def weight(self) -> Tensor:
         """The float32 weight that the codes stand for, [out, in]."""
-        return self.codes * spread(self.step, self.codes.shape[1], self.block)
+        return self.codes.float() * spread(self.step, self.codes.shape[1], self.block)
 
     def weight_bytes(self) -> int:
         """Bytes of codes and steps in a file; 4-bit codes lie two to a byte, in whole blocks."""
         out, inner = self.codes.shape
-        steps = 4 * self.step.numel()
+        steps = 4 if GRIDS[self.precision].floating else 4 * self.step.numel()
         return (
             out * inner + steps
             if not self.block
@@ -92,16 +99,21 @@ class Quantized:
         )
 
 
+def on_grid(values: Tensor, *, floating: bool) -> Tensor:
+    """Values as the nearest whole numbers or, within 448, numbers of e4m3; without a gradient."""
+    return values.float().to(torch.float8_e4m3fn).to(values.dtype) if floating else values.round()
+
+
 class _Round(torch.autograd.Function):
-    """Rounding to even whose gradient is that of the identity."""
+    """Rounding to even, to whole numbers or to those of e4m3, whose gradient is that of the identity."""
 
     @staticmethod
-    def forward(_context: object, values: Tensor) -> Tensor:
-        return values.round()
+    def forward(_context: object, values: Tensor, floating: bool) -> Tensor:
+        return on_grid(values, floating=floating)
 
     @staticmethod
-    def backward(_context: object, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+    def backward(_context: object, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -117,13 +129,15 @@ class _ScaledGradient(torch.autograd.Function):
         return gradients[0] * context.factor, None  # type: ignore[attr-defined]
 
 
-def rounded(values: Tensor) -> Tensor:
-    """Whole numbers; the gradient passes straight through.
+def rounded(values: Tensor, *, floating: bool = False) -> Tensor:
+    """Whole numbers, or those of e4m3 (of values within 448); the gradient passes straight through.
 
     >>> rounded(torch.tensor([0.5, 1.5, -0.7])).tolist()
     [0.0, 2.0, -1.0]
+    >>> rounded(torch.tensor([17.0, 19.0, -100.0]), floating=True).tolist()
+    [16.0, 20.0, -96.0]
     """
-    found: Tensor = _Round.apply(values)  # type: ignore[no-untyped-call]
+    found: Tensor = _Round.apply(values, floating)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -159,7 +173,7 @@ def weight_codes(weight: Tensor, step: Tensor, grid: Grid) -> Tensor:
     [[7.0, -2.0]]
     """
     scaled = weight / spread(step, weight.shape[1], grid.block)
-    codes = rounded(scaled.clamp(grid.low, grid.high))
+    codes = rounded(scaled.clamp(grid.low, grid.high), floating=grid.floating)
     return _fit_pairs(codes, scaled) if grid.paired else codes
 
 
@@ -180,7 +194,8 @@ def _fit_pairs(codes: Tensor, scaled: Tensor) -> Tensor:
 def weight_step(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Tensor:
     """Steps [out, blocks] with the least squared rounding error, float32, never 0.
 
-    Between the step that clips nothing and 0.4 of it, 25 are tried for every row or block.
+    Between the step that clips nothing and 0.4 of it, 25 are tried for every row or block. Of a floating
+    grid it is the step that clips nothing, the same for all rows.
 
     Args:
         weight: [out, in].
@@ -188,6 +203,9 @@ def weight_step(weight: Tensor, grid: Grid, importance: Tensor | None = None) ->
         importance: [in], how much an error of each column counts; all the same by default.
     """
     padded = _in_blocks(weight.detach().abs(), grid)
+    if grid.floating:
+        largest = padded.amax() / grid.high
+        return torch.where(largest > 0, largest, 1.0).to(torch.float32).expand(len(weight), 1).clone()
     full = padded.amax(-1) / grid.high  # [out, blocks]
     if grid.paired:
         signs = weight.detach()
@@ -226,7 +244,7 @@ def nearest(weight: Tensor, precision: Precision, span: tuple[float, float] | No
     """A weight by rounding to the nearest, with the steps of least error.
 
     Raises:
-        CompressError: int8-static without the range of the input.
+        CompressError: int8-static or fp8 without the range of the input.
     """
     grid = GRIDS[precision]
     step = weight_step(weight, grid)
@@ -234,13 +252,19 @@ def nearest(weight: Tensor, precision: Precision, span: tuple[float, float] | No
 
 
 def packed(precision: Precision, codes: Tensor, step: Tensor, span: tuple[float, float] | None) -> Quantized:
-    """Codes and steps with the bytes of the input, whose range `span` int8-static alone has.
+    """Codes and steps with the bytes of the input, whose range `span` int8-static and fp8 alone have.
 
     Raises:
         CompressError: a range is missing, or not wanted.
     """
-    if (precision == "int8-static") != (span is not None):
-        raise CompressError(f"{precision} with an input range of {span}: int8-static needs one, others none")
+    if (precision in ("int8-static", "fp8")) != (span is not None):
+        raise CompressError(
+            f"{precision} with an input range of {span}: int8-static and fp8 need one, others none"
+        )
+    if span is not None and GRIDS[precision].floating:
+        largest = max(abs(end) for end in span)
+        read = torch.tensor(largest / GRIDS[precision].high if largest else 1.0)
+        return Quantized(precision, codes.float().to(torch.float8_e4m3fn), step, float(read))
     if span is None:
         return Quantized(precision, codes.to(torch.int8), step)
     input_step, zero = affine(torch.tensor(span[0]), torch.tensor(span[1]))
@@ -271,6 +295,16 @@ def input_codes(values: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     The gradient is one inside and zero where a value is clipped.
     """
     return rounded((values / step).clamp(-zero, BYTE - zero))
+
+
+def float_codes(values: Tensor, step: Tensor) -> Tensor:
+    """Codes of an input in e4m3; the gradient is one inside and zero where a value is clipped.
+
+    >>> float_codes(torch.tensor([0.3, 1e4]), torch.tensor(0.25)).tolist()
+    [1.25, 448.0]
+    """
+    grid = GRIDS["fp8"]
+    return rounded((values / step).clamp(grid.low, grid.high), floating=True)
 
 
 def block_codes(values: Tensor, block: int) -> tuple[Tensor, Tensor]:

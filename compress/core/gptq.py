@@ -49,11 +49,11 @@ def quantize(
         second: [in, in] `E[x x^T]`, not centered.
         mean: [in] `E[x]`; None where no bias may change, and the loss is then about zero.
         precision: says which codes and how many steps.
-        span: the range of the input, for int8-static.
+        span: the range of the input, for int8-static and fp8.
         damping: relative to each diagonal entry, as in `obs.solve`.
 
     Raises:
-        CompressError: sizes do not fit, or int8-static comes without a range.
+        CompressError: sizes do not fit, or int8-static or fp8 comes without a range.
     """
     if second.shape != (weight.shape[1], weight.shape[1]):
         raise CompressError(
@@ -115,7 +115,8 @@ class _Rounding:
         if neighbor is not None:
             low = torch.maximum(low, -PAIR - neighbor.clamp(max=0))
             high = torch.minimum(high, PAIR - neighbor.clamp(min=0))
-        wanted = (values / self.step[:, column]).round().clamp(low, high)
+        scaled = (values / self.step[:, column]).clamp(low, high)  # bounds are codes themselves
+        wanted = fakequant.on_grid(scaled, floating=self.grid.floating)
         return torch.where(self.weight[:, column] == 0, 0.0, wanted)
 
     def neighbor(self, codes: Tensor, column: int) -> Tensor | None:

@@ -41,6 +41,7 @@ ITERATIONS = 40  # of the ADMM before the polish
 ROUNDS = 5  # of the polish
 EVERY = 4  # iterations with one rho, which is what an inverse is good for
 RAMP = (0.1, 1.0)  # of rho, in units of the diagonal
+ROUNDED = 1e-5  # of the largest weight: what a float32 sum may lose
 SPARE = 5  # directions that the subspace iteration carries beyond the rank
 
 
@@ -103,6 +104,19 @@ def leading(rest: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         _, vectors = torch.linalg.eigh(whitened.T @ whitened)  # the smaller side again
         left = torch.linalg.qr(whitened @ vectors[:, inner - rank :].flip(1))[0]
     return left, left.T @ rest
+
+
+def apart(merged: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The sparse part [out, in] of `sparse + left @ right`, with exact zeros where it had zeros.
+
+    What the sum has rounded away is no part of it: it is taken for zero below 1e-5 of the largest weight.
+
+    >>> one = torch.tensor([[0.1], [0.2]])
+    >>> apart(one @ one.T + torch.tensor([[0.0, 3.0], [0.0, 0.0]]), one, one.T).tolist()
+    [[0.0, 3.0], [0.0, 0.0]]
+    """
+    rest = merged - left @ right
+    return torch.where(rest.abs() > ROUNDED * merged.abs().max(), rest, 0.0)
 
 
 def factor(layer: Layer, rank: int) -> Split:

@@ -61,6 +61,24 @@ class Histogram:
         return (2 * edge - 1) * self.reach
 
 
+@dataclass(frozen=True, eq=False)
+class Range:
+    """What bytes should cover of an input: the best range for all columns, and the extremes [in] of each."""
+
+    span: Span
+    low: Tensor
+    high: Tensor
+
+    def of(self, columns: Tensor) -> Span:
+        """The range for a product that reads only these columns: no wider than what they hold.
+
+        >>> Range((-2.0, 3.0), torch.tensor([-1.0, -9.0]), torch.tensor([1.0, 9.0])).of(torch.tensor([0]))
+        (-1.0, 1.0)
+        """
+        low, high = float(self.low[columns].min()), float(self.high[columns].max())
+        return min(0.0, max(self.span[0], low)), max(0.0, min(self.span[1], high))
+
+
 def span(histogram: Histogram, rule: Rule = "mse") -> Span:
     """Low and high end of the range that bytes should cover; zero lies between them."""
     if rule == "max" or histogram.reach == 0:

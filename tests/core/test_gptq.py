@@ -8,7 +8,13 @@ from compress.core import fakequant, gptq, obs
 from compress.core.fakequant import GRIDS, Grid
 from compress.errors import CompressError
 
-GRIDS_TRIED = [Grid(-127, 127), Grid(-127, 127, paired=True), Grid(-8, 7, block=16), Grid(-2, 1)]
+GRIDS_TRIED = [
+    Grid(-127, 127),
+    Grid(-127, 127, paired=True),
+    Grid(-8, 7, block=16),
+    Grid(-2, 1),
+    Grid(-448, 448, floating=True),
+]
 
 
 def problem(seed=0, inputs=48, out=12, samples=400, factors=6, mean=0.0):
@@ -137,20 +143,22 @@ def test_moving_single_codes_never_makes_a_row_worse(grid):
         before = after
 
 
-@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-static", "int4"])
+@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-static", "int4", "fp8"])
 def test_codes_stay_on_the_grid_and_zeros_stay_zeros(precision):
     x, weight = problem(8, inputs=50)
     weight = weight * (torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5)
-    span = (-2.0, 3.0) if precision == "int8-static" else None
+    span = (-2.0, 3.0) if precision in ("int8-static", "fp8") else None
     found = gptq.quantize(weight, x.T @ x / len(x), x.mean(0), precision, span=span).quantized
     grid = GRIDS[precision]
-    assert (found.precision, found.codes.dtype) == (precision, torch.int8)
+    stored = torch.float8_e4m3fn if precision == "fp8" else torch.int8
+    assert (found.precision, found.codes.dtype) == (precision, stored)
     assert (found.input_step is None) == (span is None)
-    assert grid.low <= int(found.codes.min()) <= int(found.codes.max()) <= grid.high
-    assert bool((found.codes[weight == 0] == 0).all())
-    assert float((found.codes[weight != 0] != 0).float().mean()) > 0.7
+    codes = found.codes.float()
+    assert grid.low <= float(codes.min()) <= float(codes.max()) <= grid.high
+    assert bool((codes[weight == 0] == 0).all())
+    assert float((codes[weight != 0] != 0).float().mean()) > 0.7
     if grid.paired:
-        first, second = found.codes[:, 0::2].int(), found.codes[:, 1::2].int()
+        first, second = codes[:, 0::2], codes[:, 1::2]
         assert int(torch.where(first * second > 0, (first + second).abs(), 0).max()) <= 128
 
 

@@ -202,7 +202,7 @@ class Machine:
         self.built.append((site.shape, units, copies))
         return copies * (self.around_ms + (self.cost_ms(units) if units else 0.0))
 
-    def session(self, ms, site, threads):
+    def session(self, ms, site, threads, provider="CPUExecutionProvider"):
         def call():
             self.calls += 1
             self.now += ms / 1e3 * self.slowness(self.calls)

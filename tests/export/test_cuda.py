@@ -3,6 +3,7 @@
 import contextlib
 from types import SimpleNamespace
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_a_change_is_applied_on_the_device_to_the_copy():
 
     def change(copy):
         assert copy.up.weight.dtype == torch.bfloat16
-        products.convert(copy, "int8", ["up"])
+        products.convert(copy, "int8-dynamic", ["up"])
         return copy
 
     with CudaRunner(model, lambda found: found, "y", device="cpu", precision="bf16", change=change) as found:
@@ -110,6 +111,42 @@ def test_what_is_not_here_is_refused(monkeypatch):
         pass
     with pytest.raises(CompressError, match="closed"):
         found.infer(X)
+
+
+def decoder_of(precision):
+    model, example = families.build("gpt2")
+    inputs = {name: value.numpy() for name, value in example.items() if name != "position_ids"}
+    return inputs, CudaRunner(model, lambda found: found.logits, device="cpu", precision=precision)
+
+
+def test_a_token_after_a_prompt_is_timed_with_its_cache_held(monkeypatch):
+    inputs, loaded = decoder_of("bf16")
+    waits, seen = [], []
+    monkeypatch.setattr(cuda, "wait", lambda device: waits.append(device))
+    with loaded as found:
+        call = found.timed_step(inputs)
+        found.model.register_forward_pre_hook(
+            lambda model, args, kwargs: seen.append(
+                (kwargs["input_ids"].shape[1], kwargs["past_key_values"].get_seq_length())
+            ),
+            with_kwargs=True,
+        )
+        call()
+        call()
+    assert waits == ["cpu"] * 2
+    assert seen == [(1, inputs["input_ids"].shape[1])] * 2
+
+
+def test_a_step_is_captured_like_any_run(monkeypatch):
+    inputs, loaded = decoder_of("fp32")
+    recorder = Recorder(monkeypatch)
+    with loaded as found:
+        found.graphs = True
+        call = found.timed_step(inputs)
+        assert recorder.log.count("capture") == 1
+        recorder.log.clear()
+        call()
+        assert recorder.log == ["replay"]
 
 
 class Recorder:

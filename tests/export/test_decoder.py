@@ -90,6 +90,22 @@ def expected(model, inputs):
     return model(**inputs, position_ids=counted, use_cache=False).logits.numpy()
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@every_form
+@each_family
+def test_a_step_in_torch_is_one_more_token_every_time_it_is_taken(name, form, padded):
+    model, inputs = FORMS[form](name), prompts(padded=padded)
+    step = decoder.stepper(model, inputs)
+    longer = {
+        "input_ids": torch.cat([inputs["input_ids"], inputs["input_ids"][:, -1:]], dim=1),
+        MASK: torch.cat([inputs[MASK], torch.ones(3, 1, dtype=torch.int64)], dim=1),
+    }
+    wanted = expected(model, longer)[:, -1:]
+    for _ in range(3):  # the cache stays as long as the prompt
+        assert np.abs(step().numpy() - wanted).max() < ATOL
+    assert np.abs(expected(model, inputs)[:, -1:] - wanted).max() > 100 * ATOL  # a control: positions count
+
+
 def numpy(inputs):
     return {name: value.numpy() for name, value in inputs.items()}
 

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper
 from outputs import write_model, write_output
 
-from compress import cli
+from compress import cli, report
 from compress.errors import CompressError
 from compress.export import deliver, ort, runners, tensorrt
 
@@ -125,6 +125,25 @@ def test_an_engine_is_built_for_the_recipes_shapes_and_checked_against_the_file(
     assert config.flags_set == {"SPARSE_WEIGHTS"}
     assert (tmp_path / "cache" / "tensorrt").read_bytes() == b"timings"
     assert (out / "tensorrt" / "model.engine").read_bytes() == b"engine"
+    found = report.read(out).engine
+    assert (found.device, found.sparse) == ("NVIDIA H100 80GB HBM3", True)
+    assert (found.eligible, found.picked) == (("up", "down"), ("up",))
+    assert cli.perform(["report", str(out)]) in (0, 1, 3)
+    words = "may use 2:4 kernels in 2 layers (up, down) and does in 1 layer (up)."
+    for name in ("report.md", "report.html"):
+        assert words in (out / "compression" / name).read_text()
+    assert cli.perform(["export", str(out), "--to", "tensorrt"]) == 0  # the report stays that of the files
+
+
+def test_a_plan_without_24_builds_an_engine_without_its_kernels_and_the_report_says_so(gpu, out):
+    folder = out / "compression"
+    document = json.loads((folder / "report.json").read_text())
+    document["sites"][0]["option"]["pattern"] = "dense"
+    (folder / "report.json").write_text(json.dumps(document))
+    assert cli.perform(["export", str(out), "--to", "tensorrt"]) == 0
+    assert gpu.Builder.last.flags_set == set()
+    assert report.read(out).engine.sparse is False
+    assert "was built without 2:4 kernels: the plan has no 2:4 zeros." in (folder / "report.md").read_text()
 
 
 def test_an_engine_that_answers_with_other_numbers_is_not_delivered(gpu, out, capfd):
@@ -138,6 +157,7 @@ def test_an_engine_that_answers_with_other_numbers_is_not_delivered(gpu, out, ca
     gpu.IExecutionContext.execute_async_v3 = wrong
     assert cli.perform(["export", str(out), "--to", "tensorrt"]) == 2
     assert "answers 'y' up to 0.1 away from" in capfd.readouterr().err
+    assert report.read(out).engine is None
     assert not (out / "tensorrt").exists()
 
 

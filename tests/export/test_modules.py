@@ -85,6 +85,32 @@ def test_an_attention_chain_computes_masked_attention(queries, fused, units):
     assert not np.allclose(context, without, atol=1e-3)  # the mask matters, so the comparison can fail
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_in_decoding_a_new_token_looks_at_its_past_and_at_itself(queries):
+    site, units = heads(queries=queries, causal=True).step(), 2
+    x, mask = modules.inputs(site, units)
+    assert (x.shape, mask.shape, mask.abs().max()) == ((BATCH, HIDDEN), (BATCH, 1, 1, TOKENS + 1), 0)
+    chain = Chain(site, units, 1)
+    body = chain.bodies[0]
+    q, k, v = (x.numpy() @ pair(reader)[0].T + pair(reader)[1] for reader in body.readers)
+    context = np.zeros((BATCH, units * queries * WIDTH))
+    for b in range(BATCH):
+        for head in range(units * queries):
+            own = slice(head // queries * WIDTH, (head // queries + 1) * WIDTH)
+            keys, values = (
+                np.vstack([held[b, head // queries].numpy(), new[b, own]])
+                for held, new in ((body.keys, k), (body.values, v))
+            )
+            scores = keys @ q[b, head * WIDTH : (head + 1) * WIDTH] / math.sqrt(WIDTH)
+            shares = np.exp(scores) / np.exp(scores).sum()
+            context[b, head * WIDTH : (head + 1) * WIDTH] = shares @ values
+    out, d = pair(chain.writers[0])
+    expected = oracles.normalized(context @ out.T + d + x.numpy(), np.ones(HIDDEN), np.zeros(HIDDEN))
+    assert np.abs(answer(chain, x.numpy(), mask.numpy()) - expected).max() < 1e-4
+    assert body.keys.shape == (BATCH, units, TOKENS, WIDTH)
+    assert body.keys.std() > 0.5
+
+
 def test_copies_follow_each_other_with_weights_of_their_own():
     x, _ = stream(3)
     chain = Chain(ffn(activation="relu"), 6, 3)

@@ -4,15 +4,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
+from outputs import write_model
 from sites import ffn, heads
 from torch import nn
+from wide import wide
 
 from compress import cost, profiles
 from compress.energy import Rapl
 from compress.errors import CompressError
-from compress.export import blocks, cuda, place
+from compress.export import blocks, cuda, place, runners
 from compress.export.cuda import CudaRunner
 from compress.export.device import Nvml
 from compress.export.place import Place, place_of
@@ -25,6 +28,119 @@ def on_a(monkeypatch, name):
     facts = SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=132, total_memory=8e10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
     monkeypatch.setattr(cuda, "conditions", lambda: {"driver": "580.1", "gpu_mhz": 1980})
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    """onnxruntime as if its CUDA provider were installed; what it is given runs on this processor."""
+    real, made = onnxruntime.InferenceSession, []
+
+    class Session:
+        own = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+        def __init__(self, file, options, providers):
+            made.append(providers)
+            self.real = real(file, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return list(self.own)
+
+        def io_binding(self):
+            return Binding(self.real.io_binding())
+
+        def run_with_iobinding(self, binding):
+            self.real.run_with_iobinding(binding.real)
+
+        def __getattr__(self, name):
+            return getattr(self.real, name)
+
+    class Binding:
+        def __init__(self, found):
+            self.real, self.waits = found, 0
+
+        def bind_ortvalue_input(self, name, value):
+            self.real.bind_ortvalue_input(name, value)
+
+        def bind_output(self, name, device):
+            assert device == "cuda"
+            self.real.bind_output(name, "cpu")
+
+        def synchronize_outputs(self):
+            waits.append(1)
+
+    waits = []
+    place_value = onnxruntime.OrtValue.ortvalue_from_numpy
+
+    def value(array, device, number):
+        assert device == "cuda"
+        return place_value(array, "cpu", number)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(Session.own))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "OrtValue", SimpleNamespace(ortvalue_from_numpy=value))
+    return SimpleNamespace(made=made, waits=waits, session=Session)
+
+
+def test_a_gpu_is_timed_in_onnxruntime_where_its_cuda_provider_starts(monkeypatch, with_cuda):
+    on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
+    found = place_of(H100, 1)
+    assert (found.runtime, found.provider, found.by_file) == ("onnxruntime", "CUDAExecutionProvider", True)
+    assert with_cuda.made == [["CUDAExecutionProvider"]]
+    assert (found.precision, replace(found, profile=profiles.load("t4")).precision) == ("tf32", "fp32")
+    facts = found.facts()
+    assert (facts["provider"], facts["gpu"]) == ("CUDAExecutionProvider", "NVIDIA H100 80GB HBM3")
+    assert found.environment()["provider"] == "CUDAExecutionProvider"
+    assert isinstance(found.meter(), Nvml)
+    table = found.empty_table()
+    assert (table.runtime, table.precision, table.versions["gpu"]) == (
+        "onnxruntime",
+        "tf32",
+        "NVIDIA H100 80GB HBM3",
+    )
+    torch_there = Place(H100, cuda.RUNTIME, "cuda", 1)
+    assert table.fingerprint != torch_there.empty_table().fingerprint
+    assert place_of(profiles.load("cpu"), 1).provider == "CPUExecutionProvider"
+
+
+def test_a_provider_that_is_named_but_does_not_start_leaves_the_gpu_to_torch(monkeypatch, with_cuda):
+    on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
+    with_cuda.session.own = ("CPUExecutionProvider",)
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    assert place_of(H100, 1).runtime == "torch-cuda"
+    assert not runners.starts("CUDAExecutionProvider")
+
+
+def test_a_file_on_a_gpu_is_bound_there_and_every_run_is_waited_for(monkeypatch, with_cuda, tmp_path):
+    on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
+    file = tmp_path / "m.onnx"
+    write_model(file, 8, 1)
+    ids = np.ones((1, 4), dtype=np.int64)
+    feed = {"input_ids": ids, "attention_mask": ids}
+    with place_of(H100, 1).runner(None, file, None, "logits") as runner:
+        assert runner.facts()["provider"] == "CUDAExecutionProvider"
+        call = runner.timed(feed)
+        before = len(with_cuda.waits)
+        call()
+        assert len(with_cuda.waits) == before + 1
+    with_cuda.session.own = ("CPUExecutionProvider",)
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    with pytest.raises(CompressError, match="names CUDAExecutionProvider but could not start it"):
+        runners.OrtRunner(file, threads=1, provider="CUDAExecutionProvider")
+
+
+def test_chains_on_a_gpu_in_onnxruntime_are_files_that_its_provider_runs(monkeypatch, with_cuda):
+    on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
+    rig = place_of(H100, 1).rig()
+    assert rig.least_mb > 0
+    with_cuda.made.clear()
+    rows = blocks.measure([ffn()], {ffn().shape: [6]}, seconds=0.0, rig=rig)
+    assert set(rows[ffn().shape]) == {12, 6}
+    assert with_cuda.made == 3 * [["CUDAExecutionProvider"]]
+    assert with_cuda.waits
 
 
 def tried():
@@ -82,6 +198,49 @@ def test_chains_of_a_site_are_timed_in_torch(site):
     rows = blocks.measure([site], {site.shape: [2]}, seconds=0.0, rig=tried().rig())
     assert set(rows[site.shape]) == {site.units, 2}
     assert all(ms > 0 for ms in rows[site.shape].values())
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8-dynamic", "2:4", "block:64x64@0.5", "rank:8"])
+def test_chains_of_a_form_are_timed_in_torch_where_it_fits(form):
+    _, sites = wide()
+    for site in sites[:2]:
+        key = cost.row_key(site, form)
+        rows = blocks.measure([site], {key: [site.units]}, seconds=0.0, rig=tried().rig())
+        assert set(rows[key]) == {site.units}
+        assert rows[key][site.units] > 0
+    assert blocks.measure([ffn()], {cost.row_key(ffn(), "2:4"): [12]}, seconds=0.0, rig=tried().rig()) == {}
+
+
+def test_every_product_of_a_chain_runs_in_the_form(monkeypatch):
+    _, sites = wide()
+    converted = []
+    convert = place.products.convert
+    monkeypatch.setattr(
+        place.products, "convert", lambda chain, form: converted.append(form) or convert(chain, form)
+    )
+    seen = []
+    forward = place.products.Int8Linear.forward
+    monkeypatch.setattr(
+        place.products.Int8Linear, "forward", lambda self, x: seen.append(x.shape) or forward(self, x)
+    )
+    site = next(site for site in sites if site.kind == "ffn")
+    tried().rig().make(site, 64, 3, "int8-dynamic")()
+    assert converted == ["int8-dynamic"]
+    assert seen == 2 * 6 * [(9, 64)]  # once to load kernels and once timed: up and down of three copies
+    tried().rig().make(site, 0, 3, "int8-dynamic")()
+    tried().rig().make(site, 64, 3, "dense")()
+    assert converted == ["int8-dynamic"]
+
+
+def test_a_product_that_torch_does_not_have_is_told_with_its_words(monkeypatch):
+    _, sites = wide()
+
+    def without(self, x):
+        raise NotImplementedError("no kernel for this GPU\nand a long story")
+
+    monkeypatch.setattr(place.products.Int8Linear, "forward", without)
+    with pytest.raises(CompressError, match=r"torch cannot run int8-dynamic here: no kernel for this GPU$"):
+        tried().rig().make(sites[0], 2, 1, "int8-dynamic")
 
 
 def test_a_gpus_chains_do_not_fit_into_its_cache():

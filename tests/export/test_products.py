@@ -1,10 +1,11 @@
-"""2:4, blocks, int8 and fp8: every layer against plain arithmetic in numpy, on a CPU."""
+"""2:4, blocks, ranks, int8 and fp8: every layer against plain arithmetic in numpy, on a CPU."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from compress.core import fakequant
 from compress.errors import CompressError
 from compress.export import products
 
@@ -77,35 +78,50 @@ def test_blocks_that_do_not_fit_are_refused():
         products.BlockLinear(torch.zeros(4, 8), None, 2, 4)
 
 
-def rounded(values, scale, most=127):
-    return np.clip(np.rint(np.asarray(values, dtype=np.float32) / np.float32(scale)), -most, most)
+def int8(weight, bias):
+    found = fakequant.nearest(weight, "int8-dynamic")
+    return found, products.quantized(found, linear(weight, bias))
+
+
+def fp8(weight, bias, span=(-8.0, 8.0)):
+    found = fakequant.nearest(weight, "fp8", span)
+    return found, products.quantized(found, linear(weight, bias))
+
+
+def linear(weight, bias):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight)
+    layer.bias = None if bias is None else nn.Parameter(bias)
+    return layer
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_int8_is_exact_in_whole_numbers(tokens):
-    weight, bias, x = made(6, 16), made(6, seed=1), 3 * made(tokens, 16, seed=2)
-    found = products.Int8Linear(weight, bias)(x)
+    """By the definition of ONNX's DynamicQuantizeLinear, in Python's own numbers."""
+    weight, bias, x = made(6, 16), made(6, seed=1), 3 * made(tokens, 16, seed=2) + 0.5
+    found, layer = int8(weight, bias)
+    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+    step = np.float32(np.float32(high - low) / np.float32(255))
+    zero = int(np.clip(np.rint(-np.float32(low) / step), 0, 255))
+    codes = np.clip(np.rint(x.numpy() / step) + zero, 0, 255).astype(int)
+    answer = layer(x)
     for row in range(tokens):
-        x_scale = np.float32(float(x[row].abs().max()) / 127)
         for out in range(6):
-            w_scale = np.float32(float(weight[out].abs().max()) / 127)
-            total = int((rounded(x[row], x_scale) * rounded(weight[out], w_scale)).sum())
-            assert float(found[row, out]) == pytest.approx(
-                total * x_scale * w_scale + float(bias[out]), abs=1e-5
-            )
+            total = sum((int(q) - zero) * int(w) for q, w in zip(codes[row], found.codes[out], strict=True))
+            expected = total * float(step) * float(found.step[out, 0]) + float(bias[out])
+            assert float(answer[row, out]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_int8_with_a_given_scale_clips_what_lies_outside():
-    weight = made(4, 8)
-    layer = products.Int8Linear(weight, None, input_scale=0.01)
-    far = torch.full((1, 8), 50.0)  # 0.01 x 127 is the largest input that can be told apart
-    assert torch.allclose(layer(far), layer(torch.full((1, 8), 1.27)))
-    assert np.allclose(layer(torch.full((1, 8), 0.5)), 0.5 * weight.sum(1), atol=0.1)
+def test_an_input_on_one_side_of_zero_loses_no_code_to_the_other():
+    found, layer = int8(made(4, 8), None)
+    x = torch.full((2, 8), 3.0)
+    assert np.allclose(layer(x), 3.0 * found.weight().sum(1), atol=1e-3)
+    assert np.allclose(layer(-x), -layer(x), atol=1e-3)
 
 
 def test_int8_and_fp8_come_back_in_shape_and_type():
-    for kind in (products.Int8Linear, products.Fp8Linear):
-        layer = kind(made(16, 32), None)
+    for make in (int8, fp8):
+        _, layer = make(made(16, 32), None)
         answer = layer(made(2, 3, 32).to(torch.bfloat16))
         assert (answer.shape, answer.dtype) == ((2, 3, 16), torch.bfloat16)
 
@@ -119,22 +135,87 @@ def e4m3(value):
     return float(np.rint(value / step) * step)
 
 
-def test_fp8_rounds_to_three_bits_of_mantissa_under_one_scale():
+def test_fp8_rounds_to_three_bits_of_mantissa_under_one_step():
     weight, bias, x = made(16, 32), made(16, seed=1), 5 * made(4, 32, seed=2)
-    layer = products.Fp8Linear(weight, bias)
-    w_scale, x_scale = float(weight.abs().max()) / 448, float(x.abs().max()) / 448
-    w = np.vectorize(e4m3)(np.asarray(weight / w_scale, dtype=np.float64))
-    q = np.vectorize(e4m3)(np.asarray(x / x_scale, dtype=np.float64))
-    expected = q @ w.T * x_scale * w_scale + np.asarray(bias)
+    _, layer = fp8(weight, bias, (-20.0, 10.0))
+    w_step, x_step = float(weight.abs().max()) / 448, 20 / 448
+    w = np.vectorize(e4m3)(np.asarray(weight / w_step, dtype=np.float64))
+    q = np.vectorize(e4m3)(np.asarray(x / x_step, dtype=np.float64))
+    expected = q @ w.T * x_step * w_step + np.asarray(bias)
     assert np.allclose(layer(x), expected, rtol=1e-4, atol=1e-3)
     # A control: eight bits of a whole number give other values, so the comparison can fail.
-    assert not np.allclose(products.Int8Linear(weight, bias)(x), expected, rtol=1e-4, atol=1e-3)
+    assert not np.allclose(int8(weight, bias)[1](x), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_fp8_with_a_given_scale_does_not_look_at_the_input():
-    layer = products.Fp8Linear(made(16, 16), None, input_scale=0.01)
-    one, both = made(1, 16), torch.cat([made(1, 16), 4 * torch.ones(1, 16)])
-    assert torch.allclose(layer(both)[:1], layer(one))
+def test_fp8_clips_what_lies_outside_and_looks_at_no_other_row():
+    _, layer = fp8(made(16, 16), None, (-2.0, 2.0))
+    one, far = made(1, 16), torch.full((1, 16), 50.0)
+    assert torch.allclose(layer(torch.cat([one, far]))[:1], layer(one))
+    assert torch.allclose(layer(far), layer(torch.full((1, 16), 2.0)))
+    assert torch.isfinite(layer(far)).all()
+
+
+def test_a_precision_without_a_product_in_torch_is_refused():
+    with pytest.raises(CompressError, match="torch has no product of int4 on a GPU"):
+        products.quantized(fakequant.nearest(made(8, 32), "int4"), linear(made(8, 32), None))
+
+
+def test_a_rank_is_the_product_of_its_factors():
+    left, right, bias, x = made(6, 3), made(3, 16, seed=1), made(6, seed=2), made(2, 5, 16, seed=3)
+    expected = plain(x, left @ right, bias)
+    assert np.allclose(products.ThinLinear(left, right, bias)(x), expected, atol=1e-5)
+    assert np.allclose(products.ThinLinear(left, right, None)(x), expected - np.asarray(bias), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33])
+def test_block_rows_are_given_to_torchs_kernel_in_whole_tiles(monkeypatch, tokens):
+    """The kernel is for a GPU; a double of it says what it was given, and multiplies plainly."""
+    from torch.sparse import _triton_ops
+
+    seen = []
+
+    def double(rest, bsr, dense):
+        assert bsr.layout == torch.sparse_bsr
+        seen.append((tuple(bsr.values().shape[1:]), dense.shape[1]))
+        return rest + bsr.to_dense() @ dense
+
+    monkeypatch.setattr(_triton_ops, "bsr_dense_addmm", double)
+    weight, bias = products.prune_blocks(made(64, 96), 32, 16, 0.5), made(64, seed=1)
+    x = made(tokens, 96, seed=2)
+    assert np.allclose(products.BsrLinear(weight, bias, 32, 16)(x), plain(x, weight, bias), atol=1e-4)
+    assert np.allclose(
+        products.BsrLinear(weight, None, 32, 16)(x[None]), plain(x, weight, 0)[None], atol=1e-4
+    )
+    assert {size for size, _ in seen} == {(32, 16)}
+    assert {columns for _, columns in seen} == {-(-tokens // 32) * 32}
+    assert isinstance(products.blocks_of(weight, bias, 32, 16), products.BlockLinear)  # on a processor
+
+
+def test_elementwise_work_stays_as_it_is_without_triton(monkeypatch):
+    products.fused.cache_clear()
+    monkeypatch.setattr(products, "find_spec", lambda name: None)
+    assert products.fused(products._to_floats) is products._to_floats
+    products.fused.cache_clear()
+
+
+@pytest.mark.slow
+def test_fused_work_computes_what_plain_work_does(monkeypatch):
+    """Compiled for a processor: that it is traced whole and changes nothing is all that is shown here."""
+    products.fused.cache_clear()
+    monkeypatch.setattr(products, "find_spec", lambda name: name)
+    for rows in (3, 40):
+        x, total = made(rows, 32).half(), torch.randint(-999, 999, (rows, 16))
+        low, high = torch.aminmax(x)
+        for work, given in (
+            (products._to_floats, (x, torch.tensor(0.25))),
+            (products._to_bytes, (x, low, high)),
+            (products._from_sums, (total, torch.tensor(3.0), made(16), torch.tensor(0.1), made(16), None)),
+        ):
+            found, expected = products.fused(work)(*given), work(*given)
+            pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+            for one, other in pairs:
+                assert torch.allclose(one.float(), other.float(), rtol=1e-5)
+    products.fused.cache_clear()
 
 
 class Net(nn.Module):
@@ -151,7 +232,8 @@ class Net(nn.Module):
     ("words", "kind", "left"),
     [
         ("2:4", products.SparseLinear, ["body.2", "head"]),
-        ("int8", products.Int8Linear, ["head"]),
+        ("int8-dynamic", products.Int8Linear, ["head"]),
+        ("rank:8", products.ThinLinear, []),
         ("fp8", products.Fp8Linear, ["head"]),
         ("block:32x32@0.5", products.BlockLinear, ["head"]),
     ],
@@ -161,17 +243,20 @@ def test_layers_are_replaced_where_the_form_fits_and_the_others_are_named(words,
     before = model.head
     assert products.convert(model, words) == left
     assert isinstance(model.body[0], kind)
-    assert model.head is before
+    assert (model.head is before) == bool(left)
     assert torch.isfinite(model(made(2, 64))).all()
 
 
 def test_only_the_named_layers_are_replaced():
     model = Net()
-    assert products.convert(model, "int8", ["body.2"]) == []
+    assert products.convert(model, "int8-dynamic", ["body.2"]) == []
     assert isinstance(model.body[0], nn.Linear)
     assert isinstance(model.body[2], products.Int8Linear)
 
 
 def test_an_unknown_form_is_refused():
-    with pytest.raises(CompressError, match=r"'3:4' is no form.*2:4, int8, fp8, block:RxC@DENSITY"):
-        products.convert(Net(), "3:4")
+    for words in ("3:4", "dense", "int4", "block:32x32@0.5+rank:4"):
+        with pytest.raises(
+            CompressError, match=r" is no form.*2:4, int8-dynamic, fp8, block:RxC@DENSITY, rank:N"
+        ):
+            products.convert(Net(), words)

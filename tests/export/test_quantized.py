@@ -21,7 +21,7 @@ from compress.export import chains, quantized
 from compress.export.onnx import export
 from compress.export.runners import OrtRunner
 
-PRECISIONS = ("int8-dynamic", "int8-static", "int4")
+PRECISIONS = ("int8-dynamic", "int8-static", "int4", "fp8")
 FLOAT = 2e-6  # float32 sums in another order, relative to the largest answer
 
 
@@ -67,7 +67,7 @@ def codes_of(model, precision, names=NAMES):
         name: fakequant.nearest(
             model.get_parameter(name).detach(),
             precision,
-            spans.get(name, (-3.0, 2.5)) if precision == "int8-static" else None,
+            spans.get(name, (-3.0, 2.5)) if precision in ("int8-static", "fp8") else None,
         )
         for name in names
     }
@@ -223,11 +223,17 @@ def test_signed_bytes_compute_the_same_with_the_bias_in_float():
         )
 
 
-def test_a_bias_beyond_32_bits_is_refused():
+def test_a_bias_beyond_32_bits_is_added_in_float():
     weight, bias = torch.full((2, 8), 1e-9), torch.ones(2)
+    weight[1] = 1.0
     found = fakequant.nearest(weight, "int8-static", (0.0, 1.0))
-    with pytest.raises(CompressError, match="more than 32 bits hold"):
-        quantized.lower(gemm(weight, bias), {"w": found})
+    given = gemm(weight, bias)
+    quantized.lower(given, {"w": found})
+    proto = ir.serde.serialize_model(given)
+    assert [node.op_type for node in proto.graph.node][-2:] == ["Gemm", "Add"]
+    x = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([torch.ones(5), x.sum(1) + 1], 1)
+    assert np.allclose(session(proto).run(None, {"x": x.numpy()})[0], expected, atol=0.02)
 
 
 # Integers

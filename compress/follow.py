@@ -1,0 +1,87 @@
+"""A process beside the first one: it takes its share of the work, and neither measures, writes nor speaks."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from compress import calibrate, database, job, recovery, several, surgery
+from compress.ir import Site
+from compress.quality import Batch, Task
+from compress.recipe import Recipe, Recovery
+from compress.several import Call
+
+
+def serve() -> int:
+    """Do what the first process calls for until it says that this is the end; the exit code it gives.
+
+    Raises:
+        CompressError: the first process has ended without a word.
+    """
+    follower = Follower()
+    acts: dict[str, Callable[[Call], None]] = {
+        "load": follower.load,
+        "calibrate": follower.calibrate,
+        "recover": follower.recover,
+    }
+    while True:
+        call = several.called()
+        if call.act == several.END:
+            return int(call.words["code"])
+        with contextlib.suppress(Exception):  # the first process knows of it, and says what follows
+            acts[call.act](call)
+
+
+class Follower:
+    """The dense model and its data in a process beside the first one."""
+
+    task: Task
+    batches: tuple[Batch, ...]
+
+    def load(self, call: Call) -> None:
+        """Load what the first process loads."""
+        self.task, self.batches = job.load(Recipe.model_validate(call.words["recipe"]))
+
+    def calibrate(self, call: Call) -> None:
+        """Observe a share of the calibration data."""
+        calibrate.observe(
+            self.task,
+            _sites(call),
+            self.batches,
+            lambda place, tensors: None,
+            lambda done: None,
+            taylor=call.words["taylor"],
+            readers=call.words["readers"],
+        )
+
+    def recover(self, call: Call) -> None:
+        """Tune the same student on a part of every batch."""
+        with several.working(), tempfile.TemporaryDirectory(prefix="compress-") as answers:
+            sites = _sites(call)
+            removals = {
+                name: database.unpacked(database.below(call.tensors, f"{name}/"), form)
+                for name, form in call.words["forms"].items()
+            }
+            recovery.learn(
+                self.task,
+                sites,
+                Recovery.model_validate(call.words["recovery"]),
+                surgery.shrink(self.task.model, sites, removals),
+                removals,
+                Path(answers),
+                dense=self.task.model,
+                judge=_nothing,
+                tick=lambda done, work: None,
+                say=lambda line: None,
+            )
+
+
+def _nothing(_: nn.Module) -> float:
+    """The first process judges."""
+    return 0.0
+
+
+def _sites(call: Call) -> tuple[Site, ...]:
+    return tuple(Site.model_validate(site) for site in call.words["sites"])
