@@ -179,7 +179,9 @@ def learn(
     before = _mean(block, place, shown)
     optimizer = torch.optim.Adam(values, lr=rate)
     random = torch.Generator().manual_seed(0)
-    order = [int(n) for _ in range(epochs) for n in torch.randperm(len(shown), generator=random)]
+    order: list[int] = [
+        n for _ in range(epochs) for n in torch.randperm(len(shown), generator=random).tolist()
+    ]
     for step, number in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = rate * (LEAST + (1 - LEAST) * (1 + math.cos(math.pi * step / len(order))) / 2)

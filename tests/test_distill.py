@@ -255,7 +255,7 @@ def test_features_are_those_of_late_layers_where_both_agree(job, share, late, ga
     plain = distill.loss(job[0], batch, student, teacher, wanted)
     assert plain.item() == pytest.approx(5 * sum(expected), rel=1e-5)
     factors = [0.5 + k for k in range(late)]
-    weighed = distill.loss(job[0], batch, student, teacher, wanted, factors)
+    weighed = distill.loss(job[0], batch, student, teacher, wanted, factors=factors)
     total = sum(factor * each for factor, each in zip(factors, expected, strict=True))
     assert weighed.item() == pytest.approx(5 * total, rel=1e-5)
 
