@@ -209,7 +209,7 @@ def _list_of_blocks(model: nn.Module, writers: Sequence[str]) -> str | None:
             for writer in writers
         )
         if isinstance(module, nn.ModuleList) and writers and inside:
-            return name
+            return str(name)
     return None
 
 
