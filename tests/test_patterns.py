@@ -148,7 +148,7 @@ def known(own, *layouts_of):
 def test_a_site_is_priced_in_the_layouts_that_were_found(monkeypatch):
     own, seen = made.ffn(16), []
     found = known(own, "conv", "gather")
-    monkeypatch.setattr(blocks, "session", lambda file, site, threads: seen.append(file))
+    monkeypatch.setattr(blocks, "session", lambda file, *rest: seen.append(file))
     Place(profiles.load("cpu"), "onnxruntime", "cpu", 1).rig(found.written).make(own, 8, 1, "block:4x4@0.5")
     Place(profiles.load("cpu"), "onnxruntime", "cpu", 1).rig().make(own, 8, 1, "block:4x4@0.5")
     chosen, plain = ({node.op_type for node in onnx.load_from_string(file).graph.node} for file in seen)
