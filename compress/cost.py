@@ -21,7 +21,7 @@ FALLOFF = 0.9  # ratio of neighbouring widths on the grid (ZipLM)
 LEAST = 0.01  # the narrowest width on the grid, as a share of the dense one
 
 SHARED = {"int4": 32}  # columns of a row with one scale, where that is not the whole row
-FORM = " as "  # between a shape and a form in the name of a row
+FORM = " in form "  # between a shape and a form in the name of a row
 
 Rows = dict[str, dict[int, float]]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from compress import surgery
+from compress import channels, surgery
 from compress.calibrate import Statistics
 from compress.core import block, fakequant, gptq, lowrank, nm, obs
 from compress.core.fakequant import PRECISIONS, Quantized
@@ -27,7 +27,7 @@ from compress.surgery import Removal
 BLOCKS = ("block:64x32@0.5", "block:64x32@0.25")
 GPU_BLOCKS = ("block:64x64@0.5", "block:64x64@0.25")  # tensor cores want squarer ones
 RANKS = (0.25, 0.125)  # of the hidden width
-MIXED = ("block:64x32@0.25", 0.0625)
+MIXED = 0.0625  # rank beside the sparsest blocks, of the hidden width
 DYNAMIC, STATIC = "int8-dynamic", "int8-static"
 REACH = 16.0  # largest input that fp8 tells apart, in root mean squares of the input's largest feature
 LEVELS = 8  # numbers of units at which a site is offered in a form
@@ -44,12 +44,24 @@ class Shaped:
     codes: Quantized | None = None
 
 
-def of(site: Site, moves: Sequence[str], profile: Profile, *, in_torch: bool = False) -> tuple[str, ...]:
-    """The forms in which a site is offered on a device; `in_torch` where torch runs it on the GPU at hand."""
+def of(
+    site: Site,
+    moves: Sequence[str],
+    profile: Profile,
+    blocks: Sequence[str] | None = None,
+    *,
+    in_torch: bool = False,
+) -> tuple[str, ...]:
+    """The forms in which a site is offered on a device.
+
+    `blocks` are the patterns that were found to pay; `in_torch` where torch runs it on the GPU at hand.
+    """
+    if blocks is None:
+        blocks = GPU_BLOCKS if in_torch else BLOCKS
     if _shared(site):
         return ()
     hidden = next(m.out for m in site.matmuls if m.weight == site.writer)
-    ranks = [max(1, round(share * hidden)) for share in (*RANKS, MIXED[1])]
+    ranks = [max(1, round(share * hidden)) for share in (*RANKS, MIXED)]
     by_move = {
         "structure": (),
         "width": (),
@@ -57,13 +69,14 @@ def of(site: Site, moves: Sequence[str], profile: Profile, *, in_torch: bool = F
         "int8-static": (STATIC,),
         "int4": ("int4",),
         "fp8": ("fp8",),
-        "block": GPU_BLOCKS if in_torch else BLOCKS,
+        "block": tuple(blocks),
         "2:4": ("2:4",),
         "lowrank": tuple(f"rank:{rank}" for rank in ranks[: len(RANKS)]),
     }
     offered = [Option.of(form, None) for move in moves for form in by_move[move]]
-    if {"block", "lowrank"} <= set(moves) and not in_torch:
-        offered.append(Option.of(f"{MIXED[0]}+rank:{ranks[-1]}", None))
+    if {"block", "lowrank"} <= set(moves) and blocks and not in_torch:
+        sparsest = min(blocks, key=lambda pattern: Option(pattern=pattern).density)
+        offered.append(Option.of(f"{sparsest}+rank:{ranks[-1]}", None))
     # Codes stand for [out, in] weights; a matrix that is stored the other way round keeps its floats.
     across = site.column.dim == 0
     if in_torch:
@@ -115,13 +128,8 @@ def treat(
         rounded, error = treat(model, site, twin, removal, statistics, damping)
         return static(site, rounded, statistics), error
     stay = obs.columns(removal.kept, site.column.width)
-    writer = shape(
-        option,
-        removal.weight.double(),
-        statistics.second[stay][:, stay],
-        statistics.mean[stay],
-        damping,
-    )
+    moments = statistics.second[stay][:, stay], statistics.mean[stay]
+    writer, order = _ordered(site, option, removal.weight.double(), *moments, damping)
     found = {site.writer: writer}
     readers: dict[str, Tensor] = {}
     nothing = torch.zeros(len(statistics.reader), dtype=torch.float64)
@@ -133,6 +141,8 @@ def treat(
         values = found[name].values
         readers[name] = (values.T if across else values).to(stored.dtype)
     mean = sum(found[name].error for name in readers) / len(readers)
+    if order is not None:
+        readers = channels.follow(model, site, removal.kept, order, readers)
     return (
         Removal(
             removal.kept.clone(),  # a file stores no tensor twice under two names
@@ -145,6 +155,22 @@ def treat(
         ),
         1 - (1 - min(writer.error, 1.0)) * (1 - min(mean, 1.0)),
     )
+
+
+def _ordered(
+    site: Site, option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping: float
+) -> tuple[Shaped, Tensor | None]:
+    """The writer's kept columns in the option's form, and the new order that they are in, if any.
+
+    2:4 depends on which columns are neighbors; an order is taken only where less is lost in it.
+    """
+    plain = shape(option, weight, second, mean, damping)
+    if option.form != "2:4" or not site.channels:
+        return plain, None
+    layer = prepare(weight, second, mean, damping)
+    columns = channels.order(site, layer.signal.square() / obs.invert(layer.damped).diagonal())
+    moved = shape(option, weight[:, columns], second[columns][:, columns], mean[columns], damping)
+    return (moved, columns) if moved.error < plain.error else (plain, None)
 
 
 def static(site: Site, removal: Removal, statistics: Statistics) -> Removal:

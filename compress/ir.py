@@ -84,6 +84,8 @@ class Site(Document):
 
     `writer` is the state-dict name of the weight whose input columns the units own (attention output
     projection, second feed-forward matrix): the one matrix that is updated, all others are sliced.
+    `channels` are the slices that make what its columns read, and may change their order with them:
+    neurons freely, values within a head; none where a trial did not prove that.
     `bias` is the writer's bias, or None. `batch` and `tokens` are those of the example inputs; `past` is
     how many tokens more a cache holds that attention looks at.
     """
@@ -96,6 +98,7 @@ class Site(Document):
     matmuls: tuple[Matmul, ...] = ()
     writer: str
     bias: str | None = None
+    channels: tuple[Slice, ...] = ()
     drop: Drop | None = None
     batch: int = Field(default=1, ge=1)
     tokens: int = Field(default=1, ge=1)

@@ -20,6 +20,7 @@ from compress import (
     choosing,
     files,
     page,
+    patterns,
     power,
     proof,
     quantize,
@@ -220,8 +221,9 @@ def time_plan(job: Job) -> TimePlan:
 
 def export(job: Job, model: nn.Module, file: Path, removals: Mapping[str, Removal]) -> None:
     """Write one compressed model of the job as ONNX, its products in the forms of the plan."""
+    written = patterns.of(job).written
     with job.stages(f"export {file.stem}"):
-        files.write(job, model, file, lower=lambda graph: forms.lower(graph, job.sites, removals))
+        files.write(job, model, file, lower=lambda graph: forms.lower(graph, job.sites, removals, written))
 
 
 def build(found: Found) -> tuple[nn.Module, dict[str, Removal], list[str]]:

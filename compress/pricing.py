@@ -1,18 +1,19 @@
 """What every option of every site takes on the target: costs.json, measured here or estimated."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field
 from torch import nn
 
-from compress import anchor, artifact, bench, cost, files, forms, profiles, roofline
+from compress import anchor, artifact, bench, cost, files, forms, patterns, profiles, roofline
 from compress.cost import Rows, Table
 from compress.export import blocks, cuda, runners
 from compress.export.place import Place
 from compress.ir import Document, Option, Site, Source, Whole
 from compress.job import Job
+from compress.patterns import Patterns
 from compress.profiles import Profile
 
 SIZE = "size_mb"
@@ -62,16 +63,17 @@ class Costs(Document):
 def price(job: Job) -> Costs:
     """The costs of a job, measured on this machine or looked up for another one."""
     export_dense(job)
-    levels = {site.name: wanted_levels(job, site) for site in job.sites}
+    found = patterns.of(job)
+    levels = wanted_levels(job, found)
     place = job.place
     machine = job.profile.name if place is None else place.fingerprint
     sized = job.recipe.budget.name == SIZE
-    made_from = artifact.digest(job.model_key, machine, job.recipe.bench.threads, levels, sized)
+    made_from = artifact.digest(job.model_key, machine, job.recipe.bench.threads, levels, sized, found)
     return artifact.saved(
         job.folder / "costs.json",
         Costs,
         made_from,
-        lambda: _estimated(job, levels) if place is None else _measured(job, place, levels),
+        lambda: _estimated(job, levels) if place is None else _measured(job, place, levels, found),
     )
 
 
@@ -98,8 +100,13 @@ def _read(path: Path) -> object:
         return None
 
 
-def wanted_levels(job: Job, site: Site) -> dict[str, list[int]]:
-    """Units to price for one site by form, dense first; the recipe's fractions replace the grid."""
+def wanted_levels(job: Job, found: Patterns) -> dict[str, dict[str, list[int]]]:
+    """Units to price by site and form, dense first; `found` says which blocks are offered."""
+    return {site.name: _levels(job, site, found.offered(site)) for site in job.sites}
+
+
+def _levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[str, list[int]]:
+    """Those of one site; the recipe's fractions replace the grid."""
     options = job.recipe.options
     fractions = options.units
     align = job.profile.align_units if site.kind == "ffn" else 1
@@ -113,12 +120,12 @@ def wanted_levels(job: Job, site: Site) -> dict[str, list[int]]:
         levels = levels[:1]
     wanted = {"dense": levels}
     in_torch = job.place is not None and not job.place.by_file
-    for form in forms.of(site, options.moves, job.profile, in_torch=in_torch):
+    for form in forms.of(site, options.moves, job.profile, offered, in_torch=in_torch):
         wanted[form] = forms.levels(site, form, levels, in_torch=in_torch)
     return wanted
 
 
-def table_of(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]]) -> Table:
+def table_of(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns) -> Table:
     """This machine's table; widths between the timed ones are interpolated."""
     sites = {site.shape: site for site in job.sites}
     wanted = {
@@ -129,17 +136,20 @@ def table_of(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]
 
     def measure(missing: dict[str, list[int]]) -> Rows:
         with job.stages("time sites") as tick:
+            rig = place.rig(found.written)
             return blocks.measure(
-                list(sites.values()), missing, threads=place.threads, progress=tick, rig=place.rig()
+                list(sites.values()), missing, threads=place.threads, progress=tick, rig=rig
             )
 
     return cost.obtain(place.empty_table(), wanted, measure)
 
 
-def _measured(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
+def _measured(
+    job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns
+) -> Costs:
     """Times on this machine: a table of sites, brought to the level of whole models."""
     bench.check_threads(place.threads)
-    table = table_of(job, place, levels)
+    table = table_of(job, place, levels, found)
     alone = {
         site.name: {
             form: {

@@ -30,8 +30,8 @@ class Removal:
         kept: sorted indices of the units that stay, int64.
         weight: the writer's kept columns, [out, kept * width] whatever the storage; None keeps its own.
         bias: the writer's new bias, [out]; None keeps its own. A writer without one gains it.
-        readers: new values of the site's other matrices by name, stored and shaped as they are after
-            the cut; a matrix without an entry keeps its own.
+        readers: new values of the site's other matrices, or of anything else that it owns, by name,
+            stored and shaped as they are after the cut; what has no entry keeps its own.
         form: how the products are to run, as `ir.Option.form` says it.
         factors: where the form has a rank: [out, rank] and [rank, in] by name of the matrix; what they
             do not give of its values is sparse.
@@ -118,7 +118,7 @@ def staying(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """Copies of a site's matrices, as they are stored, and of the writer's bias, for `restore`."""
+    """Copies of what `stitch` may change of a site, as it is stored, and of the writer's bias."""
 
     weights: Mapping[str, Tensor]
     bias: Tensor | None
@@ -127,8 +127,9 @@ class Products:
 def products(model: nn.Module, site: Site) -> Products:
     """What `stitch` may change of a site."""
     bias = _bias(model, site)
+    names = dict.fromkeys([site.writer, *readers(site), *(part.tensor for part in site.channels)])
     return Products(
-        {name: model.get_parameter(name).detach().clone() for name in (site.writer, *readers(site))},
+        {name: model.get_parameter(name).detach().clone() for name in names},
         None if bias is None else bias.detach().clone(),
     )
 

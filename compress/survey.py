@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import analyze, bench, choosing, demo, profiles, residual, search, width
+from compress import analyze, bench, choosing, demo, patterns, profiles, residual, search, width
 from compress.errors import CompressError
 from compress.export import cuda, decode, runners
 from compress.export.cache import PAST, POSITIONS
@@ -16,6 +16,7 @@ from compress.export.place import place_of
 from compress.ir import Option, Site
 from compress.job import Job, Progress, prepare
 from compress.loop import Menus
+from compress.patterns import Patterns
 from compress.pretrained import example_inputs
 from compress.pricing import Costs, price, table_of, wanted_levels
 from compress.recipe import Recipe, Shapes
@@ -94,6 +95,7 @@ def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
         "outside_sites_ms": round(costs.fixed_ms, 4),
         "reachable_speedup_estimate": {name: round(value, 3) for name, value in reach.items()},
         "forms": _forms(costs),
+        "blocks": _blocks(patterns.of(job)),
         "hidden_width": _offered(job) if stream is None else width.outlook(job, stream, costs.dense_ms),
         "plans": [row for speedup in SPEEDUPS if (row := _row(job, costs, menus, speedup))],
     }
@@ -123,6 +125,29 @@ def _forms(costs: Costs) -> list[dict[str, object]]:
         }
         for form, found in sorted(gains.items())
     ]
+
+
+def _blocks(found: Patterns) -> list[dict[str, object]]:
+    """What blocks make of the time of every product, in their fastest layout; what is offered is a choice.
+
+    Timed on this machine; a target that is not here has no such rows.
+    """
+    rows: dict[tuple[object, ...], dict[str, object]] = {}
+    for offer in found.sites.values():
+        for one in offer.products:
+            row = rows.setdefault(
+                (one.out, one.inner, one.rows, one.pattern),
+                {
+                    "product": f"{one.out}x{one.inner}",
+                    "rows": one.rows,
+                    "pattern": one.pattern,
+                    "layout": one.layout,
+                    "speedup": round(one.speedup, 2),
+                    "offered": False,
+                },
+            )
+            row["offered"] = row["offered"] or one.pattern in offer.patterns
+    return list(rows.values())
 
 
 def _reach(costs: Costs, menus: Menus, only: str | None = None) -> float:
@@ -251,5 +276,6 @@ def measure_target(
             )
         job = prepare(recipe, progress)
         assert job.place is not None, "it was there a moment ago"
-        table = table_of(job, job.place, {site.name: wanted_levels(job, site) for site in job.sites})
+        offered = patterns.of(job)
+        table = table_of(job, job.place, wanted_levels(job, offered), offered)
     return {"target": name, **table.model_dump(mode="json", exclude={"schema_version"})}

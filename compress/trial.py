@@ -3,7 +3,7 @@
 The trial also finds what no graph tells: which integer attributes of the modules (`num_heads`,
 `split_size`, ...) must follow the units for the shrunk module to run, and which module can be replaced
 when no unit is left. It works on a copy with random weights, so that neither zero biases nor tiny
-weights of a fresh model hide a mistake.
+weights of a fresh model hide a mistake. And it proves which channels are free in their order.
 """
 
 import copy
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress import surgery
+from compress import channels, surgery
 from compress.errors import CompressError
-from compress.ir import Count, Drop, Site
+from compress.ir import Count, Drop, Site, Slice
 from compress.trace import plain_attention
 
 TOLERANCE = 1e-4  # float32 sums in another order, for outputs near 1
@@ -54,7 +54,7 @@ def settle(module: nn.Module, call: Call, site: Site) -> Site:
     trial = _Trial(module, call)
     inner = moved(site, "", f"{PLACE}.")
     inner = inner.model_copy(update={"counts": trial.counts(inner)})
-    inner = inner.model_copy(update={"drop": trial.drop(inner)})
+    inner = inner.model_copy(update={"drop": trial.drop(inner), "channels": trial.channels(inner)})
     return moved(inner, f"{PLACE}.", "")
 
 
@@ -68,6 +68,7 @@ def moved(site: Site, old: str, new: str) -> Site:
     return site.model_copy(
         update={
             "slices": tuple(s.model_copy(update={"tensor": rename(s.tensor)}) for s in site.slices),
+            "channels": tuple(s.model_copy(update={"tensor": rename(s.tensor)}) for s in site.channels),
             "counts": tuple(c.model_copy(update={"module": rename(c.module)}) for c in site.counts),
             "matmuls": tuple(m.model_copy(update={"weight": rename(m.weight)}) for m in site.matmuls),
             "writer": rename(site.writer),
@@ -165,6 +166,23 @@ class _Trial:
             if not self.shrunk(given, given.counts, [[]], [expected]):
                 return drop
         return None
+
+    def channels(self, site: Site) -> tuple[Slice, ...]:
+        """The slices that may change their order with the writer's columns; none if no set of them may."""
+        everything = torch.arange(site.units)
+        weight = surgery.writer_columns(self.holder, site)
+        columns = channels.mixed(site)
+        for parts in channels.candidates(site):
+            given = site.model_copy(update={"channels": parts})
+            try:
+                follow = channels.follow(self.holder, given, everything, columns, {})
+                removal = surgery.Removal(everything, weight[:, columns], readers=follow)
+                answer = self.run(surgery.mask(self.holder, [given], {site.name: removal}))
+            except Exception:
+                continue  # buffers, and whatever a module does not bear: that set is none
+            if agree(answer, self.dense):
+                return parts
+        return ()
 
     def form(self, name: str) -> tuple[int | None, int] | None:
         """Where the one tensor is in what a module returns; None when that is not so simple."""

@@ -20,6 +20,7 @@ from compress.core.fakequant import PRECISIONS
 from compress.cost import FORM, Rows, Table, grid, obtain
 from compress.errors import CompressError
 from compress.export import quantized, runners
+from compress.export.chains import Written, unmeasured
 from compress.export.chains import chain as chain  # part of this module's face
 from compress.ir import Option, Site
 
@@ -140,16 +141,19 @@ def measure(
     return rows
 
 
-def on_processor(threads: int, clock: bench.Clock | None = None) -> Rig:
-    """ONNX chains in onnxruntime on this processor."""
-    return Rig(in_onnxruntime(threads, runners.CPU), clock or clock_for(threads), group_mb=GROUP_MB)
+def on_processor(threads: int, clock: bench.Clock | None = None, written: Written = unmeasured) -> Rig:
+    """ONNX chains in onnxruntime on this processor, blocks in the layouts that `written` chooses."""
+    make = in_onnxruntime(threads, runners.CPU, written)
+    return Rig(make, clock or clock_for(threads), group_mb=GROUP_MB)
 
 
-def in_onnxruntime(threads: int, provider: str) -> Callable[[Site, int, int, str], bench.Runner]:
+def in_onnxruntime(
+    threads: int, provider: str, written: Written = unmeasured
+) -> Callable[[Site, int, int, str], bench.Runner]:
     """What makes a call of an ONNX chain with its products in a form."""
 
     def make(site: Site, units: int, copies: int, form: str) -> bench.Runner:
-        return session(_formed(site, units, copies, form), site, threads, provider)
+        return session(_formed(site, units, copies, form, written), site, threads, provider)
 
     return make
 
@@ -195,13 +199,13 @@ def measure_site(
     return {units: max(ratios[units], 1e-4) * site_ms for units in wanted}
 
 
-def _formed(site: Site, units: int, copies: int, form: str) -> bytes:
+def _formed(site: Site, units: int, copies: int, form: str, written: Written) -> bytes:
     """A chain whose products run in a form; zeros that onnxruntime multiplies like any number need none."""
     option = Option.of(form, units)
     if form in ("dense", "2:4"):
         return chain(site, units, copies)
     if option.precision == "fp32":
-        return chain(site, units, copies, pattern=option.pattern, rank=option.rank)
+        return chain(site, units, copies, pattern=option.pattern, rank=option.rank, choose=written(site))
     return quantized.lower_chain(chain(site, units, copies), PRECISIONS[option.precision])
 
 

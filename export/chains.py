@@ -27,11 +27,17 @@ if TYPE_CHECKING:
 OPSET = 20
 IR_VERSION = 10
 Choose = Callable[[int, int, Blocks], str]  # out, inner and blocks of a product -> one of `sparse.LAYOUTS`
+Written = Callable[[Site], Choose]  # how the products of each site are written
 
 
 def plainest(out: int, inner: int, blocks: Blocks) -> str:
     """The layout that takes blocks of every shape."""
     return "concat"
+
+
+def unmeasured(site: Site) -> Choose:
+    """What writes the products of a site whose layouts were not timed."""
+    return plainest
 
 
 @dataclass

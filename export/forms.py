@@ -8,18 +8,25 @@ import torch
 from compress.core import lowrank
 from compress.core.fakequant import Quantized
 from compress.export import lowering, quantized, sparse
+from compress.export.chains import Choose, Written, unmeasured
 from compress.export.lowering import Lowering
 from compress.ir import Option, Site
 from compress.surgery import Removal, readers
 
 
-def lower(graph: ir.Model, sites: Iterable[Site], removals: Mapping[str, Removal]) -> None:
+def lower(
+    graph: ir.Model,
+    sites: Iterable[Site],
+    removals: Mapping[str, Removal],
+    written: Written = unmeasured,
+) -> None:
     """Write the products of every site in the form that its removal states, in place.
 
     Args:
         graph: as `export.onnx` writes it, of the model shrunk by the same removals.
         sites: those of the original model.
         removals: by site name; those without a form change nothing.
+        written: the layout of a site's products in blocks.
     """
     products: dict[str, Lowering] = {}
     codes: dict[str, Quantized] = {}
@@ -31,14 +38,14 @@ def lower(graph: ir.Model, sites: Iterable[Site], removals: Mapping[str, Removal
         codes |= removal.codes
         if option.pattern.startswith("block:") or option.rank:
             for name in (site.writer, *readers(site)):
-                products[name] = _lowering(graph, name, option, removal)
+                products[name] = _lowering(graph, name, option, removal, written(site))
     if products:
         lowering.lower(graph, products)
     if codes:
         quantized.lower(graph, codes)
 
 
-def _lowering(graph: ir.Model, name: str, option: Option, removal: Removal) -> Lowering:
+def _lowering(graph: ir.Model, name: str, option: Option, removal: Removal, choose: Choose) -> Lowering:
     """How one product of a finished model is written."""
     weight = sparse.values(graph.graph.initializers[name])
     left = right = rest = None
@@ -47,7 +54,8 @@ def _lowering(graph: ir.Model, name: str, option: Option, removal: Removal) -> L
         left, right = (part.numpy() for part in factors)
         if option.pattern != "dense":
             rest = lowrank.apart(torch.from_numpy(weight), *factors).numpy()
-    blocks = None
-    if option.pattern != "dense":
-        blocks = sparse.find(weight if rest is None else rest, *option.block)
-    return Lowering(blocks=blocks, left=left, right=right, sparse=rest)
+    if option.pattern == "dense":
+        return Lowering(left=left, right=right)
+    out, inner = weight.shape
+    blocks = sparse.find(weight if rest is None else rest, *option.block)
+    return Lowering(blocks, choose(out, inner, blocks), left=left, right=right, sparse=rest)

@@ -6,7 +6,7 @@ that a group keeps.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +21,10 @@ from compress.export.blocks import Tick
 from compress.export.chains import IR_VERSION, OPSET, Choose, Graph, plainest
 from compress.export.lowering import Lowering, lower
 from compress.export.sparse import LAYOUTS, Array, Blocks
-from compress.ir import Site
 
-COPIES = 4
+COPIES = 2
 COPIES_MB = 24
-SECONDS = 0.5
+SECONDS = 0.2
 DENSE = "dense"
 
 
@@ -49,6 +48,11 @@ class Shape(NamedTuple):
         fitting = [f for f in LAYOUTS if sparse.fits(f, self.out, self.inner, self.height, self.width)]
         return (DENSE, *fitting)
 
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """Those among which one is chosen: `sum` launches a product a block, and was never the fastest."""
+        return tuple(layout for layout in self.layouts if layout != "sum")
+
 
 def shape_of(rows: int, out: int, inner: int, pattern: str) -> Shape:
     """The shape of a product in a pattern.
@@ -57,21 +61,15 @@ def shape_of(rows: int, out: int, inner: int, pattern: str) -> Shape:
     Shape(rows=32, out=1536, inner=384, height=64, width=32, kept=3)
     """
     height, width, density = sparse.parsed(pattern)
-    return Shape(rows, out, inner, height, width, max(1, round(density * math.ceil(inner / width))))
-
-
-def shapes_of(site: Site, patterns: Iterable[str]) -> list[Shape]:
-    """Every product of a site at its full width, in every pattern."""
-    products = {(m.rows, *m.features(site.units)) for m in site.matmuls}
-    return [shape_of(*product, pattern) for product in sorted(products) for pattern in patterns]
+    return Shape(rows, out, inner, height, width, sparse.quota(density, math.ceil(inner / width)))
 
 
 def table(shapes: Iterable[Shape], threads: int = 1, progress: Tick | None = None) -> Table:
-    """This machine's table with all layouts of the shapes in it; what is known is not timed again."""
+    """This machine's table with all contenders of the shapes in it; what is known is not timed again."""
     wanted: dict[str, set[int]] = {}
     by_key: dict[tuple[str, int], Shape] = {}
     for shape in shapes:
-        for layout in shape.layouts:
+        for layout in shape.contenders:
             wanted.setdefault(shape.key(layout), set()).add(shape.kept)
             by_key[shape.key(layout), shape.kept] = shape
 
@@ -89,15 +87,15 @@ def table(shapes: Iterable[Shape], threads: int = 1, progress: Tick | None = Non
 
 
 def measured(shape: Shape, threads: int = 1, clock: bench.Clock | None = None) -> dict[str, float]:
-    """Milliseconds of one product of this shape, dense and in every layout that fits."""
+    """Milliseconds of one product of this shape, dense and in every layout that may be chosen."""
     bench.check_threads(threads)
     dense_mb = 4e-6 * shape.out * shape.inner
     copies = int(max(1, min(COPIES, COPIES_MB // dense_mb)))
-    runners = [runner(product(shape, layout, copies), shape, threads) for layout in shape.layouts]
+    runners = [runner(product(shape, layout, copies), shape, threads) for layout in shape.contenders]
     times = sites.cycles(runners, SECONDS, clock or sites.clock_for(threads), lambda done, work: None)
     ratios = np.median(times / times[:, :1], axis=0)
     dense_ms = float(np.median(times[:, 0])) / copies
-    return {layout: dense_ms * float(ratio) for layout, ratio in zip(shape.layouts, ratios, strict=True)}
+    return {layout: dense_ms * float(ratio) for layout, ratio in zip(shape.contenders, ratios, strict=True)}
 
 
 def best(found: Table, shape: Shape) -> tuple[str, float]:
@@ -106,7 +104,7 @@ def best(found: Table, shape: Shape) -> tuple[str, float]:
     Raises:
         CompressError: the shape is not in the table.
     """
-    times = {layout: found.rows.get(shape.key(layout), {}).get(shape.kept) for layout in shape.layouts}
+    times = {layout: found.rows.get(shape.key(layout), {}).get(shape.kept) for layout in shape.contenders}
     known = {layout: ms for layout, ms in times.items() if ms is not None}
     dense_ms = known.pop(DENSE, None)
     if dense_ms is None or not known:
@@ -115,12 +113,11 @@ def best(found: Table, shape: Shape) -> tuple[str, float]:
     return layout, dense_ms / known[layout]
 
 
-def chooser(found: Table, shapes: Iterable[Shape]) -> Choose:
+def chooser(known: Mapping[Shape, str]) -> Choose:
     """The fastest layout of any product: that of the timed shape with the same blocks that is nearest.
 
     Products whose blocks were not timed, or do not fit that layout, get the one that takes all shapes.
     """
-    known = {shape: best(found, shape)[0] for shape in shapes}
 
     def choose(out: int, inner: int, blocks: Blocks) -> str:
         def apart(shape: Shape) -> float:

@@ -20,6 +20,7 @@ from compress.cost import Table
 from compress.energy import Meter, Rapl
 from compress.errors import CompressError
 from compress.export import blocks, cuda, modules, products, runners, verify
+from compress.export.chains import Written, unmeasured
 from compress.export.cuda import Change, CudaRunner
 from compress.export.device import TOLERANCES, Nvml
 from compress.export.runners import Array, OrtRunner
@@ -180,10 +181,10 @@ class Place:
             facts["gpu"] = facts.pop("provider")
         return {key: value for key, value in facts.items() if key != "version"}
 
-    def rig(self) -> blocks.Rig:
-        """How chains of single sites are run here."""
+    def rig(self, written: Written = unmeasured) -> blocks.Rig:
+        """How chains of single sites are run here; `written` says how files hold products in blocks."""
         if not self.on_gpu:
-            return blocks.on_processor(self.threads)
+            return blocks.on_processor(self.threads, written=written)
         make = blocks.in_onnxruntime(self.threads, self.provider) if self.by_file else self._chain
         return blocks.Rig(
             make,

@@ -86,6 +86,15 @@ def parsed(pattern: str) -> tuple[int, int, float]:
     return int(found[1]), int(found[2]), float(found[3])
 
 
+def quota(density: float, across: int) -> int:
+    """How many of the blocks across a weight each group keeps: the nearest whole number, halves up.
+
+    >>> quota(0.25, 12), quota(0.5, 5), quota(0.01, 3)
+    (3, 3, 1)
+    """
+    return max(1, math.floor(density * across + 0.5))
+
+
 def find(weight: Array, rows: int, columns: int) -> Blocks:
     """The blocks of a weight [out, in] that are not all zero; a group without any keeps its first.
 
@@ -108,7 +117,7 @@ def random(pattern: str, out: int, inner: int, generator: np.random.Generator) -
     """
     rows, columns, density = parsed(pattern)
     across = math.ceil(inner / columns)
-    count = max(1, round(density * across))
+    count = quota(density, across)
     groups = range(math.ceil(out / rows))
     chosen = (sorted(generator.choice(across, count, replace=False).tolist()) for _ in groups)
     return Blocks(rows, columns, tuple(tuple(row) for row in chosen))

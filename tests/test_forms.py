@@ -100,9 +100,15 @@ def test_integers_stand_for_the_weights_that_are_judged(statistics):
 
 
 @pytest.mark.parametrize(
-    "form", [HALF, "rank:4", "int8-dynamic", "int8-static", "int4", "2:4", "block:4x4@0.5+rank:2"]
+    ("form", "layout"),
+    [
+        *((form, "concat") for form in (HALF, "rank:4", "int8-dynamic", "int8-static", "int4", "2:4")),
+        ("block:4x4@0.5+rank:2", "concat"),
+        (HALF, "conv"),
+        ("block:4x4@0.5+rank:2", "gather"),
+    ],
 )
-def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form):
+def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form, layout):
     """One path for all: candidates, the shrunk model (integers emulated), the rewritten file."""
     task, sites = padded()
     half = {site.name: (forms.levels(site, form, [site.units // 2]) or [None])[0] for site in sites}
@@ -121,7 +127,7 @@ def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form):
         example,
         file,
         output_name="logits",
-        lower=lambda graph: in_files.lower(graph, sites, removals),
+        lower=lambda graph: in_files.lower(graph, sites, removals, lambda site: lambda *product: layout),
     )
     batches = list(task.batches("calibration", 16))
     menus = [(Option(), options[site.name][0]) for site in sites]
@@ -135,6 +141,7 @@ def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form):
                 torch.from_numpy(found), reference(**batch.inputs).logits, atol=1e-4, rtol=1e-4
             )
     operators = {node.op_type for node in load(file).graph.node}
+    assert ("Conv" in operators) == (layout == "conv")
     for precision, operator in (
         ("int8-dynamic", "MatMulInteger"), ("int8-static", "QuantizeLinear"), ("int4", "MatMulNBits"),
     ):  # fmt: skip

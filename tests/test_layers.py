@@ -23,6 +23,7 @@ ROWS = (
     "core.block core.lowrank core.nm core.permute core.sltrain",
     "advice sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
+    "channels",
     "page family quality named trial store cost console export.engine export.seams "
     "export.attention export.cache published export.products export.modules",
     "expand analyze stream images texts devices doctor session merge several export.lowering export.runners",
@@ -31,7 +32,7 @@ ROWS = (
     "forms formed export.blocks export.forms export.cuda",
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",
-    "files",
+    "files patterns",
     "learning stitch anchor matching pat tune",
     "pricing",
     "power",

@@ -6,13 +6,13 @@ from graphs import answers, linear, values
 from onnx import numpy_helper
 
 from compress import cost
+from compress.core import support
 from compress.errors import CompressError
 from compress.export import blocks as sites
 from compress.export import layouts, sparse
 from compress.export.layouts import Shape
 from compress.export.lowering import lower
 from compress.export.sparse import Blocks
-from compress.ir import Matmul, Site
 
 SHAPE = Shape(rows=5, out=8, inner=12, height=4, width=3, kept=2)
 
@@ -31,31 +31,25 @@ def timed(monkeypatch):
 
     def measured(shape, threads):
         asked.append(shape)
-        return {layout: times[layout] * shape.kept for layout in shape.layouts}
+        return {layout: times[layout] * shape.kept for layout in shape.contenders}
 
     monkeypatch.setattr(layouts, "measured", measured)
     return asked
 
 
-def site():
-    up = Matmul(weight="up", rows=5, out=16, inner=12, out_per_unit=1, bias=True)
-    down = Matmul(weight="down", rows=5, out=12, inner=16, inner_per_unit=1, bias=True)
-    return Site(name="f", kind="ffn", units=16, slices=(), matmuls=(up, up, down), writer="down")
-
-
-def test_products_of_a_site_are_listed_once_in_every_pattern():
-    found = layouts.shapes_of(site(), ["block:4x4@0.5", "block:8x3@0.01"])
-    assert set(found) == {
-        Shape(5, 16, 12, 4, 4, 2), Shape(5, 16, 12, 8, 3, 1),
-        Shape(5, 12, 16, 4, 4, 2), Shape(5, 12, 16, 8, 3, 1),
-    }  # fmt: skip
-    assert len(found) == 4
+def test_a_shape_keeps_as_many_blocks_as_the_solver_does():
+    for across in range(1, 14):
+        for density in (0.25, 0.3, 0.5, 1.0):
+            if 2 * density * across >= 1:
+                shape = layouts.shape_of(5, 8, 3 * across, f"block:4x3@{density}")
+                assert shape.kept == support.quota(across, density)
 
 
 def test_only_forms_that_fit_are_timed():
     assert SHAPE.layouts == ("dense", "concat", "gather", "sum", "batched", "conv")
     assert SHAPE._replace(out=9).layouts == ("dense", "concat", "gather", "sum")
     assert SHAPE._replace(inner=13).layouts == ("dense", "concat", "sum")
+    assert SHAPE.contenders == ("dense", "concat", "gather", "batched", "conv")
 
 
 def test_the_fastest_form_is_picked_from_what_was_timed(cache, timed):
@@ -83,7 +77,7 @@ def test_products_share_the_file_of_the_sites_and_leave_their_rows(cache, timed)
     layouts.table([SHAPE])
     whole = cost.obtain(sites.empty_table(1), {"f": [4]}, lambda missing: {})
     assert whole.rows["f"] == {4: 1.0}
-    assert SHAPE.key("sum") in whole.rows
+    assert SHAPE.key("batched") in whole.rows
 
 
 def test_a_shape_that_was_not_timed_is_refused(cache, timed):
@@ -91,15 +85,9 @@ def test_a_shape_that_was_not_timed_is_refused(cache, timed):
         layouts.best(layouts.table([SHAPE]), SHAPE._replace(kept=3))
 
 
-def test_a_product_gets_the_form_of_the_nearest_timed_shape(cache, monkeypatch):
+def test_a_product_gets_the_form_of_the_nearest_timed_shape():
     small, large = SHAPE, Shape(5, 80, 120, 4, 3, 20)
-    winners = {small: "sum", large: "conv"}
-    monkeypatch.setattr(
-        layouts,
-        "measured",
-        lambda shape, threads: {f: 0.1 if f == winners[shape] else 1.0 for f in shape.layouts},
-    )
-    choose = layouts.chooser(layouts.table(winners), winners)
+    choose = layouts.chooser({small: "sum", large: "conv"})
     assert choose(8, 12, Blocks(4, 3, ((0, 1), (1, 2)))) == "sum"
     assert choose(12, 15, Blocks(4, 3, ((0, 1), (1, 2), (0, 3)))) == "sum"
     many = tuple(range(18))
@@ -135,7 +123,7 @@ def test_a_timed_file_holds_its_copies_in_the_form_that_is_named(layout):
 
 
 def test_times_are_those_of_one_product_and_ratios_are_paired(monkeypatch):
-    now, cost_ms = [0.0], {layout: 2.0 + k for k, layout in enumerate(SHAPE.layouts)}
+    now, cost_ms = [0.0], {layout: 2.0 + k for k, layout in enumerate(SHAPE.contenders)}
     monkeypatch.setattr(sites, "CYCLES", (4, 4))
     monkeypatch.setattr(layouts, "product", lambda shape, layout, copies: (layout, copies))
 

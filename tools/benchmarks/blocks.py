@@ -103,7 +103,8 @@ def _whole(
 ) -> list[Row]:
     """One row: the encoder in blocks against the dense file, one sentence of so many tokens."""
     shapes = {layouts.shape_of(tokens, *masked.get_parameter(name).shape, pattern) for name in kept}
-    choose = layouts.chooser(layouts.table(shapes), shapes)
+    timed = layouts.table(shapes)
+    choose = layouts.chooser({shape: layouts.best(timed, shape)[0] for shape in shapes})
     wanted = {
         name: layouts.lowering(masked.get_parameter(name).detach().numpy(), pattern, choose) for name in kept
     }
