@@ -244,6 +244,7 @@ def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs
         wide = job.baseline
         dense_ms = sum(roofline.roofline(s, s.units, profile, threads=threads) for s in wide.sites)
         dense_ms += _outside_ms(wide)
+        whole = Whole(inside_ms=(inside,), whole_ms=(dense_ms,))
         if dense_ms > whole_ms:
             slower = inside * dense_ms / whole_ms
             whole = Whole(inside_ms=(slower, inside), whole_ms=(dense_ms, whole_ms))

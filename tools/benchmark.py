@@ -78,9 +78,9 @@ MOVES: dict[str, dict[str, object]] = {
     "all in one search": {"moves": ["structure", "block", "lowrank", "int8"]},
 }
 FAMILIES: dict[str, dict[str, dict[str, object]]] = {
-    "ZipLM, distilled": {},
-    "magnitude + uniform, distilled": {"options": {"score": "magnitude", "uniform": True}},
-    "ZipLM, labels alone": {"recovery": {"task": 1.0, "logits": 0.0, "hidden": 0.0}},
+    "ZipLM distilled": {},
+    "magnitude + uniform distilled": {"options": {"score": "magnitude", "uniform": True}},
+    "ZipLM labels alone": {"recovery": {"task": 1.0, "logits": 0.0, "hidden": 0.0}},
 }
 
 
