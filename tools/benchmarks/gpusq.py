@@ -138,6 +138,11 @@ def packed_bytes(values: Tensor) -> int:
     return kept.numel() * kept.element_size() + positions.numel() * positions.element_size()
 
 
+def zeros_of(net: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Masks of the zeros that weights have now."""
+    return {name: net.get_parameter(name).detach() == 0 for name in names}
+
+
 def pruned(task: Pictures, names: Sequence[str]) -> nn.Module:
     """A copy at 2:4, each layer solved for what it reads in the model."""
     seen = quantize.observe(task, names, task.known[:OBSERVED])
@@ -188,7 +193,7 @@ class Stages:
         """The 2:4 model taught by the dense one, and how much each late layer counts from now on."""
         made = copy.deepcopy(sparse)
         lesson = self.lesson(self.dense, wanted.model_copy(update={"rate": RATES[0]}), self.folder / "dense")
-        tune.tune(tune.Run(made, lesson, zeros=tune.zeros_of(made, self.names)), lambda _: 0.0)
+        tune.tune(tune.Run(made, lesson, zeros=zeros_of(made, self.names)), lambda _: 0.0)
         return made, distill.aware(lesson.apart(made))
 
     def quantize(self, sparse: nn.Module, wanted: Recovery, factors: tuple[float, ...]) -> nn.Module:
@@ -196,7 +201,7 @@ class Stages:
         made = rounded(Pictures(sparse, self.known), self.names, learn=True)
         wanted = wanted.model_copy(update={"rate": RATES[1], "cache_mb": 0})
         lesson = self.lesson(sparse, wanted, self.folder / "sparse")
-        run = tune.Run(made, lesson, zeros=tune.zeros_of(sparse, self.names))
+        run = tune.Run(made, lesson, zeros=zeros_of(sparse, self.names))
         run.state = run.state.model_copy(update={"factors": factors})
         tune.tune(run, lambda _: 0.0)
         return made
