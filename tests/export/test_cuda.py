@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from compress import bench, profiles
 from compress.errors import CompressError
@@ -127,7 +128,10 @@ def test_a_token_after_a_prompt_is_timed_with_its_cache_held(monkeypatch):
         call = found.timed_step(inputs)
         found.model.register_forward_pre_hook(
             lambda model, args, kwargs: seen.append(
-                (kwargs["input_ids"].shape[1], kwargs["past_key_values"].get_seq_length())
+                (
+                    kwargs["input_ids"].shape[1],
+                    next(v for v in kwargs.values() if isinstance(v, Cache)).get_seq_length(),
+                )
             ),
             with_kwargs=True,
         )
