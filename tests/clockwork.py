@@ -6,7 +6,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compress import bench
 from compress.export import blocks
 
-PRODUCTS = {"mm": 1.0, "addmm": 1.0, "bmm": 1.0, "_scaled_mm": 0.25, "_int_mm": 0.4}
+PRODUCTS = {
+    "mm": 1.0,
+    "addmm": 1.0,
+    "bmm": 1.0,
+    "linear": 1.0,
+    "matmul": 1.0,
+    "_scaled_mm": 0.25,
+    "_int_mm": 0.4,
+}
 PER_MULTIPLICATION_MS = 1e-5
 PER_NUMBER_MS = 1e-6
 
