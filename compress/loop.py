@@ -19,6 +19,7 @@ from compress.search import Choices, Menu, UnreachableError
 
 WINDOW = 1.05
 PATIENT = 3  # turns after which a plan that is faster than the window asks for will do
+LEAST = 1e-3  # of the dense model's time: beyond the known points, lines may come to nothing
 AIM = 1.022  # where in the window to aim: a timer's noise on either side stays inside
 Progress = Callable[[int, int], None]
 
@@ -82,7 +83,8 @@ class Menus:
 
     def latency_ms(self, choices: Choices) -> float:
         """Predicted time of the whole model."""
-        return self.whole.latency_ms(search.total(self.prior, choices)[0])
+        found = self.whole.latency_ms(search.total(self.prior, choices)[0])
+        return max(found, LEAST * self.whole.dense_ms)
 
     @property
     def dense(self) -> Choices:

@@ -207,7 +207,8 @@ def places(model: nn.Module, site: Site, removal: Removal, *, masked: bool) -> d
 def _spread(codes: Quantized, stay: Tensor, model: nn.Module, name: str) -> Quantized:
     """The codes of kept outputs among those of all, which are zero."""
     out = len(model.get_parameter(name))
-    whole = codes.codes.new_zeros(out, codes.codes.shape[1]).index_copy_(0, stay, codes.codes)
+    kept = codes.codes.view(torch.uint8)  # torch moves no rows of fp8
+    whole = kept.new_zeros(out, kept.shape[1]).index_copy_(0, stay, kept).view(codes.codes.dtype)
     step = codes.step.new_ones(out, codes.step.shape[1]).index_copy_(0, stay, codes.step)
     return replace(codes, codes=whole, step=step)
 

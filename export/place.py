@@ -144,7 +144,7 @@ class Place:
         logits: Callable[[object], Tensor],
         batches: Sequence[dict[str, Array]],
         *,
-        rounded: bool,
+        rounding: float,
     ) -> list[str]:
         """How far what is timed on a GPU is from float32, as a note; of a processor, others say that.
 
@@ -153,14 +153,14 @@ class Place:
             runner: the same at this place.
             logits: picks the output that carries the quality.
             batches: inputs.
-            rounded: whether products in low precision are among them.
+            rounding: how far products in low precision may move answers, of the largest one; 0 without any.
 
         Raises:
             CompressError: they disagree by more than the precision explains.
         """
         if not self.on_gpu:
             return []
-        allowed = max(TOLERANCES[self.precision], TOLERANCES["int8"] if rounded else 0.0)
+        allowed = max(TOLERANCES[self.precision], rounding)
         name = next(iter(runner.infer(batches[0])))
         with runners.TorchRunner(expected, logits, name) as reference:
             found = verify.parity(reference, runner, batches, relative=allowed)

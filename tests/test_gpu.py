@@ -9,7 +9,7 @@ import clockwork
 import pytest
 
 from compress import job
-from compress.cost import Table
+from compress.cost import FORM, Table
 
 TOOLS = Path(__file__).parent.parent / "tools"
 WORDS = ("--device", "cpu", "--quick", "--target", "v100", "--precision", "fp32", "--speedup", "1.2")
@@ -54,8 +54,8 @@ def test_every_part_runs_and_leaves_its_figures(script, tmp_path):
     assert (table.runtime, table.precision) == ("torch-cpu", "fp32")
     shapes = {shape for row in found["tables"] for shape in row["shapes"]}
     assert len(shapes) == 4  # heads and feed-forward of both models
-    assert {key for key in table.rows if " as " not in key} == shapes
-    assert {key.partition(" as ")[2] for key in table.rows} == {"", "block:64x64@0.5", "block:64x64@0.25"}
+    assert {key for key in table.rows if FORM not in key} == shapes
+    assert {key.partition(FORM)[2] for key in table.rows} == {"", "block:64x64@0.5", "block:64x64@0.25"}
     assert all(row["untimed"] == [] for row in found["tables"])
     assert all(ms > 0 for row in table.rows.values() for ms in row.values())
     for row in found["layers"]:

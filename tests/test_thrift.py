@@ -211,7 +211,7 @@ def test_where_a_counter_exists_plans_are_metered_and_the_verdict_is_the_counter
     monkeypatch.setattr(Place, "meter", lambda self: Counter())
     monkeypatch.setattr(energy_module, "measure_energy", partial(energy_module.measure_energy, seconds=0.3))
     dense = dense_mj(tmp_path / "a", "cpu")
-    found = pipeline.run(request(tmp_path / "b", "cpu", {"energy_mj": 0.75 * dense}), Quiet())
+    found = pipeline.run(request(tmp_path / "a", "cpu", {"energy_mj": 0.75 * dense}), Quiet())
     assert found.compressed.energy_source == found.baseline.energy_source == "measured"
     kept = found.compressed.energy_mj <= 0.75 * dense
     # How much a plan of microseconds draws is the machine's to say; that the verdict repeats it is ours.

@@ -15,17 +15,19 @@ after every part, so that what was done is never lost. It has the form of a ship
 import argparse
 import contextlib
 import copy
+import inspect
 import itertools
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -38,6 +40,7 @@ from compress.export import blocks, cuda, onnx, place, products, runners
 from compress.export.cache import IDS, MASK
 from compress.export.cuda import CudaRunner
 from compress.export.device import Nvml
+from compress.modeling import CACHES
 from compress.pricing import FORM_LEVELS
 from compress.surgery import Removal
 from compress.task import Batch, Task
@@ -438,6 +441,11 @@ def files(options: argparse.Namespace, _: dict) -> list[dict]:
     return rows
 
 
+def _cache(answer: Mapping[str, Any]) -> Any:
+    """The key-value cache in an answer, whatever this version of transformers calls it."""
+    return next(answer[name] for name in CACHES if name in answer)
+
+
 def decoded(
     model: nn.Module, batch: int, context: int, steps: int, options: argparse.Namespace
 ) -> dict[str, object]:
@@ -449,12 +457,13 @@ def decoded(
         model(input_ids=ids[:, :8], use_cache=True)
         cuda.wait(options.device)
         began = time.perf_counter()
-        past = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        past = _cache(model(input_ids=ids, use_cache=True, logits_to_keep=1))
         cuda.wait(options.device)
         first_ms = 1e3 * (time.perf_counter() - began)
         began = time.perf_counter()
+        name = next(name for name in CACHES if name in inspect.signature(model.forward).parameters)
         for _ in range(steps):
-            past = model(input_ids=ids[:, :1], past_key_values=past, use_cache=True).past_key_values
+            past = _cache(model(input_ids=ids[:, :1], use_cache=True, **{name: past}))
         cuda.wait(options.device)
         token_ms = 1e3 * (time.perf_counter() - began) / steps
     cache = sum(part.nbytes for layer in past.layers for part in (layer.keys, layer.values))

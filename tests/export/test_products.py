@@ -199,6 +199,7 @@ def test_elementwise_work_stays_as_it_is_without_triton(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what torch deprecates
 def test_fused_work_computes_what_plain_work_does(monkeypatch):
     """Compiled for a processor: that it is traced whole and changes nothing is all that is shown here."""
     products.fused.cache_clear()

@@ -178,7 +178,7 @@ def test_a_whole_model_agrees_on_padded_batches(precision, tmp_path):
     places = {}
     for name, layer in zip(names, layers.values(), strict=True):
         histogram = seen[name].histogram
-        span = (histogram.low, histogram.high) if precision == "int8-static" else None
+        span = (histogram.low, histogram.high) if precision in ("int8-static", "fp8") else None
         places[name], _ = quantize.round_linear(
             layer, precision, seen[name].second, seen[name].mean, span=span
         )
