@@ -23,6 +23,7 @@ FORMS = (
     *("block:4x4@0.5", "2:4", "rank:4", BOTH, "int8-dynamic", "int8-static", "int4"),
     "2:4+int8-dynamic",
 )
+QUICK = ("block:4x4@0.5", "int8-dynamic")
 
 
 class Bare(Padded):
@@ -94,7 +95,9 @@ def test_before_anything_is_learned_nothing_changes(candidates, form):
     assert not any(isinstance(layer, (FactoredLinear, quantize.QuantizedLinear)) for layer in model.modules())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 def test_what_is_tuned_is_what_the_file_computes(candidates, tmp_path, form):
     task, sites = padded()
     model, removals = candidates(form)

@@ -200,7 +200,14 @@ def test_chains_of_a_site_are_timed_in_torch(site):
     assert all(ms > 0 for ms in rows[site.shape].values())
 
 
-@pytest.mark.parametrize("form", ["fp8", "int8-dynamic", "2:4", "block:64x64@0.5", "rank:8"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "fp8",
+        "rank:8",
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ("int8-dynamic", "2:4", "block:64x64@0.5")),
+    ],
+)
 def test_chains_of_a_form_are_timed_in_torch_where_it_fits(form):
     _, sites = wide()
     for site in sites[:2]:
