@@ -11,6 +11,8 @@ from compress.core.units import index_of
 from compress.recipe import Recovery
 from compress.surgery import Removal
 
+pytestmark = pytest.mark.slow
+
 UNITS = 16
 WANTED = Recovery(mode="fast", epochs=25, batch=2, rate=3e-3)
 

@@ -18,6 +18,8 @@ from compress.recipe import Recipe
 from compress.surgery import Removal
 from compress.task import Batch
 
+pytestmark = pytest.mark.slow
+
 MIXED = "block:4x4@0.5+rank:2"
 
 

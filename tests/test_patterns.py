@@ -20,6 +20,8 @@ from compress.export.place import Place
 from compress.ir import Matmul, Site, Slice
 from compress.patterns import Fastest, Offer, Patterns
 
+pytestmark = pytest.mark.slow
+
 SPEEDS = {"dense": 1.0, "concat": 1.5, "gather": 1.6, "batched": 1.7, "conv": 1.8}
 
 
