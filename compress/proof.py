@@ -96,7 +96,7 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
             reference,
             runner,
             verify.padded_examples(job.task.example, job.recipe.shapes.tokens),
-            relative=_allowed(model),
+            relative=verify.ROUNDED if rounded else verify.TOLERANCE,
         )
         if rounded or not job.decodes:
             return Parity(**found.model_dump())
@@ -116,17 +116,9 @@ def _agreement(job: Job, expected: nn.Module, model: nn.Module, file: Path) -> l
         return []
     examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
     with files.opened(job, job.place, model, file) as runner:
-        fp8 = _allowed(expected) == verify.ROUNDED_FP8
-        rounding = verify.ROUNDED_FP8 if fp8 else TOLERANCES["int8"] if _rounded(expected) else 0.0
+        layers = [module for module in expected.modules() if isinstance(module, quantize.QuantizedLinear)]
+        rounding = max((TOLERANCES[layer.precision.partition("-")[0]] for layer in layers), default=0.0)
         return job.place.agreement(expected, runner, job.task.logits, examples, rounding=rounding)
-
-
-def _allowed(model: nn.Module) -> float:
-    """How far answers may differ, of the largest one."""
-    layers = [module for module in model.modules() if isinstance(module, quantize.QuantizedLinear)]
-    if any(layer.precision == "fp8" for layer in layers):
-        return verify.ROUNDED_FP8
-    return verify.ROUNDED if layers else verify.TOLERANCE
 
 
 def _rounded(model: nn.Module) -> bool:

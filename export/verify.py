@@ -15,8 +15,6 @@ Arrays = dict[str, Array]
 TOLERANCE = 1e-4
 # On integers a value between two bytes may be rounded to the other one, which moves what follows.
 ROUNDED = 3e-2
-# A step of fp8 is an eighth of the number; one of int8 is at most 1/127 of the largest.
-ROUNDED_FP8 = 1.2e-1
 
 
 class Agreement(Document):
