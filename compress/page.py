@@ -25,6 +25,7 @@ from compress.report import (
     Report,
     device,
     found,
+    precision,
     quality,
     verdict_line,
 )
@@ -138,7 +139,7 @@ def _view(report: Report) -> dict[str, object]:
         "report": report,
         "line": verdict_line(report).replace("->", "→"),
         "status": WORDS[report.verdict.status],
-        "device": device(report.target),
+        "device": device(report.target, precision(report.target, report.sites)),
         "quality": quality(report).replace("->", "→"),
         "headlines": _headlines(report),
         "rows": rows(report),
@@ -304,7 +305,7 @@ def _site_rows(report: Report) -> list[SiteRow]:
         times = [f"{digits(ms)}{word}" for ms in (site.dense_latency_ms, site.latency_ms)]
         extras = [site.option.pattern, site.option.precision]
         extras += [f"rank {site.option.rank}"] if site.option.rank else []
-        moves = [extra for extra in extras if extra not in ("dense", report.target.precision)]
+        moves = [extra for extra in extras if extra not in ("dense", "fp32")]
         what = ", ".join([charts.kept(site.option), *moves])
         table.append(SiteRow(site.name, site.kind, what, digits(site.error), *times))
     return table
