@@ -18,6 +18,7 @@ from compress import charts
 from compress.advice import next_step, ruin
 from compress.artifact import write_text
 from compress.errors import CompressError
+from compress.ir import Half
 from compress.report import (
     Engine,
     Fact,
@@ -199,6 +200,7 @@ def rows(report: Report) -> list[Row]:
         Row("parameters", f"{dense.parameters:,}", f"{now.parameters:,}", count),
         Row("weights", *_change(dense.weight_bytes / 1e6, now.weight_bytes / 1e6, "MB")),
         *([] if now.file_bytes is None else [_file_row(dense.file_bytes, now.file_bytes)]),
+        *([] if report.half is None else [_half_row(report.half)]),
         *([] if now.energy_mj is None else [_source_row("energy", dense, now, "energy_mj", "mJ")]),
         *([] if now.power_w is None else [_source_row("power", dense, now, "power_w", "W")]),
     ]
@@ -282,6 +284,12 @@ def _file_row(before: int | None, after: int) -> Row:
     if before is None:
         return Row("file", NONE, f"{digits(after / 1e6)} MB", "")
     return Row("file", *_change(before / 1e6, after / 1e6, "MB"))
+
+
+def _half_row(half: Half) -> Row:
+    """The file in fp16 that was made of the one that ships, and how far its answers are from that."""
+    of = f"{half.halved} of {half.halved + len(half.kept)} products, answers within {half.distance:.1e}"
+    return Row("file in fp16", "", f"{digits(half.file_bytes / 1e6)} MB", of)
 
 
 def _source_row(label: str, dense: Figures, now: Figures, field: str, unit: str) -> Row:

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from compress.errors import CompressError
-from compress.ir import SCHEMA_VERSION, Budget, Document, Kind, Latency, Source, Width
+from compress.ir import SCHEMA_VERSION, Budget, Document, Half, Kind, Latency, Source, Width
 from compress.recipe import Phase, explain
 from compress.wording import amount, exact, runs_in, score_text
 
@@ -227,6 +227,7 @@ class Report(Document):
     waterfall: tuple[Step, ...] = ()
     phases: Phases | None = None
     engine: Engine | None = None
+    half: Half | None = None
     fixed_ms: float | None = None
     attribution: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
