@@ -36,7 +36,9 @@ class Options(Document):
     target is never chosen.
     `score` chooses how units are ranked and whether the writer is refitted ("obs" is ZipLM; the
     others are baselines without a refit). `units` fixes the fractions kept instead of the measured
-    staircase. `uniform` gives every site the same fraction, the baseline of the search. `widths` are the
+    staircase. `blocks` chooses how blocks of zeros are ranked: "obs" removes them one at a time with
+    compensation, "fisher" is LPViT's saliency, from each sample's own gradient; both refit what stays.
+    `uniform` gives every site the same fraction, the baseline of the search. `widths` are the
     fractions of the hidden width that the move "width" tries.
     """
 
@@ -44,6 +46,7 @@ class Options(Document):
     widths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.875, 0.75, 0.625, 0.5)
     kinds: tuple[Literal["heads", "ffn"], ...] = ("heads", "ffn")
     score: Literal["obs", "magnitude", "wanda", "taylor"] = "obs"
+    blocks: Literal["obs", "fisher"] = "obs"
     units: tuple[float, ...] | None = None
     uniform: bool = False
     drop: bool = True

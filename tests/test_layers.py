@@ -29,7 +29,7 @@ ROWS = (
     "expand analyze stream images texts devices doctor session merge several export.lowering export.runners",
     "task export.onnx export.chains export.finished export.tensorrt export.decode",
     "calibrate export.quantized export.verify export.ort export.decoder",
-    "forms formed export.blocks export.forms export.cuda",
+    "forms formed saliency export.blocks export.forms export.cuda",
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",
     "files patterns",
