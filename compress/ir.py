@@ -344,6 +344,22 @@ class Width(Document):
     why: str = ""
 
 
+class Offer(Document):
+    """One form that a site could have had, "structure" for units removed, and what came of it.
+
+    `speedup` is that of the whole site in the form, where it has one. `units` and `loss` are of what loses
+    least there without taking longer than what was chosen, where anything does: the loss is the divergence
+    of the model from the dense one with this site alone changed so.
+    """
+
+    form: str
+    speedup: float | None = None
+    units: int | None = None
+    loss: float | None = None
+    chosen: bool = False
+    why: str
+
+
 class Plan(Document):
     """The decision: one option for every site; small enough to read, edit, commit and replay."""
 

@@ -283,10 +283,14 @@ def out_of_reach(menus: Menus, asked: float, dense_ms: float, timing: Timing | N
             if own == kind
         )
         moves.append(f"{kind} {saved:.2f} ms")
+    best = int(reach * 19) / 20
+    less = "Allow more with --moves"
+    if best > 1:
+        less = f"Ask for --speedup {best:.2f}x or less (--latency-ms {dense_ms / best:.3g} or more)"
     return OutOfReachError(
-        f"{asked:.2f}x is out of reach: the fastest plan there is reaches {reach:.2f}x ({how}).\n"
+        f"{asked:.2f}x ({dense_ms / asked:.3g} ms) is out of reach: the fastest plan there is reaches "
+        f"{reach:.2f}x ({dense_ms / reach:.3g} ms, {how}).\n"
         f"  The dense model takes {dense_ms:.2f} ms, of which {menus.whole.fixed_ms:.2f} ms lie outside "
         f"every site; removing everything else would save {', '.join(moves) or 'nothing'}.\n"
-        f"  Ask for --speedup {max(1.05, int(reach * 19) / 20):.2f}x or less, or price larger inputs "
-        "with --tokens or --batch."
+        f"  {less}, or price larger inputs with --tokens or --batch."
     )

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from compress.errors import CompressError
-from compress.ir import SCHEMA_VERSION, Budget, Document, Kind, Latency, Source, Width
+from compress.ir import SCHEMA_VERSION, Budget, Document, Kind, Latency, Offer, Source, Width
 from compress.recipe import Phase, explain
 from compress.wording import amount, exact, score_text
 
@@ -150,7 +150,10 @@ class Chosen(Document):
 
 
 class SiteReport(Document):
-    """One site: what was done to it, what that damaged, what it costs now and did before."""
+    """One site: what was done to it, what that damaged, what it costs now and did before.
+
+    `offers` are all forms that were looked at for it.
+    """
 
     name: str
     kind: Kind
@@ -159,6 +162,7 @@ class SiteReport(Document):
     latency_ms: float = Field(ge=0)
     dense_latency_ms: float = Field(ge=0)
     source: Source
+    offers: tuple[Offer, ...] = ()
 
 
 class Round(Document):
