@@ -14,13 +14,12 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from compress import charts
+from compress import charts, offers
 from compress.advice import next_step, ruin
 from compress.artifact import write_text
 from compress.errors import CompressError
-from compress.ir import Half
+from compress.ir import Engine, Half
 from compress.report import (
-    Engine,
     Fact,
     Figures,
     Report,
@@ -145,6 +144,7 @@ def _view(report: Report) -> dict[str, object]:
         "headlines": _headlines(report),
         "rows": rows(report),
         "sites": _site_rows(report),
+        "offers": offers.table(report),
         "guessed": any(site.source == "estimated" for site in report.sites),
         "notes": notes(report),
         "limits": limits(report),

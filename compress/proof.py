@@ -217,6 +217,7 @@ def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[Sit
                 latency_ms=costs.latency_ms(site, option),
                 dense_latency_ms=costs.latency_ms(site, Option()),
                 source=costs.source,
+                offers=attribution.offers(costs, menus, turn, site),
             )
         )
     return tuple(found)

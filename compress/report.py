@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from compress.errors import CompressError
-from compress.ir import SCHEMA_VERSION, Budget, Document, Half, Kind, Latency, Source, Width
+from compress.ir import SCHEMA_VERSION, Budget, Document, Engine, Half, Kind, Latency, Offer, Source, Width
 from compress.recipe import Phase, explain
 from compress.wording import amount, exact, runs_in, score_text
 
@@ -68,16 +68,6 @@ class Phases(Document):
     compressed: PhaseTimes
     ttft: Measured
     per_token: Measured
-
-
-class Engine(Document):
-    """A TensorRT engine of the file: layers that 2:4 kernels were possible for, and that run with them."""
-
-    device: str
-    tensorrt: str
-    sparse: bool
-    eligible: tuple[str, ...] = ()
-    picked: tuple[str, ...] = ()
 
 
 class Predicted(Document):
@@ -151,7 +141,10 @@ class Chosen(Document):
 
 
 class SiteReport(Document):
-    """One site: what was done to it, what that damaged, what it costs now and did before."""
+    """One site: what was done to it, what that damaged, what it costs now and did before.
+
+    `offers` are all forms that were looked at for it.
+    """
 
     name: str
     kind: Kind
@@ -160,6 +153,7 @@ class SiteReport(Document):
     latency_ms: float = Field(ge=0)
     dense_latency_ms: float = Field(ge=0)
     source: Source
+    offers: tuple[Offer, ...] = ()
 
 
 class Round(Document):

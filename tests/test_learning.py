@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -195,6 +196,28 @@ def test_learning_through_the_form_brings_answers_nearer_without_labels(candidat
     ]
     assert all(not torch.equal(found.step, other.step) for found, other in pairs)
     assert len(pairs) == 0 or any(not torch.equal(found.codes, other.codes) for found, other in pairs)
+
+
+def test_another_step_factor_or_form_is_another_start(candidates):
+    """What was learned from other codes or factors must never be taken up again."""
+    changes = {"int8-static": ("step", "input_step"), "rank:4": ("left", "right")}
+    for form, parts in changes.items():
+        _, removals = candidates(form)
+        known = [learning.fingerprint(removals)]
+        name, one = next(iter(removals.items()))
+        for part in parts:
+            if form == "rank:4":
+                key, (left, right) = next(iter(one.factors.items()))
+                pair = (2 * left, right) if part == "left" else (left, 2 * right)
+                other = dataclasses.replace(one, factors={**one.factors, key: pair})
+            else:
+                key, codes = next(iter(one.codes.items()))
+                changed = dataclasses.replace(codes, **{part: 2 * getattr(codes, part)})
+                other = dataclasses.replace(one, codes={**one.codes, key: changed})
+            known.append(learning.fingerprint({**removals, name: other}))
+        known.append(learning.fingerprint({**removals, name: dataclasses.replace(one, form="dense")}))
+        assert all(first != second for first, second in itertools.combinations(known, 2))
+        assert known[0] == learning.fingerprint(copy.deepcopy(removals))
 
 
 def test_a_layer_that_stores_its_weight_the_other_way_round_is_factored_as_it_stands():
