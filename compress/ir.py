@@ -360,6 +360,21 @@ class Offer(Document):
     why: str
 
 
+class Half(Document):
+    """The file in half precision that was made of the one that ships.
+
+    `halved` counts its products in float16, `kept` names those in float32. Its answers are at most `distance`
+    away from those of the file that ships, in units of the largest one; `tolerance` is what was allowed.
+    """
+
+    weight_bytes: int = Field(ge=0)
+    file_bytes: int = Field(ge=0)
+    halved: int = Field(ge=0)
+    kept: tuple[str, ...] = ()
+    distance: float = Field(ge=0)
+    tolerance: float = Field(gt=0)
+
+
 class Plan(Document):
     """The decision: one option for every site; small enough to read, edit, commit and replay."""
 
