@@ -19,8 +19,9 @@ from compress.advice import next_step, ruin
 from compress.answer import device, quality, verdict_line
 from compress.artifact import write_text
 from compress.errors import CompressError
+from compress.ir import Engine
 from compress.quantities import NONE
-from compress.report import Engine, Fact, Report, found, precision
+from compress.report import Fact, Report, found, precision
 from compress.svg import PALETTE, Chart
 from compress.wording import amount, digits, exact, lost, score_text
 

@@ -12,17 +12,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from compress.errors import CompressError
-from compress.ir import (
-    SCHEMA_VERSION,
-    Budget,
-    Document,
-    Half,
-    Kind,
-    Latency,
-    Offer,
-    Source,
-    Width,
-)
+from compress.ir import SCHEMA_VERSION, Budget, Document, Engine, Half, Kind, Latency, Offer, Source, Width
 from compress.recipe import Phase, explain
 from compress.wording import runs_in
 
@@ -78,16 +68,6 @@ class Phases(Document):
     compressed: PhaseTimes
     ttft: Measured
     per_token: Measured
-
-
-class Engine(Document):
-    """A TensorRT engine of the file: layers that 2:4 kernels were possible for, and that run with them."""
-
-    device: str
-    tensorrt: str
-    sparse: bool
-    eligible: tuple[str, ...] = ()
-    picked: tuple[str, ...] = ()
 
 
 class Predicted(Document):

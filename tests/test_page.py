@@ -8,8 +8,8 @@ from reports import CPU, TIMED, latency, matches, report, whole
 
 from compress import charts, page, quantities
 from compress.errors import CompressError
-from compress.ir import Budget
-from compress.report import Engine, Figures, Measured, Parity, Phases, PhaseTimes, Predicted, SiteReport, read
+from compress.ir import Budget, Engine
+from compress.report import Figures, Measured, Parity, Phases, PhaseTimes, Predicted, SiteReport, read
 
 EVIL = "<script>alert(1)</script>\"'|`[x](javascript:y)"
 AWAY = Predicted(speedup=3.17, latency_ms=77.7, baseline_latency_ms=246.3, energy_mj=88.8, power_w=66.6)
