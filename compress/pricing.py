@@ -187,13 +187,13 @@ def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, sou
     gains: dict[str, dict[str, float]] = {}
     for site in job.sites:
         plain = alone[site.name]["dense"]
-        known = sorted(plain.items())
+        known, times = zip(*sorted(plain.items()), strict=True)
         kept = {"dense": cost.thin({units: ms * factor for units, ms in plain.items()})}
         gains[site.name] = {}
         for form, row in alone[site.name].items():
             if form == "dense" or not row:
                 continue
-            against = dict(zip(row, np.interp(list(row), *zip(*known, strict=True)).tolist(), strict=True))
+            against = {units: float(np.interp(units, known, times)) for units in row}
             gains[site.name][form] = against[max(row)] / row[max(row)]
             paying = {
                 units: ms * factor
