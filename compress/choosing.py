@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from compress import artifact, calibrate, cost, database, loop, search
+from compress import artifact, calibrate, cost, database, loop, saliency, search
 from compress.database import Errors
 from compress.forms import STATIC
 from compress.ir import Document, Option, Plan
@@ -48,6 +49,7 @@ def candidates(job: Job, costs: Costs) -> Errors:
         site.name: [option for option in costs.options(site) if option != Option()] for site in job.sites
     }
     key = artifact.digest(job.key, wanted_options)
+    felt = _saliency(job, costs)
     with job.stages("candidates") as tick:
         return database.build(
             job.task.model,
@@ -57,8 +59,25 @@ def candidates(job: Job, costs: Costs) -> Errors:
             artifact.folder(job.folder / "candidates", key),
             score=job.recipe.options.score,
             damping=wanted.damping,
+            felt=felt,
             progress=tick,
         )
+
+
+def _saliency(job: Job, costs: Costs) -> Path | None:
+    """Where the effects of all tiles lie, if there are blocks to be ranked by them."""
+    options = [Option.of(form, None) for site in job.sites for form in costs.rows[site.name]]
+    shapes = [one.block for one in options if one.pattern.startswith("block:") and not one.rank]
+    if job.recipe.options.blocks != "fisher" or not shapes:
+        return None
+    tile = math.gcd(*(rows for rows, _ in shapes)), math.gcd(*(columns for _, columns in shapes))
+    directory = artifact.folder(job.folder / "saliency", artifact.digest(job.key, tile))
+    memory_mb = job.recipe.calibration.memory_mb
+    with job.stages("saliency") as tick:
+        saliency.collect(
+            job.task, job.sites, job.calibration, directory, tile, memory_mb=memory_mb, progress=tick
+        )
+    return directory
 
 
 def menus_of(job: Job, costs: Costs, errors: Errors) -> Menus:

@@ -344,6 +344,31 @@ class Width(Document):
     why: str = ""
 
 
+class Engine(Document):
+    """A TensorRT engine of the file: layers that 2:4 kernels were possible for, and that run with them."""
+
+    device: str
+    tensorrt: str
+    sparse: bool
+    eligible: tuple[str, ...] = ()
+    picked: tuple[str, ...] = ()
+
+
+class Half(Document):
+    """The file in half precision that was made of the one that ships.
+
+    `halved` counts its products in float16, `kept` names those in float32. Its answers are at most `distance`
+    away from those of the file that ships, in units of the largest one; `tolerance` is what was allowed.
+    """
+
+    weight_bytes: int = Field(ge=0)
+    file_bytes: int = Field(ge=0)
+    halved: int = Field(ge=0)
+    kept: tuple[str, ...] = ()
+    distance: float = Field(ge=0)
+    tolerance: float = Field(gt=0)
+
+
 class Offer(Document):
     """One form that a site could have had, "structure" for units removed, and what came of it.
 

@@ -37,7 +37,9 @@ class Options(Document):
     target is never chosen.
     `score` chooses how units are ranked and whether the writer is refitted ("obs" is ZipLM; the
     others are baselines without a refit). `units` fixes the fractions kept instead of the measured
-    staircase. `uniform` gives every site the same fraction, the baseline of the search. `widths` are the
+    staircase. `blocks` chooses how blocks of zeros are ranked: "obs" removes them one at a time with
+    compensation, "fisher" is LPViT's saliency, from each sample's own gradient; both refit what stays.
+    `uniform` gives every site the same fraction, the baseline of the search. `widths` are the
     fractions of the hidden width that the move "width" tries.
     """
 
@@ -45,6 +47,7 @@ class Options(Document):
     widths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.875, 0.75, 0.625, 0.5)
     kinds: tuple[Literal["heads", "ffn"], ...] = ("heads", "ffn")
     score: Literal["obs", "magnitude", "wanda", "taylor"] = "obs"
+    blocks: Literal["obs", "fisher"] = "obs"
     units: tuple[float, ...] | None = None
     uniform: bool = False
     drop: bool = True
@@ -72,7 +75,8 @@ class Search(Document):
 class Recovery(Document):
     """How quality is won back after pruning, by distilling from the dense model; time does not change.
 
-    What a plan runs on integers or as factors learns in that form: through rounding, as factors.
+    What a plan runs on integers or as factors learns in that form: through rounding, as factors. Where
+    it also removes something, it learns in floats first, and its floats are the teacher then (`staged`).
     `mode` "fast" tunes for one course of `epochs`; "full" goes on with further courses, each from the
     best weights so far, until one no longer raises the score on the validation split, `courses` at most.
     `task`, `logits`, `hidden` and `ranking` (embeddings only) weigh the losses; labels are used where
@@ -99,6 +103,7 @@ class Recovery(Document):
     features: float = Field(default=0.0, ge=0)
     late: float = Field(default=1 / 3, gt=0, le=1)
     gated: bool = True
+    staged: bool = True
     validation: int = Field(default=4096, ge=1)
     cache_mb: int = Field(default=1024, ge=0)
     checkpoint_s: float = Field(default=60.0, ge=0)
