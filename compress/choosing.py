@@ -191,27 +191,36 @@ def choose_by_size(job: Job, costs: Costs, menus: Menus, judge: Stitched) -> Rou
     Raises:
         OutOfReachError: even the smallest plan is larger.
     """
-    sized = tuple(
-        Menu(np.array([cost.weight_bytes(site, option, FLOAT) / 1e6 for option in options]), menu.error)
-        for site, options, menu in zip(job.sites, menus.options, menus.scaled, strict=True)
-    )
-    dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
-    inside_mb = sum(float(menu.cost.max()) for menu in sized)
-    limit_mb = job.recipe.budget.value - (dense_mb - inside_mb)
-    try:
-        choices, loss = within(job, sized, limit_mb, judge)
-    except search.UnreachableError as error:
-        raise OutOfReachError(
-            f"--size-mb {job.recipe.budget.value:g} is out of reach: {dense_mb - inside_mb:.1f} MB of "
-            f"{dense_mb:.1f} MB lie outside every site (embeddings, head); the smallest plan has "
-            f"{dense_mb - inside_mb + error.least:.1f} MB"
-        ) from error
+    choices, loss = within(job, *sized(job, menus), judge)
     return Round(
         limit_ms=costs.dense_ms,
         predicted_ms=menus.latency_ms(choices),
         choices=menus.named(choices),
         loss=loss,
     )
+
+
+def sized(job: Job, menus: Menus) -> tuple[tuple[Menu, ...], float]:
+    """The menus priced in megabytes, and what all sites together may take of a size budget.
+
+    Raises:
+        OutOfReachError: even the smallest options together take more.
+    """
+    priced = tuple(
+        Menu(np.array([cost.weight_bytes(site, option, FLOAT) / 1e6 for option in options]), menu.error)
+        for site, options, menu in zip(job.sites, menus.options, menus.scaled, strict=True)
+    )
+    dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
+    outside_mb = dense_mb - sum(float(menu.cost.max()) for menu in priced)
+    least_mb = sum(float(menu.cost.min()) for menu in priced)
+    asked_mb = job.recipe.budget.value
+    if outside_mb + least_mb > asked_mb:
+        raise OutOfReachError(
+            f"--size-mb {asked_mb:g} is out of reach: {outside_mb:.1f} MB of {dense_mb:.1f} MB lie outside "
+            f"every site (embeddings, head); the smallest plan has {outside_mb + least_mb:.1f} MB.\n"
+            f"  Ask for --size-mb {math.ceil(10 * (outside_mb + least_mb) + 0.5) / 10:g} or more"
+        )
+    return priced, asked_mb - outside_mb
 
 
 def within(

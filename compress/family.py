@@ -8,9 +8,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field
 
+from compress.answer import device
 from compress.artifact import write_text
 from compress.ir import SCHEMA_VERSION, Document
-from compress.report import EXIT_CODES, Report, Status, Target, device
+from compress.report import EXIT_CODES, Report, Status, Target
 from compress.svg import PALETTE, WIDTH, Canvas, Chart, finish, ticks
 from compress.wording import digits, lost, score_text
 
@@ -29,6 +30,7 @@ class Member(Document):
     score_drop: float | None = None
     parameters: int
     file_bytes: int | None = None
+    precision: str | None = None
     seconds: float
 
 
@@ -61,6 +63,7 @@ def member(directory: str, report: Report) -> Member:
         score_drop=verdict.score_drop,
         parameters=now.parameters,
         file_bytes=now.file_bytes,
+        precision=now.precision,
         seconds=sum(stage.seconds for stage in report.stages),
     )
 
@@ -136,7 +139,10 @@ def markdown(family: Family) -> str:
 
 def title(family: Family) -> str:
     """What the family is of, and where its times hold."""
-    return f"{family.model}: {len(family.members)} models for {device(family.target)}"
+    runs = dict.fromkeys(
+        part for one in family.members for part in (one.precision or "").split(" + ") if part
+    )
+    return f"{family.model}: {len(family.members)} models for {device(family.target, ' + '.join(runs))}"
 
 
 def html(family: Family) -> str:

@@ -83,9 +83,10 @@ def read(directory: Path, index: int) -> dict[str, Tensor]:
     """
     path = _path(directory, index)
     try:
-        return load_file(path)
+        found: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CompressError(f"{path} is missing or damaged ({error}); run again to rebuild it") from error
+    return found
 
 
 def matrices(model: nn.Module, site: Site, tile: Tile) -> dict[str, tuple[Tensor, Tile]]:

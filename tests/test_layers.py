@@ -23,7 +23,7 @@ ROWS = (
     "core.block core.lowrank core.nm core.permute core.sltrain",
     "advice sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
-    "channels",
+    "answer channels offers quantities",
     "page family quality named trial store cost console export.engine export.seams "
     "export.attention export.cache published export.products export.modules",
     "expand analyze stream images texts devices doctor session merge several export.lowering export.runners",
@@ -32,13 +32,13 @@ ROWS = (
     "forms formed saliency export.blocks export.forms export.cuda",
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",
-    "files patterns",
+    "files patterns export.half",
     "learning stitch anchor matching pat tune",
-    "pricing",
+    "pricing staged",
     "power",
     "attribution choosing recovery",
     "proof",
-    "aware thrift width",
+    "aware reach thrift width",
     "pipeline survey export.deliver follow",
     "gradual",
     "cli",
@@ -46,9 +46,9 @@ ROWS = (
 )
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
-    "advice errors ir profiles artifact recipe wording tables svg search report data charts loop bench "
-    "energy roofline page published family cost console devices doctor session measurement merge cli "
-    "export.device launch"
+    "advice answer errors ir offers quantities profiles artifact recipe wording tables svg search "
+    "report data charts loop bench energy roofline page published family cost console devices doctor "
+    "session measurement merge cli export.device launch"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets

@@ -158,7 +158,10 @@ def test_zeros_of_a_pattern_are_exact_after_every_step_and_the_rest_moves(
     monkeypatch.setattr(recovery.Run, "advance", step)
     one = dataclasses.replace(job(tmp_path / "out", decay=0.5), sites=sites)
     recovery.recover(one, model, removals)
-    assert len(seen) == 18 * len({name for site in sites for name in (site.writer, *surgery.readers(site))})
+    steps = 18 if form != "2:4+int8-dynamic" else 18 + 12  # integers learn after their floats
+    assert len(seen) == steps * len(
+        {name for site in sites for name in (site.writer, *surgery.readers(site))}
+    )
     after = model.state_dict()
     assert all(not torch.equal(after[site.writer], before[site.writer]) for site in sites)
 
@@ -168,7 +171,7 @@ def test_a_rate_of_zero_moves_neither_weights_nor_steps_nor_factors(candidates, 
     _, sites = padded()
     model, removals = candidates(form)
     before = copy.deepcopy(model.state_dict())
-    one = dataclasses.replace(job(tmp_path / "out", rate=0.0, decay=0.5), sites=sites)
+    one = dataclasses.replace(job(tmp_path / "out", rate=0.0, decay=0.5, staged=False), sites=sites)
     learned, _ = recovery.recover(one, model, removals)
     equal(learned, removals)
     rounded = 0.0 if not next(iter(removals.values())).factors else 1e-5
