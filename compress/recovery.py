@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import artifact, database, distill, learning, quantize, several, stitch, tune
+from compress import artifact, database, distill, learning, quantize, several, sltrain, stitch, tune
 from compress.console import span
 from compress.distill import Teacher
 from compress.ir import Site
@@ -23,6 +23,7 @@ from compress.surgery import Removal
 from compress.task import Batch, Task
 from compress.task import Run as Answering
 from compress.tune import Lesson, Run
+from compress.wording import digits
 
 NEARNESS = 512  # inputs that judge a student by its divergence; the dense answers are held in memory
 ANSWERS = "answers"
@@ -48,7 +49,8 @@ def recover(
         _call(job, removals)
     with several.working():
         data = artifact.digest(job.key, *map(_content, lessons(job.task, wanted)))
-        made_from = artifact.digest(data, wanted, *fingerprint(model), *learning.fingerprint(removals))
+        alone = wanted.model_copy(update={"shard": False})  # where numbers are does not change them
+        made_from = artifact.digest(data, alone, *fingerprint(model), *learning.fingerprint(removals))
         answers = artifact.folder(job.folder / ANSWERS, artifact.digest(data, several.size()))
         judge = Judge(job)
         with job.stages(f"recover ({wanted.mode})") as tick:
@@ -69,6 +71,7 @@ def recover(
             )
     shutil.rmtree(answers)
     forms = sorted({one.form for one in removals.values()} - {"dense"})
+    forms += ["sparse plus low-rank updates"] if wanted.adapter == "sltrain" else []
     return learned, [_said(scores, judge, wanted.mode, forms)]
 
 
@@ -116,10 +119,13 @@ def learn(
     count = sum(1 for _ in lessons(task, wanted))
     lesson = Lesson(task, teacher, lambda: lessons(task, wanted), count, wanted, down)
     zeros = learning.insert(model, sites, removals)
+    if wanted.adapter == "sltrain":
+        zeros = sltrain.adapt(model, zeros, rank=wanted.rank, density=wanted.density, seed=wanted.seed)
     run = Run(model, lesson, zeros=zeros, checkpoint=checkpoint, made_from=made_from)
     if not run.finished:
-        say(_announced(model, lesson))
+        say(_announced(run))
     scores = tune.tune(run, judge, tick)
+    sltrain.fold(model)
     return scores, learning.settle(model, sites, removals)
 
 
@@ -149,15 +155,19 @@ def _content(batch: Batch) -> str:
     return artifact.digest(content(batch), labels)
 
 
-def _announced(model: nn.Module, lesson: Lesson) -> str:
-    """How long recovery will take, before it begins."""
-    wanted = lesson.wanted
-    seconds = tune.forecast_s(model, lesson)
+def _announced(run: Run) -> str:
+    """How long recovery will take and what it holds, before it begins."""
+    lesson, wanted = run.lesson, run.lesson.wanted
+    seconds = tune.forecast_s(run.held.model, lesson)
     steps = wanted.epochs * lesson.count
     course = f"{wanted.epochs} epochs, {steps:,} steps, about {span(seconds)} (estimate)"
+    where = f" in each of {several.size()} processes" if run.held.apart else ""
+    held = f"weights, gradients and moments take {digits(run.held_bytes / 1e6)} MB{where}"
     if wanted.mode == "fast":
-        return f"recovery: {course}"
-    return f"recovery: at most {wanted.courses} courses of {course}; it ends when the score stops rising"
+        return f"recovery: {course}; {held}"
+    return (
+        f"recovery: at most {wanted.courses} courses of {course}; it ends when the score stops rising; {held}"
+    )
 
 
 def _said(scores: Sequence[float], judge: "Judge", mode: str, forms: Sequence[str]) -> str:
