@@ -6,8 +6,8 @@ matrices of all sites do not fit into the memory allowed, the data is passed sev
 processes take a share of the batches each, and add up what they have found.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class Statistics:
         reader: [hidden, hidden] `E[x x^T]` of what the site's readers see, None when not asked for.
         range: what bytes should cover of the writer's inputs, None when not asked for.
         reader_span: the same of what the readers see.
+        saliency: `saliency.read`, where blocks are to be ranked by it.
     """
 
     count: int
@@ -46,6 +47,7 @@ class Statistics:
     reader: Tensor | None = None
     range: Range | None = None
     reader_span: Span | None = None
+    saliency: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Moments:

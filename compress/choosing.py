@@ -1,11 +1,13 @@
 """From costs and stored candidates to the plan that was built and timed: rounds.json and plan.json."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from compress import artifact, calibrate, cost, database, loop, search
+from compress import artifact, calibrate, cost, database, loop, saliency, search
 from compress.database import Errors
 from compress.forms import STATIC
 from compress.ir import Document, Option, Plan
@@ -47,6 +49,7 @@ def candidates(job: Job, costs: Costs) -> Errors:
         site.name: [option for option in costs.options(site) if option != Option()] for site in job.sites
     }
     key = artifact.digest(job.key, wanted_options)
+    felt = _saliency(job, costs)
     with job.stages("candidates") as tick:
         return database.build(
             job.task.model,
@@ -56,8 +59,25 @@ def candidates(job: Job, costs: Costs) -> Errors:
             artifact.folder(job.folder / "candidates", key),
             score=job.recipe.options.score,
             damping=wanted.damping,
+            felt=felt,
             progress=tick,
         )
+
+
+def _saliency(job: Job, costs: Costs) -> Path | None:
+    """Where the effects of all tiles lie, if there are blocks to be ranked by them."""
+    options = [Option.of(form, None) for site in job.sites for form in costs.rows[site.name]]
+    shapes = [one.block for one in options if one.pattern.startswith("block:") and not one.rank]
+    if job.recipe.options.blocks != "fisher" or not shapes:
+        return None
+    tile = math.gcd(*(rows for rows, _ in shapes)), math.gcd(*(columns for _, columns in shapes))
+    directory = artifact.folder(job.folder / "saliency", artifact.digest(job.key, tile))
+    memory_mb = job.recipe.calibration.memory_mb
+    with job.stages("saliency") as tick:
+        saliency.collect(
+            job.task, job.sites, job.calibration, directory, tile, memory_mb=memory_mb, progress=tick
+        )
+    return directory
 
 
 def menus_of(job: Job, costs: Costs, errors: Errors) -> Menus:
@@ -171,27 +191,36 @@ def choose_by_size(job: Job, costs: Costs, menus: Menus, judge: Stitched) -> Rou
     Raises:
         OutOfReachError: even the smallest plan is larger.
     """
-    sized = tuple(
-        Menu(np.array([cost.weight_bytes(site, option, FLOAT) / 1e6 for option in options]), menu.error)
-        for site, options, menu in zip(job.sites, menus.options, menus.scaled, strict=True)
-    )
-    dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
-    inside_mb = sum(float(menu.cost.max()) for menu in sized)
-    limit_mb = job.recipe.budget.value - (dense_mb - inside_mb)
-    try:
-        choices, loss = within(job, sized, limit_mb, judge)
-    except search.UnreachableError as error:
-        raise OutOfReachError(
-            f"--size-mb {job.recipe.budget.value:g} is out of reach: {dense_mb - inside_mb:.1f} MB of "
-            f"{dense_mb:.1f} MB lie outside every site (embeddings, head); the smallest plan has "
-            f"{dense_mb - inside_mb + error.least:.1f} MB"
-        ) from error
+    choices, loss = within(job, *sized(job, menus), judge)
     return Round(
         limit_ms=costs.dense_ms,
         predicted_ms=menus.latency_ms(choices),
         choices=menus.named(choices),
         loss=loss,
     )
+
+
+def sized(job: Job, menus: Menus) -> tuple[tuple[Menu, ...], float]:
+    """The menus priced in megabytes, and what all sites together may take of a size budget.
+
+    Raises:
+        OutOfReachError: even the smallest options together take more.
+    """
+    priced = tuple(
+        Menu(np.array([cost.weight_bytes(site, option, FLOAT) / 1e6 for option in options]), menu.error)
+        for site, options, menu in zip(job.sites, menus.options, menus.scaled, strict=True)
+    )
+    dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
+    outside_mb = dense_mb - sum(float(menu.cost.max()) for menu in priced)
+    least_mb = sum(float(menu.cost.min()) for menu in priced)
+    asked_mb = job.recipe.budget.value
+    if outside_mb + least_mb > asked_mb:
+        raise OutOfReachError(
+            f"--size-mb {asked_mb:g} is out of reach: {outside_mb:.1f} MB of {dense_mb:.1f} MB lie outside "
+            f"every site (embeddings, head); the smallest plan has {outside_mb + least_mb:.1f} MB.\n"
+            f"  Ask for --size-mb {math.ceil(10 * (outside_mb + least_mb) + 0.5) / 10:g} or more"
+        )
+    return priced, asked_mb - outside_mb
 
 
 def within(

@@ -242,7 +242,9 @@ def bench(session: "Session", words: Words) -> int:
 
 @app.command("export")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--to", "to", required=True, metavar="FORMAT", help="onnx, ort, edge, edge+ort or tensorrt.")
+@click.option(
+    "--to", "to", required=True, metavar="FORMAT", help="onnx, onnx-fp16, ort, edge, edge+ort or tensorrt."
+)
 @click.option("--out", "-o", type=click.Path(path_type=Path), metavar="PATH", help="Where to; DIR/FORMAT.")
 @click.option("--archive", is_flag=True, help="One .tar.gz instead of a folder.")
 @COMMON

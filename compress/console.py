@@ -49,17 +49,23 @@ class Lines:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Tick]:
-        """Nothing below two seconds, then how far it is, at the end how long it took."""
+        """Nothing below two seconds, then how far it is, at the end how long it took.
+
+        The time left follows from the pace since the first report: what comes before that (a teacher's
+        answers, a runtime that starts) is not repeated.
+        """
         began = self._clock()
         due = began + SLOW_S
+        first: tuple[float, int] | None = None
 
         def tick(done: int, total: int) -> None:
-            nonlocal due
+            nonlocal due, first
             now = self._clock()
-            if now < due or not 0 < done < total:
+            first = first or (now, done)
+            if now < due or not first[1] < done < total:
                 return
             due = now + EVERY_S
-            left = (now - began) * (total - done) / done
+            left = (now - first[0]) * (total - done) / (done - first[1])
             self.say(f"{name}: {done} of {total}, about {span(left)} left")
 
         yield tick

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress import calibrate, forms
+from compress import calibrate, forms, saliency
 from compress.calibrate import Statistics
 from compress.core import obs, scores
 from compress.core.fakequant import PRECISIONS, Quantized
@@ -32,6 +33,7 @@ def build(
     *,
     score: str = "obs",
     damping: float = 1e-2,
+    felt: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Errors:
     """Write `directory/<index>.safetensors` for every site; the layer errors by site and option.
@@ -44,6 +46,7 @@ def build(
         directory: sites that are whole there already are not built again.
         score: "obs" refits what stays; "magnitude", "wanda" and "taylor" only choose it.
         damping: relative to each diagonal entry of the second moments.
+        felt: what `saliency.collect` wrote, where blocks are to be ranked by it.
         progress: called with sites done and sites in all.
     """
     errors: Errors = {}
@@ -52,6 +55,8 @@ def build(
         found = _stored(directory, index, wanted)
         if found is None:
             moments = calibrate.read(statistics, index)
+            if felt is not None:
+                moments = replace(moments, saliency=saliency.read(felt, index))
             made = _build_site(model, site, moments, wanted, damping, score)
             found = _write(_path(directory, index), made)
         errors[site.name] = found

@@ -3,7 +3,7 @@
 Removing structure leaves every layer where it was and as wide as it was outside, so hidden states are
 compared token by token and layer by layer without any mapping; those of a student with a narrower stream
 with what that stream can hold of the teacher's. Padding enters nothing. The answers of
-the teacher never change: they are computed once and kept on disk, up to a bound.
+a teacher never change: they are computed once and kept on disk, up to a bound.
 
 The features of GPUSQ are the hidden states of late layers alone, and only of inputs on which student and
 teacher agree: what a student that is wrong looks like inside teaches nothing. Once one course of training
@@ -279,6 +279,12 @@ class Teacher:
             found = answers(self._task, self._model, batch, self.at)
         self._keep(path, found)
         return found
+
+    def forget(self) -> None:
+        """Remove all answers from disk."""
+        for path in self._directory.glob("*.safetensors"):
+            path.unlink()
+        self._used = 0
 
     def _keep(self, path: Path, found: Answers) -> None:
         tensors = {f"hidden.{place}": value for place, value in enumerate(found.hidden)}

@@ -29,6 +29,7 @@ class Member(Document):
     score_drop: float | None = None
     parameters: int
     file_bytes: int | None = None
+    precision: str | None = None
     seconds: float
 
 
@@ -61,6 +62,7 @@ def member(directory: str, report: Report) -> Member:
         score_drop=verdict.score_drop,
         parameters=now.parameters,
         file_bytes=now.file_bytes,
+        precision=now.precision,
         seconds=sum(stage.seconds for stage in report.stages),
     )
 
@@ -136,7 +138,10 @@ def markdown(family: Family) -> str:
 
 def title(family: Family) -> str:
     """What the family is of, and where its times hold."""
-    return f"{family.model}: {len(family.members)} models for {device(family.target)}"
+    runs = dict.fromkeys(
+        part for one in family.members for part in (one.precision or "").split(" + ") if part
+    )
+    return f"{family.model}: {len(family.members)} models for {device(family.target, ' + '.join(runs))}"
 
 
 def html(family: Family) -> str:

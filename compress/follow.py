@@ -11,6 +11,7 @@ from compress import calibrate, database, job, recovery, several, surgery
 from compress.ir import Site
 from compress.quality import Batch, Task
 from compress.recipe import Recipe, Recovery
+from compress.recovery import Desk
 from compress.several import Call
 
 
@@ -64,23 +65,30 @@ class Follower:
                 name: database.unpacked(database.below(call.tensors, f"{name}/"), form)
                 for name, form in call.words["forms"].items()
             }
-            recovery.learn(
+            desk = Desk(
                 self.task,
                 sites,
+                _nothing,
+                lambda words: contextlib.nullcontext(_unseen),
+                lambda line: None,
+                Path(answers),
+            )
+            recovery.learn(
+                desk,
                 Recovery.model_validate(call.words["recovery"]),
                 surgery.shrink(self.task.model, sites, removals),
                 removals,
-                Path(answers),
                 dense=self.task.model,
-                judge=_nothing,
-                tick=lambda done, work: None,
-                say=lambda line: None,
             )
 
 
 def _nothing(_: nn.Module) -> float:
     """The first process judges."""
     return 0.0
+
+
+def _unseen(done: int, work: int) -> None:
+    """The first process draws progress."""
 
 
 def _sites(call: Call) -> tuple[Site, ...]:

@@ -129,7 +129,9 @@ def treat(
         return static(site, rounded, statistics), error
     stay = obs.columns(removal.kept, site.column.width)
     moments = statistics.second[stay][:, stay], statistics.mean[stay]
-    writer, order = _ordered(site, option, removal.weight.double(), *moments, damping)
+    felt = statistics.saliency.get(site.writer)
+    felt = None if felt is None else felt[:, :, stay]
+    writer, order = _ordered(site, option, removal.weight.double(), *moments, damping, felt)
     found = {site.writer: writer}
     readers: dict[str, Tensor] = {}
     nothing = torch.zeros(len(statistics.reader), dtype=torch.float64)
@@ -137,7 +139,9 @@ def treat(
         stored = surgery.reader_rows(model, site, name, removal.kept)
         across = next(part.dim for part in site.slices if part.tensor == name) == 1
         weight = (stored.T if across else stored).double()
-        found[name] = shape(option, weight, statistics.reader, nothing, damping)
+        felt = statistics.saliency.get(name)
+        felt = None if felt is None else felt[:, surgery.staying(model, site, name, removal.kept)]
+        found[name] = shape(option, weight, statistics.reader, nothing, damping, felt)
         values = found[name].values
         readers[name] = (values.T if across else values).to(stored.dtype)
     mean = sum(found[name].error for name in readers) / len(readers)
@@ -158,13 +162,19 @@ def treat(
 
 
 def _ordered(
-    site: Site, option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping: float
+    site: Site,
+    option: Option,
+    weight: Tensor,
+    second: Tensor,
+    mean: Tensor,
+    damping: float,
+    felt: Tensor | None,
 ) -> tuple[Shaped, Tensor | None]:
     """The writer's kept columns in the option's form, and the new order that they are in, if any.
 
     2:4 depends on which columns are neighbors; an order is taken only where less is lost in it.
     """
-    plain = shape(option, weight, second, mean, damping)
+    plain = shape(option, weight, second, mean, damping, felt)
     if option.form != "2:4" or not site.channels:
         return plain, None
     layer = prepare(weight, second, mean, damping)
@@ -196,7 +206,14 @@ def static(site: Site, removal: Removal, statistics: Statistics) -> Removal:
     return replace(twin, form=option.form, codes=codes)
 
 
-def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping: float) -> Shaped:
+def shape(
+    option: Option,
+    weight: Tensor,
+    second: Tensor,
+    mean: Tensor,
+    damping: float,
+    felt: Tensor | None = None,
+) -> Shaped:
     """One matrix in the option's form.
 
     Args:
@@ -205,6 +222,7 @@ def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping:
         second: [in, in] `E[x x^T]` of its inputs, not centered.
         mean: [in] `E[x]`; zeros where the bias must not change.
         damping: relative to each diagonal entry.
+        felt: [samples, rows, columns] effects of its tiles, where blocks are ranked by them (`saliency`).
     """
     made = Shaped(weight, torch.zeros(len(weight), dtype=weight.dtype), 0.0)
     if option.rank:
@@ -213,7 +231,11 @@ def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping:
         sparse = nm.solve(prepare(weight, second, mean, damping))
         made = Shaped(sparse.values, sparse.shift, sparse.error)
     elif option.pattern != "dense":
-        cut = block.solve(weight, second, mean, option.block, option.density, damping=damping)
+        if felt is None:
+            cut = block.solve(weight, second, mean, option.block, option.density, damping=damping)
+        else:
+            kept = block.choose(_ranked(option, weight, felt), option.density)
+            cut = block.fit(weight, second, mean, option.block, kept, damping=damping)
         made = Shaped(cut.values, cut.shift, cut.error)
     if option.precision != "fp32":
         precision = PRECISIONS[option.precision]
@@ -226,6 +248,12 @@ def shape(option: Option, weight: Tensor, second: Tensor, mean: Tensor, damping:
             codes=rounded.quantized,
         )
     return made
+
+
+def _ranked(option: Option, weight: Tensor, felt: Tensor) -> Tensor:
+    """The saliency of the option's blocks, [groups, blocks], from the effects of tiles of this weight."""
+    (rows, columns), (out, inner) = option.block, weight.shape
+    return block.pooled(felt, (rows * felt.shape[1] // out, columns * felt.shape[2] // inner))
 
 
 def _split(option: Option, layer: Layer) -> Shaped:

@@ -344,6 +344,37 @@ class Width(Document):
     why: str = ""
 
 
+class Offer(Document):
+    """One form that a site could have had, "structure" for units removed, and what came of it.
+
+    `speedup` is that of the whole site in the form, where it has one. `units` and `loss` are of what loses
+    least there without taking longer than what was chosen, where anything does: the loss is the divergence
+    of the model from the dense one with this site alone changed so.
+    """
+
+    form: str
+    speedup: float | None = None
+    units: int | None = None
+    loss: float | None = None
+    chosen: bool = False
+    why: str
+
+
+class Half(Document):
+    """The file in half precision that was made of the one that ships.
+
+    `halved` counts its products in float16, `kept` names those in float32. Its answers are at most `distance`
+    away from those of the file that ships, in units of the largest one; `tolerance` is what was allowed.
+    """
+
+    weight_bytes: int = Field(ge=0)
+    file_bytes: int = Field(ge=0)
+    halved: int = Field(ge=0)
+    kept: tuple[str, ...] = ()
+    distance: float = Field(ge=0)
+    tolerance: float = Field(gt=0)
+
+
 class Plan(Document):
     """The decision: one option for every site; small enough to read, edit, commit and replay."""
 

@@ -7,7 +7,7 @@ timings differ by more than the window would turn it for ever: after three turns
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,8 +127,8 @@ def choose(
 ) -> tuple[Choices, float]:
     """The plan within `limit_ms` of predicted time that the judge likes best, and its loss.
 
-    Knapsack solutions for the prior error and for the measured sensitivities, and `known` plans that
-    fit, are judged; the best of them starts the evolution.
+    Knapsack solutions for the prior error and for the measured sensitivities, those that keep to one way
+    to run products, and `known` plans that fit, are judged; the best of them starts the evolution.
 
     Raises:
         UnreachableError: nothing fits.
@@ -142,6 +142,7 @@ def choose(
         choices = search.uniform(menus.prior, shares, room)
         return choices, judge(choices)
     starts = {search.knapsack(menus.prior, room), search.knapsack(menus.scaled, room)}
+    starts |= set(_unmixed(menus, room))
     starts |= {plan for plan in known if search.total(menus.prior, plan)[0] <= room}
     start = min(sorted(starts), key=judge)
     return search.evolve(
@@ -154,6 +155,35 @@ def choose(
         seed=effort.seed,
         progress=progress,
     )
+
+
+def _unmixed(menus: Menus, room: float) -> Iterator[Choices]:
+    """For every way to run products, the best plan within `room` that leaves a site dense or takes that way.
+
+    Losses of different ways are compared from few probes, so that a mix may look better than it is: with
+    these among the starts, what one way alone would reach is not lost.
+    """
+    ways = [[_way(option) for option in row] for row in menus.options]
+    for way in sorted({way for row in ways for way in row}):
+        places = [
+            [
+                at
+                for at, (own, option) in enumerate(zip(*pair, strict=True))
+                if own == way or option == Option()
+            ]
+            for pair in zip(ways, menus.options, strict=True)
+        ]
+        parts = [Menu(menu.cost[at], menu.error[at]) for menu, at in zip(menus.scaled, places, strict=True)]
+        try:
+            chosen = search.knapsack(parts, room)
+        except UnreachableError:
+            continue
+        yield tuple(at[option] for at, option in zip(places, chosen, strict=True))
+
+
+def _way(option: Option) -> str:
+    """How products run, without the numbers: `block` for every shape and density of block."""
+    return "+".join(part.partition(":")[0] for part in option.form.split("+"))
 
 
 def close(
@@ -253,10 +283,14 @@ def out_of_reach(menus: Menus, asked: float, dense_ms: float, timing: Timing | N
             if own == kind
         )
         moves.append(f"{kind} {saved:.2f} ms")
+    best = int(reach * 19) / 20
+    less = "Allow more with --moves"
+    if best > 1:
+        less = f"Ask for --speedup {best:.2f}x or less (--latency-ms {dense_ms / best:.3g} or more)"
     return OutOfReachError(
-        f"{asked:.2f}x is out of reach: the fastest plan there is reaches {reach:.2f}x ({how}).\n"
+        f"{asked:.2f}x ({dense_ms / asked:.3g} ms) is out of reach: the fastest plan there is reaches "
+        f"{reach:.2f}x ({dense_ms / reach:.3g} ms, {how}).\n"
         f"  The dense model takes {dense_ms:.2f} ms, of which {menus.whole.fixed_ms:.2f} ms lie outside "
         f"every site; removing everything else would save {', '.join(moves) or 'nothing'}.\n"
-        f"  Ask for --speedup {max(1.05, int(reach * 19) / 20):.2f}x or less, or price larger inputs "
-        "with --tokens or --batch."
+        f"  {less}, or price larger inputs with --tokens or --batch."
     )

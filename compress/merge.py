@@ -12,7 +12,7 @@ import numpy as np
 from compress import __version__, artifact, bench, page, profiles, recipe
 from compress.errors import CompressError
 from compress.measurement import MERGED, Measurement, Runtime, Timings, identity
-from compress.report import Fact, Figures, Measured, Report, Samples, judge, steps
+from compress.report import Fact, Figures, Measured, Report, Samples, judge, precision, steps
 from compress.wording import digits
 
 SIDES = ("dense", "compressed")
@@ -38,14 +38,15 @@ def merge(report: Report, measurement: Measurement, *, device_is_target: bool = 
     doubts = [*_device(report, measurement, vouched=device_is_target), *_setting(report, measurement)]
     doubts += bench.doubts(measurement.drift or 0.0, {side: timed[side].settled for side in SIDES})
     asked, drop = report.verdict.asked, report.verdict.score_drop
-    dense = _figures(report.baseline, timed["dense"], asked.rate_hz)
-    small = _figures(report.compressed, timed["compressed"], asked.rate_hz)
+    runtime = measurement.runtime
+    target = report.target.model_copy(update=_target(runtime))
+    dense = _figures(report.baseline, timed["dense"], asked.rate_hz, target.precision)
+    small = _figures(report.compressed, timed["compressed"], asked.rate_hz, precision(target, report.sites))
     status, reason = judge(asked, measured, small, drop, report.max_drop)
     verdict = report.verdict.model_copy(update={"status": status, "reason": reason, "measured": measured})
-    runtime = measurement.runtime
     kept = [line for line in report.warnings if not STALE.match(line)]
     changes = {
-        "target": report.target.model_copy(update=_target(runtime)),
+        "target": target,
         "verdict": verdict,
         "baseline": dense,
         "compressed": small,
@@ -193,7 +194,7 @@ def _setting(report: Report, measurement: Measurement) -> list[str]:
     return lines
 
 
-def _figures(before: Figures, timed: Timings, rate_hz: float | None) -> Figures:
+def _figures(before: Figures, timed: Timings, rate_hz: float | None, runs: str) -> Figures:
     """One model's figures with what the device measured; energy of other devices does not stay.
 
     Power is that of a device that never rests, or, at a rate of runs, of one that rests in between.
@@ -204,6 +205,7 @@ def _figures(before: Figures, timed: Timings, rate_hz: float | None) -> Figures:
         drawn_w = used.idle_w + used.energy_mj * rate_hz / 1e3
     return before.model_copy(
         update={
+            "precision": runs,
             "latency_ms": timed.latency_ms,
             "energy_mj": None if used is None else used.energy_mj,
             "power_w": drawn_w,

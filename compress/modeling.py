@@ -169,6 +169,26 @@ def _cut(model: nn.Module, site: Mapping[str, Any], units: int) -> None:
         value.data = torch.narrow(value.detach(), dim, 0, size).clone()
     for count in site["counts"]:
         set_count(model.get_submodule(count["module"]), count["attribute"], units * count["per_unit"])
+    _restate_heads(model, site, units)
+
+
+def _restate_heads(model: nn.Module, site: Mapping[str, Any], units: int) -> None:
+    """Make what transformers' attention says about its heads true.
+
+    Since 5, BERT and DistilBERT read their number off the tensors, so a record that was made there names no
+    counts; in 4 they compute with attributes.
+    """
+    heads = site.get("queries", 1)
+    width = heads * site.get("head_dim", 0)
+    for part in site["slices"]:
+        module = model.get_submodule(owner(owner(part["tensor"])))
+        if not type(module).__module__.startswith("transformers."):
+            continue
+        for pair in (("num_attention_heads", "all_head_size"), ("n_heads", "dim")):
+            stated = [getattr(module, attribute, None) for attribute in pair]
+            if stated == [site["units"] * heads, site["units"] * width]:
+                setattr(module, pair[0], units * heads)
+                setattr(module, pair[1], units * width)
 
 
 def _drop(model: nn.Module, site: Mapping[str, Any]) -> None:

@@ -14,10 +14,11 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from compress import charts
+from compress import charts, offers
 from compress.advice import next_step, ruin
 from compress.artifact import write_text
 from compress.errors import CompressError
+from compress.ir import Half
 from compress.report import (
     Engine,
     Fact,
@@ -25,6 +26,7 @@ from compress.report import (
     Report,
     device,
     found,
+    precision,
     quality,
     verdict_line,
 )
@@ -138,11 +140,12 @@ def _view(report: Report) -> dict[str, object]:
         "report": report,
         "line": verdict_line(report).replace("->", "→"),
         "status": WORDS[report.verdict.status],
-        "device": device(report.target),
+        "device": device(report.target, precision(report.target, report.sites)),
         "quality": quality(report).replace("->", "→"),
         "headlines": _headlines(report),
         "rows": rows(report),
         "sites": _site_rows(report),
+        "offers": offers.table(report),
         "guessed": any(site.source == "estimated" for site in report.sites),
         "notes": notes(report),
         "limits": limits(report),
@@ -198,6 +201,7 @@ def rows(report: Report) -> list[Row]:
         Row("parameters", f"{dense.parameters:,}", f"{now.parameters:,}", count),
         Row("weights", *_change(dense.weight_bytes / 1e6, now.weight_bytes / 1e6, "MB")),
         *([] if now.file_bytes is None else [_file_row(dense.file_bytes, now.file_bytes)]),
+        *([] if report.half is None else [_half_row(report.half)]),
         *([] if now.energy_mj is None else [_source_row("energy", dense, now, "energy_mj", "mJ")]),
         *([] if now.power_w is None else [_source_row("power", dense, now, "power_w", "W")]),
     ]
@@ -283,6 +287,12 @@ def _file_row(before: int | None, after: int) -> Row:
     return Row("file", *_change(before / 1e6, after / 1e6, "MB"))
 
 
+def _half_row(half: Half) -> Row:
+    """The file in fp16 that was made of the one that ships, and how far its answers are from that."""
+    of = f"{half.halved} of {half.halved + len(half.kept)} products, answers within {half.distance:.1e}"
+    return Row("file in fp16", "", f"{digits(half.file_bytes / 1e6)} MB", of)
+
+
 def _source_row(label: str, dense: Figures, now: Figures, field: str, unit: str) -> Row:
     """Energy or power, each with where it comes from; two sources are not compared."""
     texts = []
@@ -304,7 +314,7 @@ def _site_rows(report: Report) -> list[SiteRow]:
         times = [f"{digits(ms)}{word}" for ms in (site.dense_latency_ms, site.latency_ms)]
         extras = [site.option.pattern, site.option.precision]
         extras += [f"rank {site.option.rank}"] if site.option.rank else []
-        moves = [extra for extra in extras if extra not in ("dense", report.target.precision)]
+        moves = [extra for extra in extras if extra not in ("dense", "fp32")]
         what = ", ".join([charts.kept(site.option), *moves])
         table.append(SiteRow(site.name, site.kind, what, digits(site.error), *times))
     return table

@@ -24,6 +24,7 @@ from compress import (
     power,
     proof,
     quantize,
+    reach,
     recovery,
     store,
     surgery,
@@ -79,8 +80,11 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
     """
     pruned = job if start is None else job.on(start)
     stream = width.stream_of(pruned)  # a model without one is refused before anything is computed
+    reach.check_moves(job)
     costs = price(job)
     asked = asked_speedup(job, costs)
+    if stream is None:
+        reach.check(job, costs, asked)
     found, widths = search(ground_of(pruned, costs), stream, asked)
     for attempt in range(ATTEMPTS):
         model, removals, notes = build(found)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from pydantic import Field
 from torch import nn
 
@@ -178,6 +179,7 @@ def _measured(
 def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
     """The costs without what does not pay: a form that is no faster than the plain site at its units.
 
+    A form may fit only between the units that structure offers: the plain site's time is interpolated there.
     Under a size budget a form that is no smaller in the file either, since time is not what is short.
     """
     sized = job.recipe.budget.name == SIZE
@@ -185,17 +187,18 @@ def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, sou
     gains: dict[str, dict[str, float]] = {}
     for site in job.sites:
         plain = alone[site.name]["dense"]
+        known, times = zip(*sorted(plain.items()), strict=True)
         kept = {"dense": cost.thin({units: ms * factor for units, ms in plain.items()})}
         gains[site.name] = {}
         for form, row in alone[site.name].items():
             if form == "dense" or not row:
                 continue
-            most = max(row)
-            gains[site.name][form] = plain[most] / row[most]
+            against = {units: float(np.interp(units, known, times)) for units in row}
+            gains[site.name][form] = against[max(row)] / row[max(row)]
             paying = {
                 units: ms * factor
                 for units, ms in row.items()
-                if ms < PAYS * plain[units] or (sized and _smaller(site, form, units))
+                if ms < PAYS * against[units] or (sized and _smaller(site, form, units))
             }
             if paying:
                 kept[form] = cost.thin(paying)

@@ -217,6 +217,7 @@ def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[Sit
                 latency_ms=costs.latency_ms(site, option),
                 dense_latency_ms=costs.latency_ms(site, Option()),
                 source=costs.source,
+                offers=attribution.offers(costs, menus, turn, site),
             )
         )
     return tuple(found)
@@ -266,6 +267,9 @@ def assemble(
     dense = figures(job, *files_of["dense"], comparison, "dense")
     quick = figures(job, shaped, shipped, comparison, "compressed", _saved_bytes(job, turn))
     drop = _drop(job, dense, quick)
+    sites, target = site_reports(job, costs, menus, turn), _target(job)
+    dense = dense.model_copy(update={"precision": target.precision})
+    quick = quick.model_copy(update={"precision": report.precision(target, sites)})
     measured = None
     if comparison is not None:
         ratio = comparison.ratio("compressed")
@@ -273,7 +277,6 @@ def assemble(
     predicted_ms = turn.predicted_ms
     asked = job.recipe.budget
     status, reason = report.judge(asked, measured, quick, drop, job.recipe.max_drop)
-    sites = site_reports(job, costs, menus, turn)
     steps = report.steps(
         costs.dense_ms if comparison is None else comparison.latency("dense").p50,
         predicted_ms if comparison is None else comparison.latency("compressed").p50,
@@ -284,7 +287,7 @@ def assemble(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=job.recipe.model or "embedded default (CLINC150 intents)",
         task=job.task.name,
-        target=_target(job),
+        target=target,
         verdict=Verdict(
             status=status,
             asked=asked,

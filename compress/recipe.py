@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from compress.errors import CompressError
 from compress.ir import Budget, Document
@@ -36,7 +37,9 @@ class Options(Document):
     target is never chosen.
     `score` chooses how units are ranked and whether the writer is refitted ("obs" is ZipLM; the
     others are baselines without a refit). `units` fixes the fractions kept instead of the measured
-    staircase. `uniform` gives every site the same fraction, the baseline of the search. `widths` are the
+    staircase. `blocks` chooses how blocks of zeros are ranked: "obs" removes them one at a time with
+    compensation, "fisher" is LPViT's saliency, from each sample's own gradient; both refit what stays.
+    `uniform` gives every site the same fraction, the baseline of the search. `widths` are the
     fractions of the hidden width that the move "width" tries.
     """
 
@@ -44,6 +47,7 @@ class Options(Document):
     widths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.875, 0.75, 0.625, 0.5)
     kinds: tuple[Literal["heads", "ffn"], ...] = ("heads", "ffn")
     score: Literal["obs", "magnitude", "wanda", "taylor"] = "obs"
+    blocks: Literal["obs", "fisher"] = "obs"
     units: tuple[float, ...] | None = None
     uniform: bool = False
     drop: bool = True
@@ -71,7 +75,8 @@ class Search(Document):
 class Recovery(Document):
     """How quality is won back after pruning, by distilling from the dense model; time does not change.
 
-    What a plan runs on integers or as factors learns in that form: through rounding, as factors.
+    What a plan runs on integers or as factors learns in that form: through rounding, as factors. Where
+    it also removes something, it learns in floats first, and its floats are the teacher then (`staged`).
     `mode` "fast" tunes for one course of `epochs`; "full" goes on with further courses, each from the
     best weights so far, until one no longer raises the score on the validation split, `courses` at most.
     `task`, `logits`, `hidden` and `ranking` (embeddings only) weigh the losses; labels are used where
@@ -102,6 +107,7 @@ class Recovery(Document):
     features: float = Field(default=0.0, ge=0)
     late: float = Field(default=1 / 3, gt=0, le=1)
     gated: bool = True
+    staged: bool = True
     validation: int = Field(default=4096, ge=1)
     cache_mb: int = Field(default=1024, ge=0)
     checkpoint_s: float = Field(default=60.0, ge=0)
@@ -211,8 +217,20 @@ def explain(error: ValidationError, model: type[Document], where: str, text: str
         return f"{place}: unknown key {key!r}{inside}{hint} Known: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{place}: {key!r}{inside} is missing; it has no default"
+    if problem["type"] == "literal_error":
+        return f"{place}: {_no_choice(path, problem)}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{place}: {key!r}{inside} {message} (found {problem['input']!r})"
+
+
+def _no_choice(path: tuple[str | int, ...], problem: ErrorDetails) -> str:
+    """A word that is none of those that may stand there, and the nearest of them."""
+    known = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+    names = [step for step in path if isinstance(step, str)]
+    inside = f" in [{'.'.join(names[:-1])}]" if names[1:] else ""
+    near = difflib.get_close_matches(str(problem["input"]), known, 1, 0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{names[-1]!r}{inside} cannot be {problem['input']!r}{hint} Known: {', '.join(known)}"
 
 
 def read(path: Path | None, overrides: dict[str, Any]) -> Recipe:

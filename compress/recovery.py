@@ -2,10 +2,16 @@
 
 The graph is final before this begins, so the measured time stays what it was. Products learn in the forms
 in which they run: integers through their rounding, thin factors as factors, zeros of a pattern as zeros.
+A plan that both removes something and runs on integers learns in two stages (`staged`).
 """
 
+import copy
+import itertools
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import artifact, database, distill, learning, quantize, several, sltrain, stitch, tune
+from compress import (
+    artifact,
+    database,
+    distill,
+    learning,
+    quantize,
+    several,
+    sltrain,
+    staged,
+    stitch,
+    surgery,
+    tune,
+)
 from compress.console import span
 from compress.distill import Teacher
 from compress.ir import Site
@@ -28,6 +46,7 @@ from compress.wording import digits
 NEARNESS = 512  # inputs that judge a student by its divergence; the dense answers are held in memory
 ANSWERS = "answers"
 CHECKPOINT = "recovery.safetensors"
+FLOATS = "recovery-floats.safetensors"  # of the first stage, where there are two
 
 
 def recover(
@@ -50,83 +69,194 @@ def recover(
     with several.working():
         data = artifact.digest(job.key, *map(_content, lessons(job.task, wanted)))
         alone = wanted.model_copy(update={"shard": False})  # where numbers are does not change them
-        made_from = artifact.digest(data, alone, *fingerprint(model), *learning.fingerprint(removals))
-        answers = artifact.folder(job.folder / ANSWERS, artifact.digest(data, several.size()))
         judge = Judge(job)
-        with job.stages(f"recover ({wanted.mode})") as tick:
-            scores, learned = learn(
-                job.task,
-                job.sites,
-                wanted,
-                model,
-                removals,
-                answers,
-                judge=judge,
-                tick=tick,
-                say=job.stages.progress.say,
-                checkpoint=job.folder / CHECKPOINT,
-                made_from=made_from,
-                dense=job.baseline.task.model,
-                down=None if job.narrowed is None else job.narrowed.down,
-            )
-    shutil.rmtree(answers)
+        desk = Desk(
+            job.task,
+            job.sites,
+            judge,
+            lambda words: job.stages(f"recover ({wanted.mode}){words}"),
+            job.stages.progress.say,
+            job.folder / ANSWERS,
+            job.folder,
+            artifact.digest(data, alone, *fingerprint(model), *learning.fingerprint(removals)),
+            artifact.digest(data, several.size()),
+        )
+        down = None if job.narrowed is None else job.narrowed.down
+        found = learn(desk, wanted, model, removals, dense=job.baseline.task.model, down=down)
+    shutil.rmtree(job.folder / ANSWERS)
     forms = sorted({one.form for one in removals.values()} - {"dense"})
     forms += ["sparse plus low-rank updates"] if wanted.adapter == "sltrain" else []
-    return learned, [_said(scores, judge, wanted.mode, forms)]
+    return found.removals, [_said(found, judge, wanted.mode, forms)]
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where and before whom students are tuned, whatever they are.
+
+    Attributes:
+        task: gives the data.
+        sites: of the dense model.
+        judge: larger is better.
+        stage: begins a piece of work under a name that is added to the usual one.
+        say: takes how long it will last.
+        answers: a folder in which this process keeps what teachers say.
+        checkpoints: a folder for files that are written now and then, or None.
+        made_from: a hash of student, teacher, data and settings; such a checkpoint is taken up.
+        data: a hash of the dense teacher, the data, and the number of processes that share it.
+    """
+
+    task: Task
+    sites: Sequence[Site]
+    judge: Callable[[nn.Module], float]
+    stage: Callable[[str], AbstractContextManager[Tick]]
+    say: Callable[[str], None]
+    answers: Path
+    checkpoints: Path | None = None
+    made_from: str = ""
+    data: str = ""
+
+    def teacher(self, model: nn.Module, wanted: Recovery, place: Path, data: str) -> Teacher:
+        """A model that teaches; what it says is kept in `place`, where it belongs to `data`."""
+        at, room = distill.places(model, self.sites), wanted.cache_mb / several.size()
+        return Teacher(self.task, model, at, artifact.folder(place, data), room)
+
+    def begin(
+        self,
+        model: nn.Module,
+        removals: Mapping[str, Removal],
+        lesson: Lesson,
+        file: str,
+        made_from: str,
+        factors: tuple[float, ...] = (),
+    ) -> Run:
+        """A student in the forms of its removals, at the beginning or where a checkpoint left it."""
+        zeros = self.dressed(model, removals, lesson.wanted)
+        path = None if self.checkpoints is None else self.checkpoints / file
+        return Run(model, lesson, zeros=zeros, checkpoint=path, made_from=made_from, factors=factors)
+
+    def dressed(
+        self, model: nn.Module, removals: Mapping[str, Removal], wanted: Recovery
+    ) -> dict[str, Tensor]:
+        """Let a model learn in the forms of its removals, and as updates where that is wanted; its zeros."""
+        zeros = learning.insert(model, self.sites, removals)
+        if wanted.adapter == "none":
+            return zeros
+        return sltrain.adapt(model, zeros, rank=wanted.rank, density=wanted.density, seed=wanted.seed)
+
+    def settled(self, model: nn.Module, removals: Mapping[str, Removal]) -> dict[str, Removal]:
+        """The removals as learned; the model is plain again."""
+        sltrain.fold(model)
+        return learning.settle(model, self.sites, removals)
+
+    def judged(self, model: nn.Module) -> float:
+        """The first process's score of a model, in all of them."""
+        score = 0.0 if several.rank() else self.judge(model)
+        return float(several.told({"score": score}).words["score"])
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What tuning left: removals with learned codes and factors, and the scores before and after it.
+
+    `epochs` are those of each stage. Where not `used`, model and removals are what they were.
+    """
+
+    removals: dict[str, Removal]
+    before: float
+    after: float
+    epochs: tuple[int, ...]
+    used: bool = True
 
 
 def learn(
-    task: Task,
-    sites: Sequence[Site],
+    desk: Desk,
     wanted: Recovery,
     model: nn.Module,
     removals: Mapping[str, Removal],
-    answers: Path,
     *,
-    judge: Callable[[nn.Module], float],
-    tick: Tick,
-    say: Callable[[str], None],
     dense: nn.Module,
-    checkpoint: Path | None = None,
-    made_from: str = "",
     down: Tensor | None = None,
-) -> tuple[tuple[float, ...], dict[str, Removal]]:
-    """Tune a shrunk model in place; the scores before and after each epoch, and the removals as learned.
+) -> Learned:
+    """Tune a shrunk model in place, in two stages where its plan both removes and runs on integers.
 
     Of several processes each calls this with the same model and data; the first one's judge, progress and
-    checkpoint count.
+    checkpoints count.
 
     Args:
-        task: gives the data.
-        sites: of the dense model.
+        desk: where.
         wanted: the settings.
         model: what `surgery.shrink` gave for `removals`.
         removals: by site name.
-        answers: where this process keeps the teacher's answers.
-        judge: larger is better.
-        tick: takes steps done and steps in all.
-        say: takes how long it will last.
         dense: the teacher.
-        checkpoint: a file that is written now and then, and taken up if made from `made_from`.
-        made_from: a hash of student, teacher, data and settings.
         down: what of the teacher's hidden states a narrower student can have.
     """
-    several.alike("training data", several.contents(lessons(task, wanted)))
+    several.alike("training data", several.contents(lessons(desk.task, wanted)))
     several.spread(dense)
     several.spread(model)
-    at = distill.places(dense, sites)
-    teacher = Teacher(task, dense, at, answers, wanted.cache_mb / several.size())
-    count = sum(1 for _ in lessons(task, wanted))
-    lesson = Lesson(task, teacher, lambda: lessons(task, wanted), count, wanted, down)
-    zeros = learning.insert(model, sites, removals)
-    if wanted.adapter == "sltrain":
-        zeros = sltrain.adapt(model, zeros, rank=wanted.rank, density=wanted.density, seed=wanted.seed)
-    run = Run(model, lesson, zeros=zeros, checkpoint=checkpoint, made_from=made_from)
-    if not run.finished:
-        say(_announced(run))
-    scores = tune.tune(run, judge, tick)
-    sltrain.fold(model)
-    return scores, learning.settle(model, sites, removals)
+    teacher = desk.teacher(dense, wanted, desk.answers / "dense", desk.data)
+    count = sum(1 for _ in lessons(desk.task, wanted))
+    lesson = Lesson(desk.task, teacher, lambda: lessons(desk.task, wanted), count, wanted, down)
+    if wanted.staged and staged.applies(desk.sites, removals, narrow=down is not None):
+        return _in_stages(desk, lesson, model, removals)
+    with desk.stage("") as tick:
+        run = desk.begin(model, removals, lesson, CHECKPOINT, desk.made_from)
+        if not run.finished:
+            desk.say(f"recovery: {_announced(lesson, _forecast_s(run))}; {_holding(run)}")
+        scores = tune.tune(run, desk.judge, tick)
+        found = desk.settled(model, removals)
+    return Learned(found, scores[0], max(scores), (run.state.epochs,))
+
+
+def _in_stages(desk: Desk, lesson: Lesson, model: nn.Module, removals: Mapping[str, Removal]) -> Learned:
+    """The dense model teaches the plan in floats, which teaches it on integers; kept if it is no worse."""
+    sparse = surgery.shrink(desk.task.model, desk.sites, staged.floats(removals))
+    several.spread(sparse)
+    with desk.stage(", floats") as tick:
+        plain = staged.floats(removals)
+        run = desk.begin(sparse, plain, lesson, FLOATS, desk.made_from)
+        if not run.finished:
+            desk.say(f"{_announced_both(desk, run, model, removals)}; {_holding(run)}")
+        tune.tune(run, desk.judge, tick)
+        epochs, factors = run.state.epochs, lesson.factors(sparse)
+        plain = desk.settled(sparse, plain)
+        lesson.teacher.forget()
+    with desk.stage(", integers") as tick:
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        first = desk.judged(quantize.emulated(model, desk.sites, removals))
+        model.load_state_dict(sparse.state_dict())
+        plan = {name: replace(one, factors=plain[name].factors) for name, one in removals.items()}
+        codes = _rounded(desk, lesson, model, plan)
+        made_from = artifact.digest(
+            desk.made_from, factors, *fingerprint(model), *learning.fingerprint(codes)
+        )
+        shared = artifact.digest(made_from, several.size())
+        taught = _second(desk, lesson, sparse, desk.answers / "sparse", shared)
+        run = desk.begin(model, codes, taught, CHECKPOINT, made_from, factors)
+        if not run.finished:
+            desk.say(f"recovery on integers: {_announced(taught, _forecast_s(run))}; {_holding(run)}")
+        last = max(tune.tune(run, desk.judge, tick))
+        found = desk.settled(model, codes)
+    if last < first:
+        model.load_state_dict(before)
+        found = dict(removals)
+    return Learned(found, first, last, (epochs, run.state.epochs), used=last >= first)
+
+
+def _rounded(desk: Desk, lesson: Lesson, model: nn.Module, plan: Mapping[str, Removal]) -> dict[str, Removal]:
+    """What the first process rounds, in all of them."""
+    made = dict(plan)
+    if not several.rank():
+        seen = list(itertools.islice(lesson.batches(), staged.SEEN))
+        made = staged.rounded(desk.task, model, desk.sites, plan, seen)
+    told = several.told({}, _tensors(made)).tensors
+    several.spread(model)
+    return {name: database.unpacked(database.below(told, f"{name}/"), one.form) for name, one in plan.items()}
+
+
+def _second(desk: Desk, lesson: Lesson, sparse: nn.Module, place: Path, data: str) -> Lesson:
+    """What the float model teaches the one on integers, which is no narrower."""
+    wanted = staged.second(lesson.wanted)
+    return replace(lesson, teacher=desk.teacher(sparse, wanted, place, data), wanted=wanted, down=None)
 
 
 def lessons(task: Task, wanted: Recovery) -> Iterator[Batch]:
@@ -141,12 +271,16 @@ def _call(job: Job, removals: Mapping[str, Removal]) -> None:
         "sites": [site.model_dump(mode="json") for site in job.sites],
         "forms": {name: one.form for name, one in removals.items()},
     }
-    tensors = {
+    several.call("recover", words, _tensors(removals))
+
+
+def _tensors(removals: Mapping[str, Removal]) -> dict[str, Tensor]:
+    """Everything that removals hold, by site and part."""
+    return {
         f"{name}/{part}": value
         for name, one in removals.items()
         for part, value in database.packed(one).items()
     }
-    several.call("recover", words, tensors)
 
 
 def _content(batch: Batch) -> str:
@@ -155,25 +289,52 @@ def _content(batch: Batch) -> str:
     return artifact.digest(content(batch), labels)
 
 
-def _announced(run: Run) -> str:
-    """How long recovery will take and what it holds, before it begins."""
-    lesson, wanted = run.lesson, run.lesson.wanted
-    seconds = tune.forecast_s(run.held.model, lesson)
-    steps = wanted.epochs * lesson.count
+def _announced(lesson: Lesson, seconds: float) -> str:
+    """How long a course will take, before it begins."""
+    wanted, steps = lesson.wanted, lesson.wanted.epochs * lesson.count
     course = f"{wanted.epochs} epochs, {steps:,} steps, about {span(seconds)} (estimate)"
-    where = f" in each of {several.size()} processes" if run.held.apart else ""
-    held = f"weights, gradients and moments take {digits(run.held_bytes / 1e6)} MB{where}"
     if wanted.mode == "fast":
-        return f"recovery: {course}; {held}"
+        return course
+    return f"at most {wanted.courses} courses of {course}; it ends when the score stops rising"
+
+
+def _announced_both(desk: Desk, run: Run, model: nn.Module, removals: Mapping[str, Removal]) -> str:
+    """How long both stages will take; the second is tried with the student and the teacher of now.
+
+    In shards the second is not tried, because it would be whole: it is announced when it begins.
+    """
+    lesson, first = run.lesson, _forecast_s(run)
+    if run.held.apart:
+        return f"recovery in floats, then on integers; in floats {_announced(lesson, first)}"
+    student = copy.deepcopy(model)
+    desk.dressed(student, removals, lesson.wanted)
+    with tempfile.TemporaryDirectory(prefix="compress-") as place:
+        second = _second(desk, lesson, run.model, Path(place), "")
+        seconds = first, tune.forecast_s(student, second)
+    each = [_announced(*one) for one in zip((lesson, second), seconds, strict=True)]
     return (
-        f"recovery: at most {wanted.courses} courses of {course}; it ends when the score stops rising; {held}"
+        f"recovery, {span(sum(seconds))} in all (estimate): in floats {each[0]}; then on integers {each[1]}"
     )
 
 
-def _said(scores: Sequence[float], judge: "Judge", mode: str, forms: Sequence[str]) -> str:
-    before, after = (judge.worded(score) for score in (scores[0], max(scores)))
+def _forecast_s(run: Run) -> float:
+    """Seconds that a course of a run will take."""
+    return tune.forecast_s(run.held.model, run.lesson)
+
+
+def _holding(run: Run) -> str:
+    """What a run holds in memory from step to step."""
+    where = f" in each of {several.size()} processes" if run.held.apart else ""
+    return f"weights, gradients and moments take {digits(run.held_bytes / 1e6)} MB{where}"
+
+
+def _said(found: Learned, judge: "Judge", mode: str, forms: Sequence[str]) -> str:
+    before, after = (judge.worded(score) for score in (found.before, found.after))
+    epochs = " + ".join(map(str, found.epochs))
     learned = f", learning in {', '.join(forms)}" if forms else ""
-    return f"Recovery ({mode}, {len(scores) - 1} epochs{learned}): {judge.name} {before} -> {after}"
+    stages = ", taught by its own floats" if len(found.epochs) > 1 else ""
+    unused = "" if found.used else ", so it was not used"
+    return f"Recovery ({mode}, {epochs} epochs{learned}{stages}): {judge.name} {before} -> {after}{unused}"
 
 
 class Judge:

@@ -12,9 +12,19 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from compress.errors import CompressError
-from compress.ir import SCHEMA_VERSION, Budget, Document, Kind, Latency, Source, Width
+from compress.ir import (
+    SCHEMA_VERSION,
+    Budget,
+    Document,
+    Half,
+    Kind,
+    Latency,
+    Offer,
+    Source,
+    Width,
+)
 from compress.recipe import Phase, explain
-from compress.wording import amount, exact, score_text
+from compress.wording import amount, exact, runs_in, score_text
 
 MOST_SAMPLES = 600
 EXIT_CODES = {"met": 0, "missed": 1, "not_measured": 3}
@@ -105,6 +115,7 @@ class Verdict(Document):
 class Figures(Document):
     """Everything known about one artefact; what was not measured is None."""
 
+    precision: str | None = None
     latency_ms: Latency | None = None
     score: float | None = None
     parameters: int = Field(ge=0)
@@ -150,7 +161,10 @@ class Chosen(Document):
 
 
 class SiteReport(Document):
-    """One site: what was done to it, what that damaged, what it costs now and did before."""
+    """One site: what was done to it, what that damaged, what it costs now and did before.
+
+    `offers` are all forms that were looked at for it.
+    """
 
     name: str
     kind: Kind
@@ -159,6 +173,7 @@ class SiteReport(Document):
     latency_ms: float = Field(ge=0)
     dense_latency_ms: float = Field(ge=0)
     source: Source
+    offers: tuple[Offer, ...] = ()
 
 
 class Round(Document):
@@ -226,6 +241,7 @@ class Report(Document):
     waterfall: tuple[Step, ...] = ()
     phases: Phases | None = None
     engine: Engine | None = None
+    half: Half | None = None
     fixed_ms: float | None = None
     attribution: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -246,6 +262,9 @@ class Report(Document):
             drop = before - after if self.score.higher_is_better else after - before
             if verdict.score_drop is None or abs(verdict.score_drop - drop) > 1e-6:
                 raise ValueError(f"score_drop {verdict.score_drop}, but the scores say {drop:.6g}")
+        runs = precision(self.target, self.sites)
+        if self.compressed.precision not in (None, runs):
+            raise ValueError(f"compressed.precision {self.compressed.precision!r}, but it runs {runs!r}")
         status, _ = judge(verdict.asked, verdict.measured, self.compressed, verdict.score_drop, self.max_drop)
         if status != verdict.status:
             raise ValueError(f"status {verdict.status!r}, but the figures say {status!r}")
@@ -352,10 +371,15 @@ def _mistake(error: ValidationError, where: str) -> str:
     return f"{where}: {place and place + ': '}{problem['msg'].removeprefix('Value error, ')}"
 
 
-def device(target: Target) -> str:
-    """Where and how it ran, e.g. `this CPU (onnxruntime 1.32, fp32, 1 thread, batch 1 x 32)`."""
+def precision(target: Target, sites: Sequence[SiteReport]) -> str:
+    """What the compressed file computes in, e.g. `fp32 + int8`."""
+    return runs_in(target.precision, (site.option.precision for site in sites if site.option.units))
+
+
+def device(target: Target, runs: str | None = None) -> str:
+    """Where and how it ran, in `runs`: `this CPU (onnxruntime 1.32, fp32 + int8, 1 thread, batch 1 x 32)`."""
     where = "this CPU" if target.name == "cpu" else target.name
-    facts = [f"{target.runtime} {target.runtime_version or ''}".strip(), target.precision]
+    facts = [f"{target.runtime} {target.runtime_version or ''}".strip(), runs or target.precision]
     if target.threads is not None:
         facts.append(f"{target.threads} thread{'s' if target.threads > 1 else ''}")
     if target.shapes:
@@ -369,7 +393,7 @@ def outcome(report: Report) -> list[str]:
     """What came out, part by part: the figure asked for, the speedup beside it, or estimates."""
     verdict = report.verdict
     asked, measured, predicted = verdict.asked, verdict.measured, verdict.predicted
-    where = f"on {device(report.target)}"
+    where = f"on {device(report.target, precision(report.target, report.sites))}"
     value = found(asked, measured, report.compressed)
     speed = (
         "" if measured is None else "{:.2f}x [{:.2f}, {:.2f}]".format(measured.speedup, *measured.interval95)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import analyze, bench, choosing, demo, patterns, profiles, residual, search, width
+from compress import analyze, bench, choosing, demo, patterns, profiles, reach, residual, search, width
 from compress.errors import CompressError
 from compress.export import cuda, decode, runners
 from compress.export.cache import PAST, POSITIONS
@@ -82,18 +82,19 @@ def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
     """
     job = prepare(recipe, progress)
     stream = width.stream_of(job)
+    reach.check_moves(job)
     costs = price(job)
     menus = choosing.menus_of(job, costs, choosing.candidates(job, costs))
-    reach = {"everything": _reach(costs, menus)}
+    reachable = {"everything": _reach(costs, menus)}
     for kind in sorted(set(menus.kinds)):
-        reach[f"{kind} alone"] = _reach(costs, menus, only=kind)
+        reachable[f"{kind} alone"] = _reach(costs, menus, only=kind)
     return {
         "model": recipe.model or "embedded default",
         "target": recipe.target,
         "source": costs.source,
         "dense_ms": round(costs.dense_ms, 4),
         "outside_sites_ms": round(costs.fixed_ms, 4),
-        "reachable_speedup_estimate": {name: round(value, 3) for name, value in reach.items()},
+        "reachable_speedup_estimate": {name: round(value, 3) for name, value in reachable.items()},
         "forms": _forms(costs),
         "blocks": _blocks(patterns.of(job)),
         "hidden_width": _offered(job) if stream is None else width.outlook(job, stream, costs.dense_ms),

@@ -44,7 +44,7 @@ Progress = Callable[[int, int], None]
 class State(Document):
     """How far a run is: steps taken, and the score before the first and after every epoch.
 
-    `factors` weigh the features of late layers since the last course; none in the first.
+    `factors` weigh the features of late layers: those that were given, and since the last course its own.
     """
 
     made_from: str = ""
@@ -93,6 +93,12 @@ class Lesson:
         several.add_up([mean])
         apart: list[float] = mean.tolist()
         return apart
+
+    def factors(self, model: nn.Module) -> tuple[float, ...]:
+        """How much the features of each late layer of a tuned model count from now on; none without any."""
+        if not self.wanted.features or not self.teacher.at:
+            return ()
+        return distill.aware(self.apart(model))
 
     def _pair(self, model: nn.Module, number: int, batch: Batch) -> tuple[Answers, Answers]:
         """What student and teacher say of a batch."""
@@ -149,6 +155,7 @@ class Run:
         zeros: Mapping[str, Tensor] | None = None,
         checkpoint: Path | None = None,
         made_from: str = "",
+        factors: tuple[float, ...] = (),
     ) -> None:
         """Freeze what is not tuned, set the zeros, and take up a checkpoint that fits.
 
@@ -159,11 +166,16 @@ class Run:
             zeros: by parameter name, a mask of its shape that is True where it must stay zero.
             checkpoint: a file that is written now and then, and taken up if made from `made_from`.
             made_from: a hash of student, teacher, data and settings.
+            factors: how much the features of each late layer count in the first course.
 
         Raises:
             CompressError: a mask does not fit.
         """
-        self.model, self.lesson, self.state = model.eval(), lesson, State(made_from=made_from)
+        self.model, self.lesson, self.state = (
+            model.eval(),
+            lesson,
+            State(made_from=made_from, factors=factors),
+        )
         self._flags = {value: value.requires_grad for value in model.parameters()}
         still = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
         still |= {id(one.base) for one in model.modules() if isinstance(one, Updated)}
@@ -235,9 +247,7 @@ class Run:
         """Begin another course: the best weights, no moments, late layers weighed by how near they came."""
         self._take(self.best)
         self.optimizer = self._fresh()
-        if self.lesson.wanted.features and self.lesson.teacher.at:
-            factors = distill.aware(self.lesson.apart(self.held.model))
-            self.state = self.state.model_copy(update={"factors": factors})
+        self.state = self.state.model_copy(update={"factors": self.lesson.factors(self.held.model)})
 
     def release(self) -> None:
         """Leave the best weights in the model, and its gradients as they were asked for before."""

@@ -1,6 +1,7 @@
 """Numbers as people read them: digits that mean something, always with their unit."""
 
 import math
+from collections.abc import Iterable
 
 from compress.ir import Budget
 from compress.recipe import UNITS
@@ -44,6 +45,16 @@ def score_text(metric: str, value: float | None) -> str:
     if value is None:
         return "not measured"
     return f"{100 * value:.1f}" if metric in PERCENT else digits(value)
+
+
+def runs_in(model: str, products: Iterable[str]) -> str:
+    """What a file computes in: the model's precision, then those of products that have one of their own.
+
+    >>> runs_in("fp32", ["fp32", "int8-dynamic", "int4", "int8-static"])
+    'fp32 + int8 + int4'
+    """
+    own = [name.partition("-")[0] for name in products if name != "fp32"]  # which says: as the model
+    return " + ".join(dict.fromkeys([model, *own]))
 
 
 def lost(metric: str, change: float) -> str:

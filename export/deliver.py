@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import cost, page
+from compress import cost, page, profiles
 from compress.errors import CompressError
-from compress.export import device, edge, ort, tensorrt
+from compress.export import device, edge, half, ort, tensorrt
 from compress.export.engine import EngineOptions, Stamp, stamp_path
 from compress.export.finished import Finished, finished, parts
 from compress.export.runners import OrtRunner
@@ -30,17 +30,24 @@ def copy(output: Finished, destination: Path) -> list[Path]:
 def engine(output: Finished, destination: Path) -> list[Path]:
     """An engine for the GPU at hand with its stamp, beside the ONNX file that it was built from.
 
-    The report of the output says from then on which layers run 2:4 kernels in it.
+    For a target that computes in fp16 that file is in half precision, since engines compute in what is
+    written. The report of the output says from then on which layers run 2:4 kernels in it.
 
     Raises:
         CompressError: no TensorRT or GPU (it says what to install, and which file serves without), the
             builder refuses the file, or the engine answers with other numbers than the file.
     """
-    written = copy(output, destination)
+    tensorrt.load(output.compressed)  # what is missing is told before anything is made
+    made = output.report
+    if profiles.load(made.target.name).baseline_precision == "fp16":
+        written, found = half.make(output, destination)
+        made = made.model_copy(update={"half": found})
+    else:
+        written = copy(output, destination)
     built = destination / "model.engine"
-    stamp = tensorrt.build(output.compressed, built, engine_options(output), cost.cache_folder() / "tensorrt")
-    agree(built, output, stamp)
-    page.write(with_engine(output.report, stamp), output.directory / "compression")
+    stamp = tensorrt.build(written[0], built, engine_options(output), cost.cache_folder() / "tensorrt")
+    agree(built, output, stamp, written[0])
+    page.write(with_engine(made, stamp), output.directory / "compression")
     return [*written, built, stamp_path(built)]
 
 
@@ -67,10 +74,10 @@ def engine_options(output: Finished) -> EngineOptions:
     )
 
 
-def agree(built: Path, output: Finished, stamp: Stamp) -> None:
-    """Refuse an engine whose answers are not those of the file, within what its precision allows."""
+def agree(built: Path, output: Finished, stamp: Stamp, source: Path) -> None:
+    """Refuse an engine whose answers are not those of the file, within what the `source` it has allows."""
     # Float32 products run as TF32 on tensor cores, which keeps ten bits of a number.
-    relative = max(device.TOLERANCES[edge.precision_of(output.compressed)], device.TOLERANCES["tf32"])
+    relative = max(device.TOLERANCES[edge.precision_of(source)], device.TOLERANCES["tf32"])
     with (
         OrtRunner(output.compressed, threads=output.recipe.bench.threads) as reference,
         tensorrt.TensorRTRunner(built) as runner,
@@ -91,6 +98,7 @@ def agree(built: Path, output: Finished, stamp: Stamp) -> None:
 
 FORMATS: dict[str, Format] = {
     "onnx": copy,
+    "onnx-fp16": half.export,
     "ort": ort.export,
     "edge": edge.export,
     "edge+ort": edge.export_with_ort,

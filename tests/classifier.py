@@ -11,19 +11,18 @@ from compress.task import Batch, Task
 
 
 class Padded(Task):
-    """Seeded token ids of different lengths; labels follow the first token."""
+    """Seeded token ids of different lengths; labels follow the first token. `sizes` are the model's."""
 
-    def __init__(self, samples=48, length=9):
+    def __init__(self, samples=48, length=9, **sizes):
         torch.manual_seed(0)
+        usual = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "intermediate_size": NEURONS}
         config = transformers.BertConfig(
             vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
             num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            intermediate_size=NEURONS,
             max_position_embeddings=40,
             num_labels=3,
             initializer_range=0.3,
+            **(usual | sizes),
         )
         self.model = transformers.BertForSequenceClassification(config).eval()
         generator = torch.Generator().manual_seed(1)
@@ -46,5 +45,14 @@ class Padded(Task):
 @functools.cache
 def padded():
     """The task and its sites."""
-    task = Padded()
+    return _with_sites(Padded())
+
+
+@functools.cache
+def wide():
+    """The same, wide enough for every form that torch multiplies in on a GPU: 64 features, heads of 32."""
+    return _with_sites(Padded(hidden_size=64, num_attention_heads=2, intermediate_size=128))
+
+
+def _with_sites(task):
     return task, find_sites(task.model, task.example(1, 9)).sites

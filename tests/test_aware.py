@@ -1,6 +1,7 @@
 """Pruning-aware tuning of a plan: the plan's own shapes, nearer to the dense model, or left alone."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from toys import job_of
 
 from compress import aware, recovery, stitch, surgery, width
 from compress.core.units import index_of
+from compress.errors import CompressError
 from compress.recipe import Recovery
 from compress.surgery import Removal
 
@@ -66,6 +68,23 @@ def test_a_plan_is_tuned_while_its_width_falls_and_keeps_its_shapes(plan, monkey
     again = copy.deepcopy(small)
     assert aware.recover(job, again, removals) == [note]
     assert all(torch.equal(value, after[name]) for name, value in again.state_dict().items())
+
+    other = job.recipe.model_copy(update={"recovery": WANTED.model_copy(update={"seed": 1})})
+    fresh = []
+
+    def refuse(*asked):
+        fresh.append(asked)
+        raise CompressError("tuned anew")
+
+    with monkeypatch.context() as anew:  # what other settings or weights gave is not taken
+        anew.setattr(aware, "_tuned", refuse)
+        changed = copy.deepcopy(small)
+        changed.get_parameter(next(iter(before))).data.add_(1.0)
+        for one, start in ((replace(job, recipe=other), small), (job, changed)):
+            assert aware.recover(one, copy.deepcopy(start), removals) == [
+                "No pruning-aware tuning: tuned anew"
+            ]
+    assert len(fresh) == 2
 
     class Contrary(recovery.Judge):
         """Likes best what is farthest from the dense model."""

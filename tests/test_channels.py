@@ -143,6 +143,16 @@ def test_values_stay_in_their_head_and_all_queries_of_a_group_move_alike():
     assert permute.retained(score, found.flatten()) > permute.retained(score)
 
 
+def test_every_query_of_a_group_has_a_say_in_the_order_of_its_values():
+    _, _, sites = family("grouped")
+    score = torch.rand(16, 2, 2, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for query in range(2):
+        one = torch.ones_like(score)
+        one[:, :, query] = score[:, :, query]  # the other query does not mind any order
+        flat = one.reshape(16, 32)
+        assert permute.retained(flat, channels.order(sites["heads"], flat)) > permute.retained(flat)
+
+
 def test_where_nothing_is_proven_or_no_fours_fit_the_order_stays():
     _, _, sites = family("separate")
     score = torch.rand(16, 24, dtype=torch.float64)

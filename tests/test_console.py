@@ -72,16 +72,19 @@ def test_a_stage_that_fails_is_not_called_done():
     assert stream.getvalue() == ""
 
 
-def test_a_late_line_does_not_bring_the_next_one_forward():
+def test_what_comes_before_the_first_report_is_not_counted_as_its_pace():
     stream, clock = io.StringIO(), Clock()
     with console.Lines(stream, clock).stage("work") as tick:
         clock.now += 20
         tick(1, 9)
         clock.now += 4
         tick(2, 9)
+        clock.now += 4
+        tick(3, 9)
+        clock.now += 1
     assert stream.getvalue().splitlines() == [
-        "work: 1 of 9, about 2 min 40 s left",
-        "work: done in 24 s",
+        "work: 2 of 9, about 28 s left",
+        "work: done in 29 s",
     ]
 
 

@@ -133,6 +133,47 @@ def test_a_smaller_student_has_something_to_learn_from_every_loss(job):
     assert distill.loss(task, batch, answer, goal, whole).item() == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["task", "logits", "hidden", "features"])
+def test_every_loss_pulls_on_the_student_by_its_exact_slope_and_not_on_the_teacher(job, name):
+    """A student whose answers were detached would learn nothing: its slope is checked against differences."""
+    task, sites, batch, student = job
+    goal = said(task, None, batch, sites)
+    mine = said(task, student, batch, sites)
+    wanted = only(**{name: 1.0})
+    leaves = [value.detach().double().requires_grad_() for value in (mine.logits, *mine.hidden)]
+    teacher = Answers(goal.logits.double(), tuple(value.double() for value in goal.hidden))
+
+    def found(*values):
+        return distill.loss(task, batch, Answers(values[0], values[1:]), teacher, wanted)
+
+    assert torch.autograd.gradcheck(found, leaves, fast_mode=True)
+    pulled = torch.autograd.grad(found(*leaves), leaves, allow_unused=True)
+    reached = [value is not None and bool(value.any()) for value in pulled]
+    late = len(leaves) - math.ceil((len(leaves) - 1) / 3)
+    assert reached == {
+        "hidden": [False] + [True] * (len(leaves) - 1),
+        "features": [place >= late for place in range(len(leaves))],
+    }.get(name, [True] + [False] * (len(leaves) - 1))
+
+
+def test_the_slope_of_margins_is_exact_and_moves_no_query_as_a_whole():
+    ours, theirs = random(3, 4).double().requires_grad_(), random(3, 4, seed=5).double()
+    assert torch.autograd.gradcheck(lambda scores: distill.margin_loss(scores, theirs), (ours,))
+    (slope,) = torch.autograd.grad(distill.margin_loss(ours, theirs), ours)
+    assert slope.sum(1).abs().max() < 1e-12
+    assert slope.abs().max() > 1e-2
+
+
+def test_without_any_weight_nothing_is_lost_and_nothing_moves(job):
+    task, sites, batch, student = job
+    goal, answer = said(task, None, batch, sites), said(task, student, batch, sites)
+    found = distill.loss(task, batch, answer, goal, only())
+    assert found.item() == 0
+    found.backward()
+    assert all(value.grad is None or not bool(value.grad.any()) for value in student.parameters())
+    student.zero_grad(set_to_none=True)
+
+
 def test_padding_never_enters(job):
     task, sites, batch, student = job
     real = batch.real

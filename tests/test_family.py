@@ -27,6 +27,16 @@ def made(*found):
     return family.of(found[-1], members)
 
 
+def test_the_title_says_everything_that_its_members_run():
+    found = made(one(1.5, 1.52), one(3.0, 2.9))
+    assert ", fp32, " in family.title(found)
+    runs = ("fp32", "fp32 + int8")
+    members = [
+        mem.model_copy(update={"precision": own}) for mem, own in zip(found.members, runs, strict=True)
+    ]
+    assert ", fp32 + int8, " in family.title(found.model_copy(update={"members": tuple(members)}))
+
+
 def test_a_row_says_what_was_asked_measured_and_lost():
     found = made(one(1.5, 1.52, 0.95), one(3.0, 2.9, 0.9))
     assert family.rows(found) == [

@@ -6,8 +6,8 @@ import clockwork
 import numpy as np
 import pytest
 import torch
+from classifier import wide
 from torch import nn
-from wide import wide
 
 from compress import calibrate, database, formed, forms, job, pipeline, profiles, quantize, surgery
 from compress.console import Quiet

@@ -23,22 +23,22 @@ ROWS = (
     "core.block core.lowrank core.nm core.permute core.sltrain",
     "advice sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
-    "channels",
+    "channels offers",
     "page family quality named trial store cost console export.engine export.seams "
     "export.attention export.cache published export.products export.modules",
     "expand analyze stream images texts devices doctor session merge several export.lowering export.runners",
     "task sharding checkpoint export.onnx export.chains export.finished export.tensorrt export.decode",
     "calibrate export.quantized export.verify export.ort export.decoder",
-    "forms formed export.blocks export.forms export.cuda",
+    "forms formed saliency export.blocks export.forms export.cuda",
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",
-    "files patterns",
+    "files patterns export.half",
     "learning stitch anchor matching pat tune",
-    "pricing",
+    "pricing staged",
     "power",
     "attribution choosing recovery",
     "proof",
-    "aware thrift width",
+    "aware reach thrift width",
     "pipeline survey export.deliver follow",
     "gradual",
     "cli",
@@ -46,8 +46,8 @@ ROWS = (
 )
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
-    "advice errors ir profiles artifact recipe wording tables svg search report data charts loop bench "
-    "energy roofline page published family cost console devices doctor session measurement merge cli "
+    "advice errors ir offers profiles artifact recipe wording tables svg search report data charts loop "
+    "bench energy roofline page published family cost console devices doctor session measurement merge cli "
     "export.device launch"
 )
 MOST_LINES = 420

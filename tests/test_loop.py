@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from compress import search
 from compress.errors import CompressError
 from compress.ir import Option, Whole
 from compress.loop import Effort, Menus, Rounds, Timing, choose, close
@@ -83,7 +86,9 @@ def test_an_interrupted_loop_goes_on_where_it_stopped_and_ends_at_the_same_plan(
 def test_a_speedup_out_of_reach_is_refused_with_what_was_measured():
     table = menus(sites=6, fixed_ms=2.0)
     with pytest.raises(
-        CompressError, match=r"9\.00x is out of reach.*4\.00x \(measured\)[\s\S]*2\.00 ms lie outside"
+        CompressError,
+        match=r"9\.00x \(0\.889 ms\) is out of reach.*4\.00x \(2 ms, measured\)[\s\S]*2\.00 ms lie outside"
+        r"[\s\S]*--speedup 3\.80x or less \(--latency-ms 2\.11 or more\)",
     ):
         turn(table, Device(table), 9.0)
 
@@ -161,3 +166,29 @@ def test_after_three_turns_a_plan_that_is_faster_than_the_window_will_do():
     assert len(history.rounds) == 3
     assert history.chosen(2.0).speedup > 2.0 * 1.05
     assert len(turn(table, Wild(table), 2.0, rounds=2).rounds) == 2
+
+
+def test_a_mix_that_only_looks_better_does_not_hide_what_one_way_alone_reaches():
+    # Two ways to halve a site; each looks cheap at one kind of site, and the model likes no mix.
+    options = (
+        Option(),
+        Option(units=4),
+        Option(pattern="block:32x32@0.5"),
+        Option(pattern="block:64x32@0.5"),
+    )
+    cost = np.array([1.0, 0.5, 0.5, 0.4])
+    first, second = Menu(cost, np.array([0, 1.0, 3.0, 3.5])), Menu(cost, np.array([0, 3.0, 1.0, 3.5]))
+    table = replace(
+        menus(2), options=(options, options), prior=(first, second), scaled=(first, second),
+        whole=Whole(inside_ms=(2.0,), whole_ms=(2.0,)),
+    )  # fmt: skip
+
+    def judge(choices):
+        ways = {options[choice].form.partition(":")[0] for choice in choices if choice}
+        return 100.0 * (len(ways) - 1) + sum(choices)
+
+    still = Effort(generations=0, offspring=1, seed=0)
+    assert search.knapsack(table.scaled, 1.0) == (1, 2)
+    assert choose(table, 1.0, judge, still) == ((1, 1), 2.0)
+    # Units alone cannot come to this, blocks of two shapes can.
+    assert choose(table, 0.9, judge, still)[0] == (3, 2)

@@ -1,4 +1,5 @@
 import copy
+import math
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -170,6 +171,32 @@ def test_a_layer_that_stores_its_weight_across_stays(split):
     small.get_submodule(name).__class__ = Across
     layers = matching._split(small, [site], removals)
     assert set(layers) == set(removals[site.name].factors) - {site.writer}
+
+
+def test_of_biases_only_the_writers_learn_since_a_removal_holds_no_other(split):
+    task, sites, _, removals = split
+    small = surgery.shrink(task.model, sites, removals).requires_grad_(False)
+    for site in sites:
+        layers = matching._split(small, [site], removals)
+        assert len(layers) == len(removals[site.name].factors) > 1
+        assert all(layer.bias is not None for layer in layers.values())
+        assert [name for name, layer in layers.items() if layer.bias.requires_grad] == [site.writer]
+
+
+def test_the_rate_falls_along_a_cosine_to_a_fifth(monkeypatch):
+    rates = []
+
+    class Watched(torch.optim.Adam):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    layer, x, weight, _ = linear()
+    shown = [Example((x,), {}, x @ weight.T, Batch({}))]
+    matching.learn(layer, Place(""), {"w": layer}, shown, epochs=50, rate=0.1)
+    expected = [0.1 * (0.2 + 0.8 * (1 + math.cos(math.pi * step / 50)) / 2) for step in range(50)]
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

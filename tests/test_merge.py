@@ -149,6 +149,7 @@ def test_a_cpu_is_no_a100_unless_somebody_vouches_for_it(out):
     assert any("was not recognised as a100; whoever merged it said that it is" in w for w in after.warnings)
     assert any("plan was made for tensorrt" in w for w in after.warnings)
     assert any("ran in fp32, but the plan was made for fp16" in w for w in after.warnings)
+    assert (after.compressed.precision, after.baseline.precision) == ("fp32", "fp32")
 
 
 def test_the_right_gpu_is_taken_and_another_one_refused(out):

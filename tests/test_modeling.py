@@ -255,3 +255,73 @@ def test_a_dotted_count_is_set_on_a_copy_of_what_is_shared():
     set_count(one, "config.heads", 2)
     set_count(one, "heads", 3)
     assert (one.config.heads, one.heads, two.config.heads, config.heads) == (2, 3, 4, 4)
+
+
+class Attention(nn.Module):
+    """Attention as transformers 4 has it: the shapes come from two attributes."""
+
+    def __init__(self, names, heads=4, head_dim=2, hidden=8):
+        super().__init__()
+        self.names = names
+        for name, value in zip(names, (heads, heads * head_dim), strict=True):
+            setattr(self, name, value)
+        self.query = nn.Linear(hidden, heads * head_dim)
+
+    def stated(self):
+        return tuple(getattr(self, name) for name in self.names)
+
+    def forward(self, hidden):
+        heads, width = self.stated()
+        found = self.query(hidden).view(len(hidden), -1, heads, width // heads)
+        return found.reshape(len(hidden), -1, width)
+
+
+BERT, DISTILBERT = ("num_attention_heads", "all_head_size"), ("n_heads", "dim")
+
+
+def attention_record(units, **more):
+    inner = {"tensor": "self.query.weight", "dim": 0, "width": 2, "start": 0}
+    outer = {"tensor": "dense.weight", "dim": 1, "width": 2, "start": 0}
+    site = {
+        "slices": [inner, inner | {"tensor": "self.query.bias"}, outer],
+        "counts": [], "units": 4, "writer": "dense.weight", "head_dim": 2, "queries": 1,
+    }  # fmt: skip
+    return [{"site": site | more, "units": units, "gained_bias": False}]
+
+
+def attention_model(monkeypatch, names=BERT, module="transformers.models.bert"):
+    monkeypatch.setattr(Attention, "__module__", module)
+    model = nn.Module()
+    model.add_module("self", Attention(names))
+    model.add_module("dense", nn.Linear(8, 8))
+    return model, model.get_submodule("self")
+
+
+@pytest.mark.parametrize("names", [BERT, DISTILBERT])
+def test_a_record_without_counts_loads_where_heads_are_counted_by_attributes(monkeypatch, names):
+    """transformers 5 needs no count to run with fewer heads, and so its records name none."""
+    model, own = attention_model(monkeypatch, names)
+    reduce(model, attention_record(3))
+    assert own.stated() == (3, 6)
+    assert model.get_submodule("dense")(own(torch.ones(2, 5, 8))).shape == (2, 5, 8)
+
+
+def test_attributes_that_count_something_else_stay(monkeypatch):
+    model, own = attention_model(monkeypatch)
+    own.num_attention_heads = 5
+    reduce(model, attention_record(3))
+    assert own.stated() == (5, 8)
+    model, own = attention_model(monkeypatch)
+    own.all_head_size = 10
+    reduce(model, attention_record(3))
+    assert own.stated() == (4, 10)
+    model, own = attention_model(monkeypatch, DISTILBERT, module="somebody.models")
+    reduce(model, attention_record(3))
+    assert own.stated() == (4, 8)
+
+
+def test_a_group_counts_for_all_its_queries(monkeypatch):
+    model, own = attention_model(monkeypatch)
+    own.num_attention_heads, own.all_head_size = 8, 16
+    reduce(model, attention_record(3, queries=2))
+    assert own.stated() == (6, 12)

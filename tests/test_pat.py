@@ -188,6 +188,34 @@ def test_gradients_are_clipped():
     assert torch.stack(given).norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_rates_follow_their_line_and_only_the_models_weights_decay():
+    pruner, _, example = pruner_of("vit")
+    pruner.settings = Settings(steps=4, learning_rate=0.1, decay=0.5, warmup=0.5, identity=0.0)
+    before = {name: value.detach().clone() for name, value in pruner.named_parameters()}
+
+    def still(net, batch):
+        return sum((value * 0.0).sum() for value in net.parameters())
+
+    tune(pruner, [lesson(example)] * 4, still)
+    left = 1.0
+    for share in (1 / 2, 1.0, 1.0, 1 / 2):  # a rise over two steps, then a line down
+        left *= 1 - 0.1 * share * 0.5
+    for name, value in pruner.named_parameters():
+        kept = left if name.startswith("model.") else 1.0
+        assert torch.allclose(value, kept * before[name], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_identity_loss_alone_brings_parts_back_to_orthonormal(weight):
+    pruner, _, example = pruner_of("vit", precise=False)
+    shaken(pruner)
+    pruner.settings = Settings(steps=20, learning_rate=2e-2, identity=weight)
+    before = pruner.identity_loss().item()
+    tune(pruner, [lesson(example)] * 20, lambda net, batch: sum((p * 0.0).sum() for p in net.parameters()))
+    after = pruner.identity_loss().item()
+    assert after < 0.5 * before if weight else after == before
+
+
 def test_every_hybrid_module_counts_in_the_identity_loss():
     pruner, _, _ = pruner_of("llama")
     with torch.no_grad():

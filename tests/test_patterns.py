@@ -98,6 +98,14 @@ def test_what_was_timed_on_this_machine_is_not_timed_again(timed, tmp_path):
     assert {(shape.out, shape.inner) for shape in timed[count:]} == {(1536, 768), (768, 1536)}
 
 
+def test_other_threads_are_other_times(timed, tmp_path):
+    patterns.of(job(tmp_path, site()))
+    count = len(timed)
+    two = Place(profiles.load("cpu"), "onnxruntime", "cpu", 2)
+    patterns.of(job(tmp_path, site(), place=two))
+    assert timed[count:] == timed[:count]
+
+
 def test_nothing_is_timed_that_nobody_asked_for_or_that_is_elsewhere(timed, tmp_path):
     gpu = Place(profiles.load("h100"), "torch-cuda", "cuda", 1)
     for asked in (job(tmp_path, site(), moves=("structure", "int8")), job(tmp_path, site(), place=gpu)):

@@ -2,7 +2,6 @@
 
 import json
 import random
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import tiny
 
 from compress import pipeline
+from compress.console import Quiet
 from compress.export.cache import MASK, PAST
 from compress.export.runners import OrtRunner
 from compress.ir import Budget
@@ -18,34 +18,26 @@ from compress.recipe import Bench, Calibration, Options, Recipe, Recovery, Searc
 from compress.report import read
 
 
-class Silent:
-    """Progress that nobody sees."""
-
-    @contextmanager
-    def stage(self, name):
-        yield lambda done, work: None
-
-    def say(self, line):
-        pass
+def request(folder, *, words, size_mb, **more):
+    """A small compilation of a tiny decoder by the size of its file, with texts of so many random words."""
+    model = tiny.decoder(
+        folder / "model", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=256, max_position_embeddings=64,
+    )  # fmt: skip
+    drawn = random.Random(0).choices(tiny.WORDS, k=words)
+    lines = [" ".join(drawn[start : start + 12]) for start in range(0, len(drawn), 12)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    return Recipe(
+        model=str(model), data=str(folder / "text.txt"), task="text-generation", target="cpu",
+        budget=Budget(size_mb=size_mb), out=str(folder / "out"), calibration=Calibration(samples=64),
+        search=Search(samples=32, generations=1), bench=Bench(blocks=30, block_ms=2.0), **more,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_a_decoder_is_compiled_and_both_of_its_phases_are_told(tmp_path):
-    place = tiny.decoder(
-        tmp_path / "model", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=256, max_position_embeddings=64,
-    )  # fmt: skip
-    words = random.Random(0).choices(tiny.WORDS, k=6000)
-    lines = [" ".join(words[start : start + 12]) for start in range(0, len(words), 12)]
-    (tmp_path / "text.txt").write_text("\n".join(lines))
-    asked = Recipe(
-        model=str(place), data=str(tmp_path / "text.txt"), task="text-generation", target="cpu",
-        budget=Budget(size_mb=0.12), out=str(tmp_path / "out"),
-        shapes=Shapes(batch=1, tokens=16, phase="decode"),
-        calibration=Calibration(samples=64), search=Search(samples=32, generations=1),
-        bench=Bench(blocks=30, block_ms=2.0),
-    )  # fmt: skip
-    found = pipeline.run(asked, Silent())
+    phase = Shapes(batch=1, tokens=16, phase="decode")
+    found = pipeline.run(request(tmp_path, words=6000, size_mb=0.12, shapes=phase), Quiet())
     assert found == read(tmp_path / "out")
     assert (found.target.phase, found.phases.asked, found.phases.tokens) == ("decode", "decode", 16)
     assert found.phases.compressed.per_token_ms == found.compressed.latency_ms
@@ -62,22 +54,13 @@ def test_a_decoder_is_compiled_and_both_of_its_phases_are_told(tmp_path):
 
 @pytest.mark.slow
 def test_a_budget_of_bytes_is_met_with_four_bits_that_have_learned(tmp_path):
-    place = tiny.decoder(
-        tmp_path / "model", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=256, max_position_embeddings=64,
-    )  # fmt: skip
-    words = random.Random(0).choices(tiny.WORDS, k=3000)
-    lines = [" ".join(words[start : start + 12]) for start in range(0, len(words), 12)]
-    (tmp_path / "text.txt").write_text("\n".join(lines))
-    asked = Recipe(
-        model=str(place), data=str(tmp_path / "text.txt"), task="text-generation", target="cpu",
-        budget=Budget(size_mb=0.08), out=str(tmp_path / "out"), shapes=Shapes(batch=1, tokens=16),
+    asked = request(
+        tmp_path, words=3000, size_mb=0.08, shapes=Shapes(batch=1, tokens=16),
         options=Options(moves=("structure", "int4")), recovery=Recovery(mode="fast", epochs=1, samples=64),
-        calibration=Calibration(samples=64), search=Search(samples=32, generations=1),
-        bench=Bench(blocks=30, block_ms=2.0),
     )  # fmt: skip
-    found = pipeline.run(asked, Silent())
+    found = pipeline.run(asked, Quiet())
     assert "int4" in {site.option.precision for site in found.sites}
+    assert found.compressed.precision == "fp32 + int4" != found.baseline.precision == "fp32"
     assert any("learning in int4" in warning for warning in found.warnings)
     assert any(line.startswith("int4: ") for line in found.attribution)
     # Codes that had not learned with the model would not give its answers.
@@ -107,7 +90,7 @@ def test_a_proof_that_begins_far_below_what_was_asked_is_timed_for_longer(monkey
     monkeypatch.setattr(pipeline.proof, "compare", compare)
     monkeypatch.setattr(pipeline.proof, "timing", timing)
     job = SimpleNamespace(
-        place="here", file=None, recipe=SimpleNamespace(bench=Bench(blocks=40)), stages=Stages(Silent())
+        place="here", file=None, recipe=SimpleNamespace(bench=Bench(blocks=40)), stages=Stages(Quiet())
     )
     found = pipeline._proof_timing(job, None, {}, asked)
     assert seen == lengths

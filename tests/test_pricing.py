@@ -59,6 +59,15 @@ def test_a_form_that_saves_no_time_is_dropped_unless_bytes_are_what_is_short():
     }  # fmt: skip
 
 
+def test_a_form_that_fits_between_two_widths_is_held_against_the_time_between_them():
+    site = ffn(64, bias=False)
+    rows = {"dense": {64: 4.0, 32: 2.0}, "block:32x32@0.5": {48: 2.5}, "int8-static": {48: 2.98}}
+    job = SimpleNamespace(sites=(site,), recipe=recipe(speedup=2.0))
+    costs = pricing._costs(job, {"ffn": rows}, 1.0, Whole(inside_ms=(4.0,), whole_ms=(5.0,)), "measured")
+    assert costs.gains["ffn"] == pytest.approx({"block:32x32@0.5": 3.0 / 2.5, "int8-static": 3.0 / 2.98})
+    assert costs.rows["ffn"] == {"dense": {64: 4.0, 32: 2.0}, "block:32x32@0.5": {48: 2.5}}
+
+
 def test_the_runtime_of_the_profile_comes_before_torch(monkeypatch):
     monkeypatch.setattr(profiles, "measured", lambda name, origin: None)
     assert pricing.shipped(H100) is None

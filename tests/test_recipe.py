@@ -195,3 +195,12 @@ def test_any_text_survives_toml(tmp_path, text):
     path = Path(tmp_path, "r.toml")
     path.write_text(recipe.to_toml(asked), encoding="utf-8")
     assert recipe.read(path, {}) == asked
+
+
+def test_a_word_that_is_no_choice_is_answered_with_the_nearest():
+    asked = {**ASK, "options": {"moves": ["structure", "blocks"]}}
+    assert refusal(None, asked) == (
+        "request: 'moves' in [options] cannot be 'blocks'; did you mean 'block'? Known: structure, width, "
+        "int8, int8-static, int4, fp8, block, lowrank, 2:4"
+    )
+    assert refusal(None, {**ASK, "task": "zzz"}).startswith("request: 'task' cannot be 'zzz'. Known: text-")

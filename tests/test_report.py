@@ -310,6 +310,42 @@ def test_the_contract_s_keys_are_there():
     assert words["verdict"]["measured"] == {"speedup": 2.06, "interval95": [2.03, 2.09]}
 
 
+def integers(base, *options):
+    """A report whose first sites have these options."""
+    changed = [
+        site.model_copy(update={"option": site.option.model_copy(update=words)})
+        for site, words in zip(base.sites, options, strict=False)
+    ]
+    return base.model_copy(update={"sites": (*changed, *base.sites[len(changed) :])})
+
+
+def test_a_line_never_calls_a_file_with_integers_plainly_fp32():
+    plain = report(layers=1)
+    assert ", fp32, 1 thread" in reporting.verdict_line(plain)
+    mixed = integers(plain, {"precision": "int8-dynamic", "units": 6}, {"precision": "int4", "units": 9})
+    assert ", fp32 + int8 + int4, 1 thread" in reporting.verdict_line(mixed)
+    assert reporting.precision(mixed.target, mixed.sites) == "fp32 + int8 + int4"
+    # What was dropped runs in nothing; two kinds of int8 are one; and half precision is the target's word.
+    gone = integers(plain, {"precision": "int8-static", "units": 0})
+    assert ", fp32, 1 thread" in reporting.verdict_line(gone)
+    both = integers(
+        plain, {"precision": "int8-static", "units": 6}, {"precision": "int8-dynamic", "units": 9}
+    )
+    assert ", fp32 + int8, 1 thread" in reporting.verdict_line(both)
+    there = integers(report(measured=None, layers=1), {"precision": "fp8", "units": 6})
+    assert "(tensorrt, fp16 + fp8, batch 8 x 128)" in reporting.verdict_line(there)
+
+
+def test_a_report_that_claims_another_precision_than_its_plan_is_refused():
+    mixed = integers(report(layers=1), {"precision": "int8-dynamic", "units": 6})
+    words = mixed.model_dump()
+    words["compressed"]["precision"] = "fp32 + int8"
+    assert Report.model_validate(words).compressed.precision == "fp32 + int8"
+    words["compressed"]["precision"] = "fp32"
+    with pytest.raises(ValidationError, match=r"fp32.*fp32 \+ int8"):
+        Report.model_validate(words)
+
+
 def test_report_json_is_the_stored_one():
     assert matches("report.json", whole().model_dump_json(indent=1) + "\n")
     assert Report.model_validate_json(whole().model_dump_json()) == whole()

@@ -32,7 +32,7 @@ from compress.analyze import find_sites
 from compress.console import Quiet
 from compress.errors import CompressError
 from compress.export.runners import OrtRunner
-from compress.ir import Budget, Option, Whole, Width
+from compress.ir import Budget, Matmul, Option, Site, Whole, Width
 from compress.job import Stages
 from compress.loop import Menus, OutOfReachError, Round, Rounds, Timing
 from compress.recipe import Options, Recovery, Search
@@ -64,6 +64,41 @@ def test_widths_are_multiples_of_the_step_of_the_target():
     assert levels(at(8, (0.99, 0.01)), wide) == [760, 8]
     with pytest.raises(CompressError, match=r"hidden width is 48, box .* multiples of 64, and none"):
         levels(at(64, (0.5,)), SimpleNamespace(width=48))
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_what_a_width_does_not_carry_is_the_tail_of_the_moments(centered):
+    moments = torch.tensor([8.0, 4.0, 2.0, 1.0, 1.0])
+    seen = widths.Directions(SimpleNamespace(centered=centered), torch.eye(5), moments)
+    for units in range(1 + centered, 6):
+        carried = [8, 4, 2, 1, 1][: units - centered]  # under LayerNorm one channel holds no direction
+        assert seen.error(units) == pytest.approx(1 - sum(carried) / 16)
+
+
+def test_the_outlook_is_a_share_of_the_dense_time_by_the_products_of_the_sites(monkeypatch):
+    up = Matmul(weight="up", rows=1, out=30, inner=64, out_per_unit=1)
+    down = Matmul(weight="down", rows=1, out=64, inner=30, inner_per_unit=1)
+    other = Matmul(weight="other", rows=1, out=7, inner=10)
+    site = Site(name="f", kind="ffn", units=30, slices=(), matmuls=(up, down, other), writer="down")
+    stream = SimpleNamespace(
+        width=64, readers=(SimpleNamespace(weight="up"),), writers=(SimpleNamespace(tensor="down"),)
+    )
+
+    def price(site, option, profile):
+        return SimpleNamespace(latency_ms=sum(m.out * m.inner for m in site.matmuls))
+
+    monkeypatch.setattr(widths.cost, "price", price)
+    monkeypatch.setattr(
+        widths, "directions", lambda job, stream: SimpleNamespace(error=lambda units: units / 100)
+    )
+    job = SimpleNamespace(**vars(at(8, (0.5, 0.75))), sites=(site,))
+    rows = widths.outlook(job, stream, 10.0)
+    assert [row["width"] for row in rows] == [48, 32]
+    for row in rows:
+        share = (2 * 30 * row["width"] + 70) / (2 * 30 * 64 + 70)
+        assert row["latency_ms_estimate"] == pytest.approx(10 * share, abs=1e-4)
+        assert row["speedup_estimate"] == pytest.approx(1 / share, abs=1e-3)
+        assert row["stream_error"] == row["width"] / 100
 
 
 FULL = 64

@@ -13,7 +13,8 @@
     python tools/benchmark.py sltrain --data DATA       trained dense, low-rank, or sparse plus low-rank
     python tools/benchmark.py gpusq --data DATA         2:4 on 8 bits, with and without each distillation term
 
-DIR is what `tools/finetune_sst2.py` wrote: a Hugging Face directory beside `train.csv` and `dev.csv`.
+DIR is what `tools/finetune_sst2.py` or `tools/train_vit.py` wrote: a Hugging Face directory beside
+`train.csv` and `dev.csv`, or `train.npz` and `dev.npz`.
 DATA holds public data sets in folders: `cifar10`, `tinyshakespeare`, `wikitext2`.
 """
 
@@ -110,8 +111,9 @@ def recipe_of(
         **tables,
     }
     if arguments.model is not None:
-        values |= {"model": str(arguments.model), "data": str(arguments.model / "train.csv")}
-        values |= {"test": str(arguments.model / "dev.csv")}
+        suffix = ".npz" if (arguments.model / "train.npz").exists() else ".csv"
+        values |= {"model": str(arguments.model), "data": str(arguments.model / f"train{suffix}")}
+        values |= {"test": str(arguments.model / f"dev{suffix}")}
     return read(None, values)
 
 
@@ -416,7 +418,7 @@ def main() -> None:
     """Run one benchmark; print its table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
-    parser.add_argument("--model", type=Path, help="a directory of tools/finetune_sst2.py")
+    parser.add_argument("--model", type=Path, help="a directory of tools/finetune_sst2.py or train_vit.py")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])

@@ -171,12 +171,28 @@ def fisher(weight: Tensor, gradients: Iterable[Tensor], shape: Shape) -> Tensor:
     >>> fisher(torch.tensor([[2.0, 1.0]]), gradients, (1, 1)).tolist()
     [[2.0, 1.0]]
     """
-    total = torch.zeros(grid(weight.shape, shape), dtype=torch.float64)
-    samples = 0
-    for gradient in gradients:
-        total += _tiles(weight.double() * gradient.double(), shape).sum((1, 3)).square()
-        samples += 1
-    return total / (2 * max(samples, 1))
+    each = [effects(weight, gradient, shape) for gradient in gradients]
+    return pooled(torch.stack(each), (1, 1)) if each else torch.zeros(grid(weight.shape, shape)).double()
+
+
+def effects(weight: Tensor, gradient: Tensor, tile: Shape) -> Tensor:
+    """To first order what a loss loses when a tile goes: the sum of `g w` over it, [out / R, in / C] float64.
+
+    >>> effects(torch.tensor([[2.0, 1.0]]), torch.tensor([[-1.0, 2.0]]), (1, 2)).tolist()
+    [[0.0]]
+    """
+    return _tiles(weight.double() * gradient.double(), tile).sum((1, 3))
+
+
+def pooled(each: Tensor, shape: Shape) -> Tensor:
+    """`fisher` from the `effects` [samples, rows, columns] of every sample; a block is `shape` tiles.
+
+    >>> pooled(torch.tensor([[[1.0, 1.0]], [[3.0, -1.0]]]), (1, 2)).tolist()
+    [[2.0]]
+    """
+    groups, blocks = grid(each.shape[1:], shape)
+    whole = each.double().reshape(len(each), groups, shape[0], blocks, shape[1]).sum((2, 4))
+    return whole.square().mean(0) / 2
 
 
 def loss_change(change: Tensor, gradients: Iterable[Tensor], floor: float = 1e-7) -> float:

@@ -129,7 +129,17 @@ def test_two_neighbors_of_one_sign_never_overflow_sixteen_bits(columns):
 
 
 def test_pairs_that_are_too_large_become_the_nearest_that_fit():
-    for first, second in ((127, 127), (127, 40), (100, 30), (65, 64), (90.4, 40.3), (3, 127), (-127, -8)):
+    for first, second in (
+        (127, 127),
+        (127, 40),
+        (100, 30),
+        (65, 64),
+        (90.4, 40.3),
+        (90.4, 39.3),
+        (90.3, 39.4),
+        (3, 127),
+        (-127, -8),
+    ):
         codes = fakequant.weight_codes(torch.tensor([[float(first), float(second)]]), torch.ones(1, 1), INT8)
         fits = [(a, b) for a in range(-127, 128) for b in range(-127, 128) if a * b <= 0 or abs(a + b) <= 128]
         least = min((a - first) ** 2 + (b - second) ** 2 for a, b in fits)
@@ -197,6 +207,14 @@ def test_a_range_is_asked_for_where_it_is_needed_and_only_there():
     for precision, span in (("int8-static", None), ("int8-dynamic", (0.0, 1.0))):
         with pytest.raises(CompressError, match=f"{precision} with an input range"):
             fakequant.nearest(random(2, 4), precision, span)
+
+
+@pytest.mark.parametrize(("span", "largest"), [((-3.0, 2.5), 3.0), ((-0.5, 4.0), 4.0), ((0.0, 0.0), None)])
+def test_floats_of_eight_bits_reach_as_far_as_the_farther_end(span, largest):
+    found = fakequant.nearest(random(4, 6), "fp8", span)
+    assert found.input_step == pytest.approx(1.0 if largest is None else largest / 448, rel=1e-6)
+    assert found.input_zero == 0
+    assert found.weight_bytes() == 4 * 6 + 4
 
 
 def test_codes_of_a_weight_that_was_quantized_are_those_codes():

@@ -174,6 +174,14 @@ def test_the_account_is_what_adam_really_holds():
     assert made.held_bytes < 0.35 * sltrain.dense_account(48, 64).held_bytes
 
 
+@pytest.mark.parametrize(("out", "inner"), [(48, 64), (40, 2000), (3, 10**6)])
+def test_beside_what_lasts_there_are_two_pieces_of_dense_rows(out, inner, monkeypatch):
+    monkeypatch.setattr(sltrain, "CHUNK", 10**5)
+    height = max(1, min(out, 10**5 // inner))
+    assert sltrain.account(out, inner, 4, 0.1).temporary_bytes == 2 * 4 * height * inner
+    assert sltrain.dense_account(out, inner).temporary_bytes == 0
+
+
 def test_low_rank_alone_holds_no_index_and_narrow_types_less():
     assert sltrain.account(64, 64, 4, 0.0).index_bytes == 0
     full = sltrain.dense_account(64, 64, item_bytes=2, state_bytes=1)

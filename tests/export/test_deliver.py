@@ -5,15 +5,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from outputs import write_model, write_output
 
 from compress import cli, report
 from compress.errors import CompressError
-from compress.export import deliver, ort, runners, tensorrt
+from compress.export import deliver, edge, ort, runners, tensorrt
 
 FAKE = Path(__file__).with_name("fake_tensorrt.py")
 
@@ -144,6 +145,33 @@ def test_a_plan_without_24_builds_an_engine_without_its_kernels_and_the_report_s
     assert gpu.Builder.last.flags_set == set()
     assert report.read(out).engine.sparse is False
     assert "was built without 2:4 kernels: the plan has no 2:4 zeros." in (folder / "report.md").read_text()
+
+
+def test_for_a_target_in_fp16_the_engine_is_built_from_the_file_in_fp16(gpu, out, capfd):
+    file, folder = out / "model.onnx", out / "compression"
+    model = onnx.load(file)
+    twice = numpy_helper.from_array(2 * np.eye(4, dtype=np.float32), "w")  # as the double does
+    model.graph.initializer.append(twice)
+    model.graph.node[0].CopyFrom(helper.make_node("MatMul", ["x", "w"], ["y"]))
+    onnx.save(model, file)
+    document = json.loads((folder / "report.json").read_text())
+    document["inputs"]["file_sha256"] = runners.sha256(file)
+    document["target"] |= {"name": "h100", "precision": "fp16"}
+    (folder / "report.json").write_text(json.dumps(document))
+    assert cli.perform(["export", str(out), "--to", "tensorrt"]) == 0
+    built = out / "tensorrt" / "model.onnx"
+    assert edge.precision_of(built) == "fp16"
+    stamp = json.loads((out / "tensorrt" / "model.engine.json").read_text())
+    assert stamp["onnx_sha256"] == runners.sha256(built) != runners.sha256(file)
+    found = report.read(out)
+    assert found.engine is not None
+    assert (found.half.halved, found.half.file_bytes) == (1, built.stat().st_size)
+    # For any other target it is built from the file that was proven.
+    document["target"] |= {"name": "rpi5", "precision": "fp32"}
+    (folder / "report.json").write_text(json.dumps(document))
+    assert cli.perform(["export", str(out), "--to", "tensorrt"]) == 0
+    assert runners.sha256(built) == runners.sha256(file)
+    assert report.read(out).half is None
 
 
 def test_an_engine_that_answers_with_other_numbers_is_not_delivered(gpu, out, capfd):

@@ -7,10 +7,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from classifier import wide
 from outputs import write_model
 from sites import ffn, heads
 from torch import nn
-from wide import wide
 
 from compress import cost, profiles
 from compress.energy import Rapl

@@ -132,6 +132,20 @@ def test_an_input_becomes_bytes_once_for_all_its_readers_in_any_order():
         session(proto)
 
 
+def test_ranges_of_one_step_about_other_zeros_are_other_bytes():
+    model = Products()
+    products = {
+        name: fakequant.nearest(model.get_parameter(name).detach(), "int8-static", span)
+        for name, span in (("a.weight", (-1.0, 4.0)), ("b.weight", (-4.0, 1.0)))
+    }
+    assert products["a.weight"].input_step == products["b.weight"].input_step
+    proto = lowered(products)
+    assert operators(proto)["QuantizeLinear"] == 2
+    x = values(seed=4)
+    expected = inserted(products)(x).detach().numpy()
+    assert np.allclose(session(proto).run(None, {"x": x.numpy()})[0], expected, atol=1e-4)
+
+
 def test_what_is_no_longer_read_leaves_the_file():
     before = {w.name for w in onnx.load_from_string(exported()).graph.initializer}
     assert set(NAMES) <= before

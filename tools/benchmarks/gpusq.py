@@ -24,7 +24,7 @@ import torch
 from benchmarks import hidden_width
 from torch import Tensor, nn
 
-from compress import distill, quantize, tune
+from compress import distill, quantize, staged, tune
 from compress.analyze import find_sites
 from compress.core import fakequant, nm, ranges
 from compress.core.fakequant import Quantized
@@ -37,7 +37,7 @@ DENSE_STEPS = 1500
 STEPS = 100  # of each stage
 HELD = 4000
 OBSERVED = 8  # batches for moments and ranges
-RATES = (5e-4, 2e-4)  # of the stages
+RATE = 5e-4  # of the first stage
 GPUSQ = Recovery(
     mode="fast", epochs=1, task=1.0, logits=10.0, hidden=0.0, features=5.0, temperature=2.0, decay=0.0
 )  # fmt: skip
@@ -192,17 +192,16 @@ class Stages:
     def prune(self, sparse: nn.Module, wanted: Recovery) -> tuple[nn.Module, tuple[float, ...]]:
         """The 2:4 model taught by the dense one, and how much each late layer counts from now on."""
         made = copy.deepcopy(sparse)
-        lesson = self.lesson(self.dense, wanted.model_copy(update={"rate": RATES[0]}), self.folder / "dense")
+        lesson = self.lesson(self.dense, wanted.model_copy(update={"rate": RATE}), self.folder / "dense")
         tune.tune(tune.Run(made, lesson, zeros=zeros_of(made, self.names)), lambda _: 0.0)
         return made, distill.aware(lesson.apart(made))
 
     def quantize(self, sparse: nn.Module, wanted: Recovery, factors: tuple[float, ...]) -> nn.Module:
         """The 2:4 model on 8 bits, taught by the 2:4 model: weights, steps and ranges learn."""
         made = rounded(Pictures(sparse, self.known), self.names, learn=True)
-        wanted = wanted.model_copy(update={"rate": RATES[1], "cache_mb": 0})
+        wanted = staged.second(wanted.model_copy(update={"rate": RATE, "cache_mb": 0}))
         lesson = self.lesson(sparse, wanted, self.folder / "sparse")
-        run = tune.Run(made, lesson, zeros=zeros_of(sparse, self.names))
-        run.state = run.state.model_copy(update={"factors": factors})
+        run = tune.Run(made, lesson, zeros=zeros_of(sparse, self.names), factors=factors)
         tune.tune(run, lambda _: 0.0)
         return made
 
