@@ -176,7 +176,7 @@ def run(session: "Session", words: Words) -> int:
 
         several.join()
     session.out = Path(recipe.out)
-    from compress import advice, console, follow, pipeline, report
+    from compress import advice, answer, console, follow, pipeline, report
 
     console.use_cores()
     if launched().rank:
@@ -189,7 +189,7 @@ def run(session: "Session", words: Words) -> int:
         return family.exit_code(members)
     result = pipeline.run(recipe, session.progress)
     page = str(session.out / "compression" / "report.html")
-    session.answer(result.model_dump(mode="json"), report.verdict_line(result, page))
+    session.answer(result.model_dump(mode="json"), answer.verdict_line(result, page))
     for line in (advice.next_step(result, recipe.out), advice.ruin(result)):
         if line is not None:
             session.progress.say(line)
@@ -268,7 +268,7 @@ def deliver(session: "Session", words: Words) -> int:
 @_verb
 def rebuild(session: "Session", words: Words) -> int:
     """Write the report of a run again, and repeat its verdict."""
-    from compress import page, report
+    from compress import answer, page, report
 
     directory: Path = words["directory"]
     found = report.read(directory)
@@ -277,13 +277,13 @@ def rebuild(session: "Session", words: Words) -> int:
     if words["merge"] is not None:
         from compress import measurement, merge
 
-        answer = measurement.read(words["merge"])
-        before, found = found, merge.merge(found, answer, device_is_target=words["device_is_target"])
+        taken = measurement.read(words["merge"])
+        before, found = found, merge.merge(found, taken, device_is_target=words["device_is_target"])
         merge.renew_card(folder, before, found)
     elif words["device_is_target"]:
         raise CompressError("--device-is-target is about a measurement; name it with --merge measured.json")
     written = page.write(found, folder)
-    session.answer(found.model_dump(mode="json"), report.verdict_line(found, str(written)))
+    session.answer(found.model_dump(mode="json"), answer.verdict_line(found, str(written)))
     return report.exit_code(found)
 
 

@@ -10,6 +10,7 @@ import locale
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from rich.console import Console
 SLOW_S = 2.0  # work shorter than this needs no progress
 EVERY_S = 5.0  # the least time between two plain lines of one stage
 REDRAW_S = 0.1
+WIDE = 80  # columns of a terminal, the gap behind a table's last column in place of the indent before it
+LEAST_WIDE = 16  # columns that a cell of words needs to be read
+GAP = 2
 
 Tick = Callable[[int, int], None]
 Clock = Callable[[], float]
@@ -198,21 +202,44 @@ def _part(value: list[Any] | dict[str, Any]) -> list[str]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Aligned columns with their names: numbers flush right, words flush left."""
+    """Aligned columns with their names: numbers flush right, words flush left.
+
+    Where it would be wider than a terminal, names stand on several lines, then the last column does.
+    """
     rows = [{str(key): value for key, value in row.items()} for row in rows]
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = {key: all(_is_number(row.get(key)) for row in rows) for key in keys}
-    cells = [keys]
-    cells += [[_cell(row[key]) if key in row else "" for key in keys] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(_is_number(row.get(key)) for row in rows) for key in keys]
+    body = [[_cell(row[key]) if key in row else "" for key in keys] for row in rows]
+    cells = [keys, *body]
+    if sum(_widths(cells)) > WIDE:
+        names = [key.split("_") for key in keys]
+        deep = max(map(len, names))
+        stacked = [[""] * (deep - len(parts)) + parts for parts in names]
+        cells = [[parts[line] for parts in stacked] for line in range(deep)] + body
+        room = WIDE - sum(_widths(cells)[:-1])
+        if room >= LEAST_WIDE and not numeric[-1]:
+            cells = [line for cell in cells for line in _folded(cell, room)]
+    widths = _widths(cells)
     lines = [
         "  ".join(
-            cell.rjust(width) if numeric[key] else cell.ljust(width)
-            for key, cell, width in zip(keys, line, widths, strict=True)
+            cell.rjust(width - GAP) if right else cell.ljust(width - GAP)
+            for right, cell, width in zip(numeric, line, widths, strict=True)
         ).rstrip()
         for line in cells
     ]
     return lines if lines[0] else lines[1:]
+
+
+def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
+    """Of every column, with the gap that follows."""
+    return [max(map(len, column)) + GAP for column in zip(*cells, strict=True)]
+
+
+def _folded(cells: Sequence[str], room: int) -> list[list[str]]:
+    """A row of a table as several, its last cell in lines of at most `room`."""
+    *first, last = cells
+    parts = textwrap.wrap(last, room, break_long_words=False) or [""]
+    return [[*first, parts[0]], *([""] * len(first) + [part] for part in parts[1:])]
 
 
 def _is_number(value: object) -> bool:

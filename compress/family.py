@@ -8,9 +8,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field
 
+from compress.answer import device
 from compress.artifact import write_text
 from compress.ir import SCHEMA_VERSION, Document
-from compress.report import EXIT_CODES, Report, Status, Target, device
+from compress.report import EXIT_CODES, Report, Status, Target
 from compress.svg import PALETTE, WIDTH, Canvas, Chart, finish, ticks
 from compress.wording import digits, lost, score_text
 

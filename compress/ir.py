@@ -344,20 +344,14 @@ class Width(Document):
     why: str = ""
 
 
-class Offer(Document):
-    """One form that a site could have had, "structure" for units removed, and what came of it.
+class Engine(Document):
+    """A TensorRT engine of the file: layers that 2:4 kernels were possible for, and that run with them."""
 
-    `speedup` is that of the whole site in the form, where it has one. `units` and `loss` are of what loses
-    least there without taking longer than what was chosen, where anything does: the loss is the divergence
-    of the model from the dense one with this site alone changed so.
-    """
-
-    form: str
-    speedup: float | None = None
-    units: int | None = None
-    loss: float | None = None
-    chosen: bool = False
-    why: str
+    device: str
+    tensorrt: str
+    sparse: bool
+    eligible: tuple[str, ...] = ()
+    picked: tuple[str, ...] = ()
 
 
 class Half(Document):
@@ -373,6 +367,22 @@ class Half(Document):
     kept: tuple[str, ...] = ()
     distance: float = Field(ge=0)
     tolerance: float = Field(gt=0)
+
+
+class Offer(Document):
+    """One form that a site could have had, "structure" for units removed, and what came of it.
+
+    `speedup` is that of the whole site in the form, where it has one. `units` and `loss` are of what loses
+    least there without taking longer than what was chosen, where anything does: the loss is the divergence
+    of the model from the dense one with this site alone changed so.
+    """
+
+    form: str
+    speedup: float | None = None
+    units: int | None = None
+    loss: float | None = None
+    chosen: bool = False
+    why: str
 
 
 class Plan(Document):

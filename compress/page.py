@@ -14,37 +14,19 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from compress import charts, offers
+from compress import charts, offers, quantities
 from compress.advice import next_step, ruin
+from compress.answer import device, quality, verdict_line
 from compress.artifact import write_text
 from compress.errors import CompressError
-from compress.ir import Half
-from compress.report import (
-    Engine,
-    Fact,
-    Figures,
-    Report,
-    device,
-    found,
-    precision,
-    quality,
-    verdict_line,
-)
+from compress.ir import Engine
+from compress.quantities import NONE
+from compress.report import Fact, Report, found, precision
 from compress.svg import PALETTE, Chart
 from compress.wording import amount, digits, exact, lost, score_text
 
 WORDS = {"met": "Met", "missed": "Missed", "not_measured": "Not measured"}
-NONE = "not measured"
 MOST_NAMES = 6
-
-
-class Row(NamedTuple):
-    """One quantity of both artifacts, and what became of it."""
-
-    label: str
-    before: str
-    after: str
-    change: str
 
 
 class Headline(NamedTuple):
@@ -143,7 +125,7 @@ def _view(report: Report) -> dict[str, object]:
         "device": device(report.target, precision(report.target, report.sites)),
         "quality": quality(report).replace("->", "→"),
         "headlines": _headlines(report),
-        "rows": rows(report),
+        "rows": quantities.rows(report),
         "sites": _site_rows(report),
         "offers": offers.table(report),
         "guessed": any(site.source == "estimated" for site in report.sites),
@@ -180,130 +162,13 @@ def _headlines(report: Report) -> list[Headline]:
         result = Headline("Predicted (estimate)", words, f"{verdict.predicted.source}, {NONE}")
     sides = (report.baseline.score, report.compressed.score)
     scores = NONE if None in sides else " → ".join(score_text(metric, side) for side in sides)
-    size = next(row for row in rows(report) if row.label == "weights")
+    size = next(row for row in quantities.rows(report) if row.label == "weights")
     return [
         Headline("Asked", amount(asked.name, asked.value), allowed),
         result,
-        Headline(metric.capitalize(), scores, _lost(report)),
+        Headline(metric.capitalize(), scores, quantities.score_change(report)),
         Headline("Weights", size.after, f"from {size.before}, {size.change}"),
     ]
-
-
-def rows(report: Report) -> list[Row]:
-    """The comparison: every quantity that is known of the compressed model."""
-    dense, now = report.baseline, report.compressed
-    metric = report.score.metric
-    count = _percent(dense.parameters, now.parameters)
-    return [
-        *_latency_rows(report),
-        *_phase_rows(report),
-        Row(metric, score_text(metric, dense.score), score_text(metric, now.score), _lost(report)),
-        Row("parameters", f"{dense.parameters:,}", f"{now.parameters:,}", count),
-        Row("weights", *_change(dense.weight_bytes / 1e6, now.weight_bytes / 1e6, "MB")),
-        *([] if now.file_bytes is None else [_file_row(dense.file_bytes, now.file_bytes)]),
-        *([] if report.half is None else [_half_row(report.half)]),
-        *([] if now.energy_mj is None else [_source_row("energy", dense, now, "energy_mj", "mJ")]),
-        *([] if now.power_w is None else [_source_row("power", dense, now, "power_w", "W")]),
-    ]
-
-
-def _latency_rows(report: Report) -> list[Row]:
-    """Percentiles that were measured; otherwise one row of what was predicted."""
-    dense, now = report.baseline.latency_ms, report.compressed.latency_ms
-    predicted, measured = report.verdict.predicted, report.verdict.measured
-    if dense is None or now is None or measured is None:
-        dense_ms, now_ms = (
-            NONE if value is None else f"{digits(value)} ms (estimate)"
-            for value in (predicted.baseline_latency_ms, predicted.latency_ms)
-        )
-        speed = predicted.speedup
-        return [Row("latency", dense_ms, now_ms, "" if speed is None else f"{speed:.2f}x (estimate)")]
-    low, high = measured.interval95
-    table = [
-        Row(
-            "latency, median",
-            f"{digits(dense.p50)} ms",
-            f"{digits(now.p50)} ms",
-            f"{measured.speedup:.2f}x [{low:.2f}, {high:.2f}]",
-        )
-    ]
-    for label, before, after in (
-        ("p90", dense.p90, now.p90),
-        ("p99", dense.p99, now.p99),
-        ("mean", dense.mean, now.mean),
-    ):
-        if before is not None and after is not None:
-            texts = (f"{digits(before)} ms", f"{digits(after)} ms", f"{before / after:.2f}x")
-            table.append(Row(f"latency, {label}", *texts))
-    spread = (f"{digits(dense.std)} ms", f"{digits(now.std)} ms", "")
-    return [
-        *table,
-        Row("latency, deviation", *spread),
-        Row("runs", f"{dense.runs:,}", f"{now.runs:,}", ""),
-    ]
-
-
-def _phase_rows(report: Report) -> list[Row]:
-    """Both phases of a decoder, whichever was asked for."""
-    found = report.phases
-    if found is None:
-        return []
-    told = (
-        ("time to first token", found.ttft, found.dense.ttft_ms, found.compressed.ttft_ms),
-        ("time per token", found.per_token, found.dense.per_token_ms, found.compressed.per_token_ms),
-    )
-    return [
-        Row(
-            f"{label}, median",
-            f"{digits(dense.p50)} ms",
-            f"{digits(now.p50)} ms",
-            "{:.2f}x [{:.2f}, {:.2f}]".format(ratio.speedup, *ratio.interval95),
-        )
-        for label, ratio, dense, now in told
-    ]
-
-
-def _lost(report: Report) -> str:
-    """The change of the score in words."""
-    drop = report.verdict.score_drop
-    if drop is None:
-        return NONE
-    if drop == 0:
-        return "unchanged"
-    return f"{'gained' if drop < 0 else 'lost'} {lost(report.score.metric, abs(drop))}"
-
-
-def _percent(before: float, after: float) -> str:
-    return f"{after / before - 1:+.0%}" if before else ""
-
-
-def _change(before: float, after: float, unit: str) -> tuple[str, str, str]:
-    return f"{digits(before)} {unit}", f"{digits(after)} {unit}", _percent(before, after)
-
-
-def _file_row(before: int | None, after: int) -> Row:
-    if before is None:
-        return Row("file", NONE, f"{digits(after / 1e6)} MB", "")
-    return Row("file", *_change(before / 1e6, after / 1e6, "MB"))
-
-
-def _half_row(half: Half) -> Row:
-    """The file in fp16 that was made of the one that ships, and how far its answers are from that."""
-    of = f"{half.halved} of {half.halved + len(half.kept)} products, answers within {half.distance:.1e}"
-    return Row("file in fp16", "", f"{digits(half.file_bytes / 1e6)} MB", of)
-
-
-def _source_row(label: str, dense: Figures, now: Figures, field: str, unit: str) -> Row:
-    """Energy or power, each with where it comes from; two sources are not compared."""
-    texts = []
-    for side in (dense, now):
-        value, word = getattr(side, field), "" if side.energy_source == "measured" else " (estimate)"
-        texts.append(NONE if value is None else f"{digits(value)} {unit}{word}")
-    before, after = getattr(dense, field), getattr(now, field)
-    if before is None or dense.energy_source != now.energy_source:
-        return Row(label, texts[0], texts[1], "")
-    word = "" if now.energy_source == "measured" else " (estimate)"
-    return Row(label, texts[0], texts[1], f"{_percent(before, after)}{word}")
 
 
 def _site_rows(report: Report) -> list[SiteRow]:

@@ -115,9 +115,11 @@ class Desk:
     made_from: str = ""
     data: str = ""
 
-    def teacher(self, model: nn.Module, wanted: Recovery, place: Path, data: str) -> Teacher:
+    def teacher(
+        self, model: nn.Module, at: Sequence[distill.Place], wanted: Recovery, place: Path, data: str
+    ) -> Teacher:
         """A model that teaches; what it says is kept in `place`, where it belongs to `data`."""
-        at, room = distill.places(model, self.sites), wanted.cache_mb / several.size()
+        room = wanted.cache_mb / several.size()
         return Teacher(self.task, model, at, artifact.folder(place, data), room)
 
     def begin(
@@ -193,7 +195,8 @@ def learn(
     several.alike("training data", several.contents(lessons(desk.task, wanted)))
     several.spread(dense)
     several.spread(model)
-    teacher = desk.teacher(dense, wanted, desk.answers / "dense", desk.data)
+    at = distill.places(dense, desk.sites)
+    teacher = desk.teacher(dense, at, wanted, desk.answers / "dense", desk.data)
     count = sum(1 for _ in lessons(desk.task, wanted))
     lesson = Lesson(desk.task, teacher, lambda: lessons(desk.task, wanted), count, wanted, down)
     if wanted.staged and staged.applies(desk.sites, removals, narrow=down is not None):
@@ -256,7 +259,8 @@ def _rounded(desk: Desk, lesson: Lesson, model: nn.Module, plan: Mapping[str, Re
 def _second(desk: Desk, lesson: Lesson, sparse: nn.Module, place: Path, data: str) -> Lesson:
     """What the float model teaches the one on integers, which is no narrower."""
     wanted = staged.second(lesson.wanted)
-    return replace(lesson, teacher=desk.teacher(sparse, wanted, place, data), wanted=wanted, down=None)
+    teacher = desk.teacher(sparse, lesson.teacher.at, wanted, place, data)
+    return replace(lesson, teacher=teacher, wanted=wanted, down=None)
 
 
 def lessons(task: Task, wanted: Recovery) -> Iterator[Batch]:

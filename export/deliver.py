@@ -16,7 +16,8 @@ from compress.export import device, edge, half, ort, tensorrt
 from compress.export.engine import EngineOptions, Stamp, stamp_path
 from compress.export.finished import Finished, finished, parts
 from compress.export.runners import OrtRunner
-from compress.report import Engine, Report
+from compress.ir import Engine
+from compress.report import Report
 
 MARK = "compress-export.txt"  # a folder that holds it is ours to replace
 Format = Callable[[Finished, Path], list[Path]]

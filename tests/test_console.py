@@ -308,3 +308,27 @@ def test_torch_works_on_all_physical_cores_unless_the_user_says_otherwise(monkey
     monkeypatch.delenv("OMP_NUM_THREADS")
     console.use_cores()
     assert taken == [7]
+
+
+def test_a_wide_table_folds_its_names_then_its_last_column():
+    row = {
+        "speedup_estimate": 1.25, "latency_ms_estimate": 3.5, "mean_layer_error": 0.01, "ffn_kept": 0.9,
+        "heads_kept": 1.0, "forms": "3 x block:64x32@0.5, 2 x dense, 10 x int8-dynamic, 12 x rank:96",
+    }  # fmt: skip
+    assert console.plain({"plans": [row, row | {"forms": "6 x dense"}]}) == (
+        "plans\n"
+        "             latency   mean\n"
+        "   speedup        ms  layer   ffn  heads\n"
+        "  estimate  estimate  error  kept   kept  forms\n"
+        "      1.25       3.5   0.01   0.9      1  3 x block:64x32@0.5, 2 x dense, 10 x\n"
+        "                                          int8-dynamic, 12 x rank:96\n"
+        "      1.25       3.5   0.01   0.9      1  6 x dense"
+    )
+
+
+def test_a_table_that_fits_is_left_alone_and_a_number_is_never_folded():
+    fits = {"rows": [{"a_b": 1, "words": "x " * 33 + "end"}]}
+    assert "a_b  words" in console.plain(fits)
+    numbers = {"rows": [{f"a_{name}": 123456 for name in "bcdefghijklmn"}]}
+    head, tail, line = console.plain(numbers).splitlines()[1:]
+    assert (head.split(), tail.split(), line.split()) == (["a"] * 13, list("bcdefghijklmn"), ["123,456"] * 13)

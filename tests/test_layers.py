@@ -23,7 +23,7 @@ ROWS = (
     "core.block core.lowrank core.nm core.permute core.sltrain",
     "advice sltrain charts loop pretrained probe bench energy roofline surgery measurement export.device "
     "export.flatten export.sparse",
-    "channels offers",
+    "answer channels offers quantities",
     "page family quality named trial store cost console export.engine export.seams "
     "export.attention export.cache published export.products export.modules",
     "expand analyze stream images texts devices doctor session merge several export.lowering export.runners",
@@ -46,9 +46,9 @@ ROWS = (
 )
 PACKAGES = {"", "core", "demo", "export", "profiles"}
 NO_TORCH = (
-    "advice errors ir offers profiles artifact recipe wording tables svg search report data charts loop "
-    "bench energy roofline page published family cost console devices doctor session measurement merge cli "
-    "export.device launch"
+    "advice answer errors ir offers quantities profiles artifact recipe wording tables svg search "
+    "report data charts loop bench energy roofline page published family cost console devices doctor "
+    "session measurement merge cli export.device launch"
 )
 MOST_LINES = 420
 TRAVELS_ALONE = {"export.device"}  # one file is all that a device gets

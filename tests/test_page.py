@@ -6,10 +6,10 @@ import xml.etree.ElementTree as ET
 import pytest
 from reports import CPU, TIMED, latency, matches, report, whole
 
-from compress import charts, page
+from compress import charts, page, quantities
 from compress.errors import CompressError
-from compress.ir import Budget
-from compress.report import Engine, Figures, Measured, Parity, Phases, PhaseTimes, Predicted, SiteReport, read
+from compress.ir import Budget, Engine
+from compress.report import Figures, Measured, Parity, Phases, PhaseTimes, Predicted, SiteReport, read
 
 EVIL = "<script>alert(1)</script>\"'|`[x](javascript:y)"
 AWAY = Predicted(speedup=3.17, latency_ms=77.7, baseline_latency_ms=246.3, energy_mj=88.8, power_w=66.6)
@@ -231,7 +231,7 @@ def test_the_headlines_hold_asked_found_quality_and_size():
 
 
 def cells(made):
-    return {row.label: row[1:] for row in page.rows(made)}
+    return {row.label: row[1:] for row in quantities.rows(made)}
 
 
 def test_the_table_compares_both_models():

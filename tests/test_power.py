@@ -1,16 +1,20 @@
 """Energy and average power: prices, limits and refusals, each against a few sums by hand."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from sites import ffn, heads
 
-from compress import power, profiles, roofline
+from compress import cost, power, profiles, roofline, search
 from compress.energy import Energy
 from compress.errors import CompressError
 from compress.ir import Budget, Option, Whole
+from compress.loop import Menus
 from compress.pricing import Costs
 from compress.roofline import STALLED
+from compress.search import Menu
 
 SITES = (ffn(), heads())
 ROWS = {"ffn": {"dense": {12: 4.0, 6: 2.0, 0: 0.0}}, "heads": {"dense": {3: 3.0, 1: 1.0}}}
@@ -93,6 +97,51 @@ def test_what_a_budget_leaves_for_one_run():
     guess = power.priced(job(Budget(energy_mj=1.0)), costs(), None)
     with pytest.raises(CompressError, match=r"mJ \(estimate\) on a100"):
         power.limit_mj(job(Budget(energy_mj=1e6)), costs(), guess)
+
+
+@pytest.mark.parametrize("target", ["a100", "cpu-avx2"])
+def test_energy_falls_with_every_unit_that_goes(target):
+    """LPViT's power term counts the share that is gone, so that it rises with pruning."""
+    profile = profiles.load(target)
+    for site, step in ((ffn(64), 8), (heads(6), 2)):  # between these, tensor cores run unaligned products
+        counts = range(site.units, -1, -step)
+        row = [cost.price(site, Option(units=units), profile=profile) for units in counts]
+        energies = [one.energy_mj for one in row]
+        assert all(more > fewer for more, fewer in pairwise(energies))
+        assert energies[-1] == 0
+
+
+def test_energy_never_rises_with_blocks_that_go():
+    profile = profiles.load("cpu-avx2")
+    patterns = [Option(pattern=f"block:4x4@{density}") for density in (1.0, 0.75, 0.5, 0.25)]
+    for site in (ffn(64), heads(6)):
+        energies = [cost.price(site, option, profile=profile).energy_mj for option in patterns]
+        assert all(more >= fewer > 0 for more, fewer in pairwise(energies))
+
+
+def test_a_budget_of_energy_prunes_more_the_smaller_it_is_and_its_wrong_sign_would_not():
+    row = {12: 4.0, 9: 3.0, 6: 2.0, 3: 1.0, 0: 0.0}
+    options = tuple(Option(units=None if units == 12 else units) for units in row)
+    priced = {option.key: 10.0 * ms for option, ms in zip(options, row.values(), strict=True)}
+    prices = power.Prices(
+        rows={"a": priced, "b": priced}, fixed_mj=5.0, idle_w=1.0, source="estimated", meter="m"
+    )
+    error = np.array([0.0, 0.1, 0.3, 0.6, 1.0])
+    same = tuple(Menu(np.array(list(row.values())), scale * error) for scale in (1.0, 2.0))
+    whole = Whole(inside_ms=(8.0,), whole_ms=(9.0,))
+    known = Menus(("a", "b"), ("ffn", "ffn"), (options, options), (12, 12), same, same, whole)
+    menus = power.menus(known, prices)
+    kept = []
+    for limit in (85.0, 65.0, 45.0, 25.0, 5.0):
+        choices = search.knapsack(menus, limit - prices.fixed_mj)
+        named = {name: options[place] for name, place in zip("ab", choices, strict=True)}
+        assert prices.of(named) <= limit
+        kept.append(sum(list(row)[place] for place in choices))
+    assert kept == sorted(kept, reverse=True)
+    assert (kept[0], kept[-1]) == (24, 0)
+    # The control: with the energy of what is gone instead, the smallest budget leaves the model dense.
+    wrong = [Menu(menu.cost.max() - menu.cost, menu.error) for menu in menus]
+    assert search.knapsack(wrong, 0.0) == (0, 0)
 
 
 def test_nothing_is_metered_that_was_not_asked_for_or_is_not_here():

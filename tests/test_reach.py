@@ -1,10 +1,10 @@
 """What cannot be had is refused from the prices, from one timing in doubt, and never where it can be had."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 from sites import ffn, heads
-from test_pipeline import Silent
 
 from compress import profiles, reach
 from compress.errors import CompressError
@@ -31,11 +31,15 @@ SITES = (
 )
 
 
-class Heard(Silent):
+class Heard:
     """Progress that keeps what was said."""
 
     def __init__(self):
         self.lines = []
+
+    @contextmanager
+    def stage(self, name):
+        yield lambda done, work: None
 
     def say(self, line):
         self.lines.append(line)

@@ -7,6 +7,7 @@ from reports import A100, matches, report, whole
 
 from compress import report as reporting
 from compress.advice import ruin
+from compress.answer import device, verdict_line
 from compress.errors import CompressError
 from compress.ir import Budget
 from compress.report import (
@@ -21,7 +22,6 @@ from compress.report import (
     read,
     steps,
     thin,
-    verdict_line,
 )
 
 HERE = "on this CPU (onnxruntime 1.32, fp32, 1 thread, batch 1 x 32)"
@@ -321,19 +321,19 @@ def integers(base, *options):
 
 def test_a_line_never_calls_a_file_with_integers_plainly_fp32():
     plain = report(layers=1)
-    assert ", fp32, 1 thread" in reporting.verdict_line(plain)
+    assert ", fp32, 1 thread" in verdict_line(plain)
     mixed = integers(plain, {"precision": "int8-dynamic", "units": 6}, {"precision": "int4", "units": 9})
-    assert ", fp32 + int8 + int4, 1 thread" in reporting.verdict_line(mixed)
+    assert ", fp32 + int8 + int4, 1 thread" in verdict_line(mixed)
     assert reporting.precision(mixed.target, mixed.sites) == "fp32 + int8 + int4"
     # What was dropped runs in nothing; two kinds of int8 are one; and half precision is the target's word.
     gone = integers(plain, {"precision": "int8-static", "units": 0})
-    assert ", fp32, 1 thread" in reporting.verdict_line(gone)
+    assert ", fp32, 1 thread" in verdict_line(gone)
     both = integers(
         plain, {"precision": "int8-static", "units": 6}, {"precision": "int8-dynamic", "units": 9}
     )
-    assert ", fp32 + int8, 1 thread" in reporting.verdict_line(both)
+    assert ", fp32 + int8, 1 thread" in verdict_line(both)
     there = integers(report(measured=None, layers=1), {"precision": "fp8", "units": 6})
-    assert "(tensorrt, fp16 + fp8, batch 8 x 128)" in reporting.verdict_line(there)
+    assert "(tensorrt, fp16 + fp8, batch 8 x 128)" in verdict_line(there)
 
 
 def test_a_report_that_claims_another_precision_than_its_plan_is_refused():
@@ -353,4 +353,4 @@ def test_report_json_is_the_stored_one():
 
 def test_the_target_of_the_tests_is_another_machine():
     assert A100.name != "cpu"
-    assert reporting.device(A100) == THERE.removeprefix("on ")
+    assert device(A100) == THERE.removeprefix("on ")

@@ -78,6 +78,54 @@ def test_knapsack_beats_slope_matching_on_a_staircase():
     assert knapsack(menus, 7.0) == (1, 0)
 
 
+def slopes_matched(menus, budget):
+    """LPViT's allocation: one slope for all sites, each takes its option of least `error + slope * cost`.
+
+    The slope is bisected on its logarithm until the budget is kept; ties go to the cheaper option.
+    """
+
+    def at(slope):
+        return tuple(
+            min(range(len(m.cost)), key=lambda i, m=m: (m.error[i] + slope * m.cost[i], m.cost[i]))
+            for m in menus
+        )
+
+    low, high = -60.0, 60.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if total(menus, at(2.0**middle))[0] <= budget else (middle, high)
+    return at(2.0**high)
+
+
+def test_on_convex_curves_one_slope_for_all_is_the_best_there_is():
+    random = np.random.default_rng(2)
+    for _ in range(10):
+        menus = []
+        for _ in range(4):
+            steps = np.sort(random.random(5) + 0.1)  # each equal step of cost loses more than the one before
+            menus.append(Menu(np.arange(5, -1, -1.0), np.append(0.0, np.cumsum(steps))))
+        for budget in (3.0, 8.0, 13.0, 19.0):  # slopes differ, so every whole budget is a matched one
+            matched = slopes_matched(menus, budget)
+            best = oracles.best_choice(
+                [m.cost.tolist() for m in menus], [m.error.tolist() for m in menus], budget
+            )
+            assert total(menus, matched) == pytest.approx((budget, best))
+            assert total(menus, knapsack(menus, budget))[1] == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_on_staircases_the_knapsack_never_loses_to_slope_matching_and_wins_somewhere(seed):
+    menus = staircases(seed, 6, 8)
+    wins = 0
+    for share in (0.2, 0.4, 0.6, 0.8):
+        budget = share * sum(float(menu.cost.max()) for menu in menus)
+        matched, own = slopes_matched(menus, budget), knapsack(menus, budget)
+        assert total(menus, matched)[0] <= budget
+        assert total(menus, own)[1] <= total(menus, matched)[1] + 1e-9
+        wins += total(menus, own)[1] < total(menus, matched)[1] - 1e-9
+    assert wins
+
+
 def test_knapsack_is_quick_on_the_size_of_a_large_model():
     random = np.random.default_rng(0)
     menus = []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from compress import choosing, pipeline, power, pricing, report, thrift
+from compress import answer, choosing, pipeline, power, pricing, report, thrift
 from compress import energy as energy_module
 from compress.console import Quiet
 from compress.errors import CompressError
@@ -188,7 +188,7 @@ def test_on_another_device_energy_and_power_are_estimates_without_a_verdict(tmp_
     assert found.verdict.predicted.energy_mj <= 0.6 * dense
     assert found.compressed.energy_mj is None
     assert found.compressed.power_w is None
-    line = report.verdict_line(found)
+    line = answer.verdict_line(found)
     assert "(estimate, roofline)" in line
     if rate_hz is not None:
         assert found.verdict.predicted.power_w <= budget["power_w"]

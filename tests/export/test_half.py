@@ -10,7 +10,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from outputs import write_output
 from reports import A100
 
-from compress import cli, page, report
+from compress import cli, quantities, report
 from compress.export import edge, half
 from compress.export.runners import OrtRunner
 
@@ -261,7 +261,7 @@ def test_a_target_that_computes_in_fp16_gets_such_a_file_and_a_report_of_its_byt
     assert (found.weight_bytes, found.file_bytes) == (half.weight_bytes(file), file.stat().st_size)
     assert (found.halved, found.kept) == (2, ())
     assert found.distance <= found.tolerance == half.TOLERANCE
-    row = next(row for row in page.rows(report.read(out)) if row.label == "file in fp16")
+    row = next(row for row in quantities.rows(report.read(out)) if row.label == "file in fp16")
     assert "2 of 2 products" in row.change
     assert "file in fp16" in (out / "compression" / "report.md").read_text()
 
