@@ -84,6 +84,10 @@ class Recovery(Document):
     layers, on inputs that student and teacher answer alike (unless `gated` is off), each layer counting by
     how near the course before brought it. GPUSQ itself is task 1, logits 10, hidden 0, features 5.
     `cache_mb` bounds what the teacher's answers take on disk.
+    `adapter` "sltrain" leaves the weights of linear layers as they are and learns an update of each: two
+    factors of `rank` and values at a `density` share of fixed places, folded in at the end.
+    `shard` cuts weights, gradients and moments of what is tuned among several processes (FSDP2), for models
+    whose training does not fit into the memory of one; alone it changes nothing.
     """
 
     mode: Literal["none", "fast", "full"] = "none"
@@ -107,6 +111,10 @@ class Recovery(Document):
     validation: int = Field(default=4096, ge=1)
     cache_mb: int = Field(default=1024, ge=0)
     checkpoint_s: float = Field(default=60.0, ge=0)
+    adapter: Literal["none", "sltrain"] = "none"
+    rank: int = Field(default=16, ge=1)
+    density: float = Field(default=0.03, gt=0, le=1)
+    shard: bool = False
     seed: int = 0
 
 

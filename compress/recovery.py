@@ -19,7 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import artifact, database, distill, learning, quantize, several, staged, stitch, surgery, tune
+from compress import (
+    artifact,
+    database,
+    distill,
+    learning,
+    quantize,
+    several,
+    sltrain,
+    staged,
+    stitch,
+    surgery,
+    tune,
+)
 from compress.console import span
 from compress.distill import Teacher
 from compress.ir import Site
@@ -29,6 +41,7 @@ from compress.surgery import Removal
 from compress.task import Batch, Task
 from compress.task import Run as Answering
 from compress.tune import Lesson, Run
+from compress.wording import digits
 
 NEARNESS = 512  # inputs that judge a student by its divergence; the dense answers are held in memory
 ANSWERS = "answers"
@@ -54,7 +67,8 @@ def recover(
     if several.size() > 1:
         _call(job, removals)
     with several.working():
-        data = artifact.digest(job.key, *map(_content, lessons(job.task, wanted)), several.size())
+        data = artifact.digest(job.key, *map(_content, lessons(job.task, wanted)))
+        alone = wanted.model_copy(update={"shard": False})  # where numbers are does not change them
         judge = Judge(job)
         desk = Desk(
             job.task,
@@ -64,13 +78,14 @@ def recover(
             job.stages.progress.say,
             job.folder / ANSWERS,
             job.folder,
-            artifact.digest(data, wanted, *fingerprint(model), *learning.fingerprint(removals)),
-            data,
+            artifact.digest(data, alone, *fingerprint(model), *learning.fingerprint(removals)),
+            artifact.digest(data, several.size()),
         )
         down = None if job.narrowed is None else job.narrowed.down
         found = learn(desk, wanted, model, removals, dense=job.baseline.task.model, down=down)
     shutil.rmtree(job.folder / ANSWERS)
     forms = sorted({one.form for one in removals.values()} - {"dense"})
+    forms += ["sparse plus low-rank updates"] if wanted.adapter == "sltrain" else []
     return found.removals, [_said(found, judge, wanted.mode, forms)]
 
 
@@ -87,7 +102,7 @@ class Desk:
         answers: a folder in which this process keeps what teachers say.
         checkpoints: a folder for files that are written now and then, or None.
         made_from: a hash of student, teacher, data and settings; such a checkpoint is taken up.
-        data: a hash of the dense teacher and the data.
+        data: a hash of the dense teacher, the data, and the number of processes that share it.
     """
 
     task: Task
@@ -117,9 +132,23 @@ class Desk:
         factors: tuple[float, ...] = (),
     ) -> Run:
         """A student in the forms of its removals, at the beginning or where a checkpoint left it."""
-        zeros = learning.insert(model, self.sites, removals)
+        zeros = self.dressed(model, removals, lesson.wanted)
         path = None if self.checkpoints is None else self.checkpoints / file
         return Run(model, lesson, zeros=zeros, checkpoint=path, made_from=made_from, factors=factors)
+
+    def dressed(
+        self, model: nn.Module, removals: Mapping[str, Removal], wanted: Recovery
+    ) -> dict[str, Tensor]:
+        """Let a model learn in the forms of its removals, and as updates where that is wanted; its zeros."""
+        zeros = learning.insert(model, self.sites, removals)
+        if wanted.adapter == "none":
+            return zeros
+        return sltrain.adapt(model, zeros, rank=wanted.rank, density=wanted.density, seed=wanted.seed)
+
+    def settled(self, model: nn.Module, removals: Mapping[str, Removal]) -> dict[str, Removal]:
+        """The removals as learned; the model is plain again."""
+        sltrain.fold(model)
+        return learning.settle(model, self.sites, removals)
 
     def judged(self, model: nn.Module) -> float:
         """The first process's score of a model, in all of them."""
@@ -175,9 +204,9 @@ def learn(
     with desk.stage("") as tick:
         run = desk.begin(model, removals, lesson, CHECKPOINT, desk.made_from)
         if not run.finished:
-            desk.say(f"recovery: {_announced(lesson, tune.forecast_s(model, lesson))}")
+            desk.say(f"recovery: {_announced(lesson, _forecast_s(run))}; {_holding(run)}")
         scores = tune.tune(run, desk.judge, tick)
-        found = learning.settle(model, desk.sites, removals)
+        found = desk.settled(model, removals)
     return Learned(found, scores[0], max(scores), (run.state.epochs,))
 
 
@@ -189,10 +218,10 @@ def _in_stages(desk: Desk, lesson: Lesson, model: nn.Module, removals: Mapping[s
         plain = staged.floats(removals)
         run = desk.begin(sparse, plain, lesson, FLOATS, desk.made_from)
         if not run.finished:
-            desk.say(_announced_both(desk, lesson, run.model, model, removals))
+            desk.say(f"{_announced_both(desk, run, model, removals)}; {_holding(run)}")
         tune.tune(run, desk.judge, tick)
         epochs, factors = run.state.epochs, lesson.factors(sparse)
-        plain = learning.settle(sparse, desk.sites, plain)
+        plain = desk.settled(sparse, plain)
         lesson.teacher.forget()
     with desk.stage(", integers") as tick:
         before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -203,12 +232,13 @@ def _in_stages(desk: Desk, lesson: Lesson, model: nn.Module, removals: Mapping[s
         made_from = artifact.digest(
             desk.made_from, factors, *fingerprint(model), *learning.fingerprint(codes)
         )
-        taught = _second(desk, lesson, sparse, desk.answers / "sparse", made_from)
+        shared = artifact.digest(made_from, several.size())
+        taught = _second(desk, lesson, sparse, desk.answers / "sparse", shared)
         run = desk.begin(model, codes, taught, CHECKPOINT, made_from, factors)
         if not run.finished:
-            desk.say(f"recovery on integers: {_announced(taught, tune.forecast_s(model, taught))}")
+            desk.say(f"recovery on integers: {_announced(taught, _forecast_s(run))}; {_holding(run)}")
         last = max(tune.tune(run, desk.judge, tick))
-        found = learning.settle(model, desk.sites, codes)
+        found = desk.settled(model, codes)
     if last < first:
         model.load_state_dict(before)
         found = dict(removals)
@@ -272,19 +302,34 @@ def _announced(lesson: Lesson, seconds: float) -> str:
     return f"at most {wanted.courses} courses of {course}; it ends when the score stops rising"
 
 
-def _announced_both(
-    desk: Desk, lesson: Lesson, sparse: nn.Module, model: nn.Module, removals: Mapping[str, Removal]
-) -> str:
-    """How long both stages will take; the second is tried with the student and the teacher of now."""
+def _announced_both(desk: Desk, run: Run, model: nn.Module, removals: Mapping[str, Removal]) -> str:
+    """How long both stages will take; the second is tried with the student and the teacher of now.
+
+    In shards the second is not tried, because it would be whole: it is announced when it begins.
+    """
+    lesson, first = run.lesson, _forecast_s(run)
+    if run.held.apart:
+        return f"recovery in floats, then on integers; in floats {_announced(lesson, first)}"
     student = copy.deepcopy(model)
-    learning.insert(student, desk.sites, removals)
+    desk.dressed(student, removals, lesson.wanted)
     with tempfile.TemporaryDirectory(prefix="compress-") as place:
-        second = _second(desk, lesson, sparse, Path(place), "")
-        seconds = tune.forecast_s(sparse, lesson), tune.forecast_s(student, second)
+        second = _second(desk, lesson, run.model, Path(place), "")
+        seconds = first, tune.forecast_s(student, second)
     each = [_announced(*one) for one in zip((lesson, second), seconds, strict=True)]
     return (
         f"recovery, {span(sum(seconds))} in all (estimate): in floats {each[0]}; then on integers {each[1]}"
     )
+
+
+def _forecast_s(run: Run) -> float:
+    """Seconds that a course of a run will take."""
+    return tune.forecast_s(run.held.model, run.lesson)
+
+
+def _holding(run: Run) -> str:
+    """What a run holds in memory from step to step."""
+    where = f" in each of {several.size()} processes" if run.held.apart else ""
+    return f"weights, gradients and moments take {digits(run.held_bytes / 1e6)} MB{where}"
 
 
 def _said(found: Learned, judge: "Judge", mode: str, forms: Sequence[str]) -> str:

@@ -210,6 +210,20 @@ def add_up_gradients(values: Sequence[Tensor]) -> None:
     add_up([value.grad for value in values if value.grad is not None])
 
 
+def gather(whole: Tensor, own: Tensor) -> None:
+    """Put the processes' vectors, which are equally long, into `whole` one after the other."""
+    _well()
+    with _gone():
+        (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(whole, own)
+
+
+def scatter_sum(own: Tensor, whole: Tensor) -> None:
+    """Put into `own` this process's stretch of the sum of all `whole`, which is as long as all of them."""
+    _well()
+    with _gone():
+        (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(own, whole)
+
+
 def told(words: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Call:
     """What the first process says here, in all of them; what the others give is not looked at."""
     own = Call("", dict(words), dict(tensors or {}))

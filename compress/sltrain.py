@@ -2,16 +2,24 @@
 
 convert(model, names, rank=32, density=0.03)     from scratch, within less memory
 train(model)
-merge(model)                                             plain linear layers, equal outputs
+merge(model)                                     plain linear layers, equal outputs
+
+adapt(model, {}, rank=16, density=0.03)          from the weights that are there, which stay
+train(model)
+fold(model)                                      the same layers as before, with what was learned
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from compress.core import sltrain
 from compress.errors import CompressError
+
+ALPHA = 16.0  # factors count ALPHA / rank
+LAYERS = ("Linear", "Conv1D")  # the second is GPT-2's, and stores [in, out]
 
 
 class SparseLowRank(nn.Module):
@@ -75,7 +83,7 @@ def convert(
     *,
     rank: int,
     density: float,
-    alpha: float = 16.0,
+    alpha: float = ALPHA,
     seed: int = 0,
 ) -> None:
     """Replace linear layers by fresh ones of rank and density, to be trained from scratch.
@@ -115,6 +123,121 @@ def merge(model: nn.Module) -> int:
         layer = model.get_submodule(name)
         assert isinstance(layer, SparseLowRank)
         _place(model, name, layer.merged())
+    return len(found)
+
+
+class Updated(nn.Module):
+    """A trained layer whose weight stays while an update of it is learned: sparse, plus low rank.
+
+    Parameters are `left` [out, rank], `right` [rank, in], `values` [places], and the layer's weight (`base`)
+    and bias.
+    """
+
+    pointers: Tensor
+    columns: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, dense: nn.Module, rank: int, density: float, generator: torch.Generator, *, hold: bool
+    ) -> None:
+        """Begin at the layer as it is.
+
+        Args:
+            dense: a linear layer, or one that stores its weight as [in, out].
+            rank: of the factors.
+            density: share of the weights that the sparse part moves.
+            generator: draws places and factors.
+            hold: zeros of the weight stay zeros.
+        """
+        super().__init__()
+        self.original = (dense,)  # in a tuple, so that it is no part of this module
+        self.across, self.hold = not isinstance(dense, nn.Linear), hold
+        self.base = dense.get_parameter("weight")
+        self.register_parameter("bias", getattr(dense, "bias", None))
+        start = self._start
+        out, inner = start.shape
+        mask = sltrain.random_mask(out, inner, density, generator)
+        places = sltrain.places_of(mask & (start != 0) if hold else mask)
+        left, right, values = sltrain.initial(out, inner, rank, places, generator)
+        self.left = nn.Parameter(left.to(start))
+        self.right = nn.Parameter(right.to(start))
+        self.values = nn.Parameter(torch.zeros_like(values).to(start))
+        self.scale = ALPHA / rank
+        self.register_buffer("pointers", places.pointers)
+        self.register_buffer("columns", places.columns)
+
+    @property
+    def weight(self) -> Tensor:
+        """The one matrix [out, in] that computes the same."""
+        return sltrain.merged(*self._parts(), hold=self.hold)
+
+    @property
+    def _start(self) -> Tensor:
+        """The weight that stays, [out, in]."""
+        return self.base.detach().T if self.across else self.base.detach()
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, sltrain.Places, Tensor]:
+        places = sltrain.Places(self.pointers, self.columns)
+        return self.left, self.scale * self.right, self.values, places, self._start
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        found = sltrain.product(input, *self._parts(), hold=self.hold)
+        return found if self.bias is None else found + self.bias
+
+    @torch.no_grad()
+    def settled(self) -> nn.Module:
+        """The layer that was there before, with what was learned."""
+        self.base.copy_(self.weight.T if self.across else self.weight)
+        return self.original[0]
+
+
+def adapt(
+    model: nn.Module, zeros: Mapping[str, Tensor], *, rank: int, density: float, seed: int = 0
+) -> dict[str, Tensor]:
+    """Let updates of a model's linear layers be learned in the place of the layers, in place.
+
+    Left as they are: layers that share their weight with another module, and those for which the update
+    would hold as many numbers as the weight does.
+
+    Args:
+        model: changed in place.
+        zeros: by parameter name, a mask that is True where it is, and stays, zero.
+        rank: of the factors, where a layer allows it.
+        density: share of the weights that the sparse part moves, at random places.
+        seed: of places and starting values.
+
+    Returns:
+        The masks that are left for somebody else to hold.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uses = Counter(
+        value
+        for module in model.modules()
+        for name, value in module.named_parameters(recurse=False)
+        if name == "weight"
+    )
+    left = dict(zeros)
+    for name, layer in list(model.named_modules()):
+        if type(layer).__name__ not in LAYERS or uses[layer.get_parameter("weight")] > 1:
+            continue
+        weight = layer.get_parameter("weight")
+        out, inner = weight.shape
+        if sltrain.account(out, inner, rank, density).parameters >= weight.numel():
+            continue
+        mask = left.pop(f"{name}.weight", None)
+        if mask is not None:
+            weight.detach().masked_fill_(mask, 0)
+        made = Updated(layer, rank, density, generator, hold=mask is not None)
+        _place(model, name, made.train(layer.training))
+    return left
+
+
+def fold(model: nn.Module) -> int:
+    """Put the layers back that `adapt` took, with what was learned, in place; how many there were."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Updated)}
+    for name, layer in found.items():
+        _place(model, name, layer.settled())
     return len(found)
 
 

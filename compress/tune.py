@@ -8,29 +8,29 @@ speaks without noise, and a student that equals it must have nothing to learn.
 Everything random follows from the seed and the number of the step or epoch, and a checkpoint holds
 weights, best weights and moments; a run that was killed and resumed gives the same bits as one that
 was not. Several processes take a part of every batch each and add up their gradients, so that they make
-the steps that one alone makes; the first of them judges, and keeps the checkpoint.
+the steps that one alone makes; the first of them judges, and keeps the checkpoint. Each of them holds all
+that is tuned, or a part (`sharding`); the checkpoint is the same.
 """
 
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress import distill, several
+from compress import checkpoint, distill, several, sharding
 from compress.distill import Answers, Teacher
 from compress.errors import CompressError
 from compress.ir import Document
 from compress.recipe import Recovery
+from compress.sltrain import Updated
 from compress.task import Batch, Task
 
 POOL_BYTES = 2**28  # inputs held back to be shuffled; all of them where they are this small
@@ -137,8 +137,10 @@ def tune(
                 if progress is not None:
                     progress(run.state.step - first, end - first)
             run.judge(judge)
-    finally:
-        run.release()
+    except BaseException:
+        run.abandon()
+        raise
+    run.release()
     return run.state.scores
 
 
@@ -158,7 +160,8 @@ class Run:
         """Freeze what is not tuned, set the zeros, and take up a checkpoint that fits.
 
         Args:
-            model: the shrunk student, tuned in place; embedding tables stay, all else may move.
+            model: the shrunk student, tuned in place; embedding tables and what an update is learned of
+                stay, all else may move.
             lesson: teacher, data and settings.
             zeros: by parameter name, a mask of its shape that is True where it must stay zero.
             checkpoint: a file that is written now and then, and taken up if made from `made_from`.
@@ -174,18 +177,21 @@ class Run:
             State(made_from=made_from, factors=factors),
         )
         self._flags = {value: value.requires_grad for value in model.parameters()}
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        still = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
+        still |= {id(one.base) for one in model.modules() if isinstance(one, Updated)}
         for value in model.parameters():
-            value.requires_grad_(id(value) not in tables)
-        self.values = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        masks = (zeros or {}).items()
-        self._zeros = [(self.values[name], mask) for name, mask in masks if _fits(self.values, name, mask)]
+            value.requires_grad_(id(value) not in still)
+        own = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        fitting = {name: mask for name, mask in (zeros or {}).items() if _fits(own, name, mask)}
+        self.held = sharding.held(model, shard=lesson.wanted.shard)
+        self.values = self.held.values
+        self._zeros = [(self.values[name], self.held.part(name, mask)) for name, mask in fitting.items()]
         self._hold()
         self.optimizer = self._fresh()
         self.best = self._copy()
         self._checkpoint, self._saved = checkpoint, time.monotonic()
-        self._load()
-        self._agree()
+        self._keeps = False
+        self._take_up()
 
     @property
     def finished(self) -> bool:
@@ -204,32 +210,34 @@ class Run:
             torch.manual_seed(
                 int(np.random.SeedSequence((wanted.seed, self.state.step)).generate_state(1)[0])
             )
-            loss = self.lesson.loss(self.model, number, batch, self.state.factors)
-            whole = loss.detach().clone()
+            loss = self.lesson.loss(self.held.model, number, batch, self.state.factors)
+            whole = torch.stack([loss.detach(), loss.new_tensor(float(self._due))])
             several.add_up([whole])
-            if not bool(torch.isfinite(whole)):
+            if not bool(torch.isfinite(whole[0])):
                 raise CompressError(
-                    f"recovery: the loss became {whole.item()} at step {self.state.step}; lower rate in "
+                    f"recovery: the loss became {whole[0].item()} at step {self.state.step}; lower rate in "
                     f"[recovery], which is {wanted.rate:g}"
                 )
             torch.autograd.backward(loss)
-        several.add_up_gradients(list(self.values.values()))
+        self.held.add_up()
         for value, mask in self._zeros:
             if value.grad is not None:
                 value.grad.masked_fill_(mask, 0)
-        nn.utils.clip_grad_norm_(self.values.values(), wanted.clip)
+        nn.utils.clip_grads_with_norm_(self.values.values(), wanted.clip, self.held.norm())
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.state.step % course, course, wanted)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._hold()
         self.state = self.state.model_copy(update={"step": self.state.step + 1})
-        if time.monotonic() - self._saved >= wanted.checkpoint_s:
+        if whole[1]:
             self._save()
 
     def judge(self, judge: Callable[[nn.Module], float]) -> None:
         """Add a score; weights that are as good as the best so far become the best."""
-        score = float(several.told({"score": 0.0 if several.rank() else judge(self.model)}).words["score"])
+        with self.held.lent():
+            own = 0.0 if several.rank() else judge(self.model)
+            score = float(several.told({"score": own}).words["score"])
         if score >= max(self.state.scores, default=score):
             self.best = self._copy()
         self.state = self.state.model_copy(update={"scores": (*self.state.scores, score)})
@@ -239,13 +247,30 @@ class Run:
         """Begin another course: the best weights, no moments, late layers weighed by how near they came."""
         self._take(self.best)
         self.optimizer = self._fresh()
-        self.state = self.state.model_copy(update={"factors": self.lesson.factors(self.model)})
+        self.state = self.state.model_copy(update={"factors": self.lesson.factors(self.held.model)})
 
     def release(self) -> None:
         """Leave the best weights in the model, and its gradients as they were asked for before."""
         self._take(self.best)
+        self.held.release()
         for value, flag in self._flags.items():
             value.requires_grad_(flag)
+
+    def abandon(self) -> None:
+        """The same after an error, but without the other processes, which may be anywhere."""
+        if not self.held.apart:
+            self.release()
+
+    @property
+    def held_bytes(self) -> int:
+        """What this process holds from step to step: weights, and gradient, moments and best of the tuned."""
+        return self.held.weight_bytes + 4 * sum(value.nbytes for value in self.values.values())
+
+    @property
+    def _due(self) -> bool:
+        """Whether it is time for a checkpoint, which the first process alone decides."""
+        due = time.monotonic() - self._saved >= self.lesson.wanted.checkpoint_s
+        return self._keeps and not several.rank() and due
 
     def _fresh(self) -> torch.optim.AdamW:
         """An optimizer without moments; biases and norms do not decay, nor do ranges of inputs.
@@ -274,15 +299,17 @@ class Run:
             value.detach().copy_(tensors[name])
 
     def _save(self) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Have the first process write the checkpoint, whole or not at all."""
         self._saved = time.monotonic()
-        if self._checkpoint is None:
+        if not self._keeps:
             return
-        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        half = self._checkpoint.with_suffix(".part")
-        tensors = {name: value.contiguous() for name, value in self._contents().items()}
-        save_file(tensors, half, metadata={"state": self.state.model_dump_json()})
-        half.replace(self._checkpoint)
+        parts = self._contents()
+        wholes = self.held.wholes(parts)
+        if self._checkpoint is None:
+            for _ in wholes:  # an exchange in which this process only gives
+                pass
+            return
+        checkpoint.write(self._checkpoint, self.state.model_dump_json(), self.held.shapes(parts), wholes)
 
     def _contents(self) -> dict[str, Tensor]:
         """Weights, best weights and moments by name."""
@@ -293,35 +320,44 @@ class Run:
             tensors |= {f"{key}.{name}": kept[key] for key in (*MOMENTS, "step") if key in kept}
         return tensors
 
-    def _agree(self) -> None:
-        """Stand where the first process stands."""
-        found = several.told({"state": self.state.model_dump(mode="json")}, self._contents())
-        if several.rank():
-            self._take_up(found.tensors, State.model_validate(found.words["state"]))
+    def _take_up(self) -> None:
+        """Stand where the first process's checkpoint stands, when it is whole and made from the same."""
+        with ExitStack() as stack:
+            stored = self._stored(stack)
+            words = {
+                "state": (self.state if stored is None else stored[0]).model_dump(mode="json"),
+                "names": [] if stored is None else sorted(stored[1].names),
+                "keeps": self._checkpoint is not None,
+            }
+            said = several.told(words).words
+            self.state, self._keeps = State.model_validate(said["state"]), bool(said["keeps"])
+            for name in said["names"]:
+                own = {} if stored is None else {name: stored[1].read(name)}
+                self._put(name, several.told({}, own).tensors[name])
 
-    def _load(self) -> None:
-        """Go on from the checkpoint when it is whole and made from the same."""
-        if self._checkpoint is None:
-            return
+    def _stored(self, stack: ExitStack) -> tuple[State, checkpoint.Stored] | None:
+        """The first process's checkpoint where there is one of the same."""
+        found = None if self._checkpoint is None else checkpoint.opened(self._checkpoint, stack)
+        if found is None:
+            return None
         try:
-            with safe_open(self._checkpoint, framework="pt") as file:
-                state = State.model_validate(json.loads(file.metadata()["state"]))
-                if state.made_from != self.state.made_from:
-                    return
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, ValidationError):
-            return
-        self._take_up(stored, state)
+            state = State.model_validate_json(found.state)
+        except ValidationError:
+            return None
+        needed = {f"{key}.{name}" for key in ("now", "best") for name in self.values}
+        same = state.made_from == self.state.made_from and needed <= found.names
+        return (state, found) if same else None
 
-    def _take_up(self, stored: Mapping[str, Tensor], state: State) -> None:
-        """Go on from what `_contents` gave."""
-        self._take({name: stored[f"now.{name}"] for name in self.values})
-        self.best = {name: stored[f"best.{name}"] for name in self.values}
-        for name, value in self.values.items():
-            kept = {key: stored[f"{key}.{name}"] for key in (*MOMENTS, "step") if f"{key}.{name}" in stored}
-            if kept:
-                self.optimizer.state[value] = kept
-        self.state = state
+    def _put(self, key: str, whole: Tensor) -> None:
+        """Take up one tensor that `_contents` named."""
+        kind, _, name = key.partition(".")
+        part = self.held.part(name, whole)
+        if kind == "now":
+            self.values[name].detach().copy_(part)
+        elif kind == "best":
+            self.best[name] = part
+        else:
+            self.optimizer.state.setdefault(self.values[name], {})[kind] = part
 
 
 def _fits(values: Mapping[str, Tensor], name: str, mask: Tensor) -> bool:

@@ -27,7 +27,7 @@ ROWS = (
     "page family quality named trial store cost console export.engine export.seams "
     "export.attention export.cache published export.products export.modules",
     "expand analyze stream images texts devices doctor session merge several export.lowering export.runners",
-    "task export.onnx export.chains export.finished export.tensorrt export.decode",
+    "task sharding checkpoint export.onnx export.chains export.finished export.tensorrt export.decode",
     "calibrate export.quantized export.verify export.ort export.decoder",
     "forms formed saliency export.blocks export.forms export.cuda",
     "export.place",

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_a_second_run_reads_the_first_and_the_answers_are_cleared_away(tmp_path)
     _, notes = recovery.recover(job(tmp_path / "out"), first, {})
     folder = tmp_path / "out" / "compression"
     assert sorted(path.name for path in folder.iterdir()) == [recovery.CHECKPOINT]
-    again = job(tmp_path / "out")
+    again = job(tmp_path / "out", shard=True)  # where numbers are held changes none of them
     assert recovery.recover(again, second, {}) == ({}, notes)
     assert again.stages.progress.lines == []
     found = first.state_dict()
@@ -123,3 +124,40 @@ def test_the_judge_prefers_what_is_better_whatever_the_direction_of_the_score(tm
     assert recovery.Judge(bare)(bare.task.model) == pytest.approx(0, abs=1e-6)
     assert recovery.Judge(bare)(student()) < -1e-2
     assert 0 <= small <= 1
+
+
+def patterned():
+    """A student one of whose sites has zeros, with its removals and the place of the zeros."""
+    task, sites = padded()
+    removals = {site.name: Removal(torch.arange(site.units // 2)) for site in sites[1:]}
+    zeros = task.model.get_parameter(sites[0].writer).detach().clone()
+    zeros[torch.rand(zeros.shape, generator=torch.Generator().manual_seed(0)) < 0.5] = 0
+    removals[sites[0].name] = Removal(torch.arange(sites[0].units), weight=zeros, form="block:1x1@0.5")
+    return surgery.shrink(task.model, sites, removals), removals, (sites[0].writer, zeros == 0)
+
+
+def megabytes(one):
+    """What recovery said that it holds."""
+    return float(re.search(r"moments take ([0-9.]+) MB", " ".join(one.stages.progress.lines))[1])
+
+
+def test_updates_win_quality_back_and_hold_less(tmp_path):
+    plain = job(tmp_path / "plain")
+    recovery.recover(plain, *patterned()[:2])
+    model, removals, (name, zeros) = patterned()
+    kinds = [type(module) for module in model.modules()]
+    before = away(padded()[0], model)
+    one = job(tmp_path / "out", adapter="sltrain", rank=2, density=0.05)
+    _, notes = recovery.recover(one, model, removals)
+    assert "learning in block:1x1@0.5, sparse plus low-rank updates)" in notes[0]
+    assert away(padded()[0], model) < 0.8 * before
+    assert torch.equal(model.get_parameter(name) == 0, zeros)
+    assert [type(module) for module in model.modules()] == kinds
+    assert megabytes(one) < 0.7 * megabytes(plain)
+
+
+def test_updates_at_a_rate_of_zero_move_nothing(tmp_path):
+    model, removals, _ = patterned()
+    before = copy.deepcopy(model.state_dict())
+    recovery.recover(job(tmp_path / "out", adapter="sltrain", rank=2, rate=0.0), model, removals)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -3,10 +3,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from compress import sltrain
 from compress.core import support
 from compress.core.lowrank import decompose
+from compress.core.sltrain import account
 from compress.errors import CompressError
 
 
@@ -95,3 +97,77 @@ def test_what_cannot_be_converted_is_refused():
     for rank in (0, 13):
         with pytest.raises(CompressError, match=r"0 is \[20, 12\]: a rank of .* at most 12"):
             sltrain.convert(network(), ["0"], rank=rank, density=0.1)
+
+
+def pruned(seed=0):
+    """A network, half of whose first weight is zero, and the mask of that half."""
+    model = network(seed)
+    mask = torch.rand(20, 12, generator=torch.Generator().manual_seed(5)) < 0.5
+    return model, {"0.weight": mask}
+
+
+def test_updates_begin_at_the_layers_and_untrained_ones_change_no_bit():
+    model, zeros = pruned()
+    x = torch.randn(5, 12)
+    masked = copy.deepcopy(model)
+    masked[0].weight.detach()[zeros["0.weight"]] = 0
+    layers = list(model)
+    assert sltrain.adapt(model, zeros | {"other": zeros["0.weight"]}, rank=2, density=0.1).keys() == {"other"}
+    assert torch.allclose(model(x), masked(x), atol=1e-6)
+    assert sltrain.fold(model) == 2
+    assert list(model) == layers
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), masked.parameters(), strict=True))
+    assert sltrain.fold(model) == 0
+
+
+def test_learned_updates_are_folded_in_with_equal_outputs_and_exact_zeros():
+    model, zeros = pruned()
+    before = copy.deepcopy(model)
+    sltrain.adapt(model, zeros, rank=2, density=0.1)
+    for name in ("0", "2"):
+        model.get_submodule(name).base.requires_grad_(False)
+    losses = train(model, 60)
+    assert losses[-1] < 0.95 * losses[0]
+    first, second = model[0], model[2]
+    moved = 8.0 * second.left @ second.right
+    moved[torch.repeat_interleave(second.pointers.diff()), second.columns.long()] += second.values
+    assert torch.allclose(second.weight, before[2].weight + moved, atol=1e-6)
+    x = torch.randn(5, 3, 12)
+    expected = model(x)
+    sltrain.fold(model)
+    assert [type(module) for module in model] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    assert torch.equal(model[0].weight == 0, zeros["0.weight"])
+    assert int((first.values != 0).sum()) == len(first.values) < int(0.1 * 240)
+    assert not torch.equal(model[0].bias, before[0].bias)
+
+
+def test_an_update_holds_as_many_numbers_as_the_account_says_and_no_more_than_the_weight():
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 3))
+    sltrain.adapt(model, {}, rank=3, density=0.05)
+    layer = model[0]
+    found = sum(part.numel() for part in (layer.left, layer.right, layer.values))
+    assert found == account(48, 64, 3, 0.05).parameters < 48 * 64
+    assert type(model[1]) is nn.Linear
+
+
+def test_a_weight_that_another_module_has_too_is_left_alone():
+    model = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 40, bias=False))
+    model[2].weight = model[0].weight
+    sltrain.adapt(model, {}, rank=1, density=0.05)
+    assert [type(module) for module in model] == [nn.Embedding, sltrain.Updated, nn.Linear]
+
+
+def test_a_weight_stored_the_other_way_round_is_updated_as_it_is_stored():
+    model = nn.Sequential(Conv1D(24, 16))
+    zeros = {"0.weight": torch.rand(16, 24, generator=torch.Generator().manual_seed(0)) < 0.5}
+    sltrain.adapt(model, zeros, rank=2, density=0.1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model[0].left.normal_(generator=generator)
+        model[0].values.normal_(generator=generator)
+    x = torch.randn(5, 16)
+    expected = model(x)
+    sltrain.fold(model)
+    assert torch.allclose(model(x), expected, atol=1e-4)
+    assert torch.equal(model[0].weight == 0, zeros["0.weight"])

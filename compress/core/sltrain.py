@@ -7,6 +7,10 @@ nothing but the entries on the support is read: with G = dY^T X,
 
     dB = dY^T (X A^T)    dA = (dY B)^T X    dv = G on the support    dX = dY W
 
+Training may also begin at a given weight W, which stays: `W + scale * B A + S`. Where W is pruned, the
+factors may be held to its zeros, M = [W != 0]: `W + M * (scale * B A) + S`, with dB = (M * G) A^T and
+dA = B^T (M * G), a few rows at a time too.
+
 Places are stored as compressed rows with 16-bit columns where they suffice: 2 bytes for a value
 instead of the 8 of one flat int64 position.
 
@@ -86,24 +90,44 @@ def initial(
     return torch.zeros(out, rank), right, values
 
 
-def merged(left: Tensor, right: Tensor, values: Tensor, places: Places) -> Tensor:
+def merged(
+    left: Tensor,
+    right: Tensor,
+    values: Tensor,
+    places: Places,
+    base: Tensor | None = None,
+    *,
+    hold: bool = False,
+) -> Tensor:
     """The dense weight [out, in] that computes the same; a scale belongs into `right`."""
-    (only,) = _pieces(left, right, values, places, len(left))
+    (only,) = _pieces(left, right, values, places, len(left), base, hold)
     return only.weight
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some rows of the dense weight; `row` and `column` are where its sparse values stand."""
+    """Some rows of the dense weight; `row` and `column` are where its sparse values stand.
+
+    `open` is where the factors count, None for everywhere.
+    """
 
     rows: slice
     weight: Tensor
     inside: slice
     row: Tensor
     column: Tensor
+    open: Tensor | None
 
 
-def _pieces(left: Tensor, right: Tensor, values: Tensor, places: Places, height: int) -> Iterator[_Piece]:
+def _pieces(
+    left: Tensor,
+    right: Tensor,
+    values: Tensor,
+    places: Places,
+    height: int,
+    base: Tensor | None,
+    hold: bool,
+) -> Iterator[_Piece]:
     for start in range(0, len(left), height):
         rows = slice(start, min(start + height, len(left)))
         bounds = places.pointers[rows.start : rows.stop + 1]
@@ -111,8 +135,13 @@ def _pieces(left: Tensor, right: Tensor, values: Tensor, places: Places, height:
         row = torch.repeat_interleave(bounds.diff())
         column = places.columns[inside].long()
         weight = left[rows] @ right
+        kept = base[rows] != 0 if base is not None and hold else None
+        if kept is not None:
+            weight *= kept
+        if base is not None:
+            weight += base[rows]
         weight[row, column] += values[inside]
-        yield _Piece(rows, weight, inside, row, column)
+        yield _Piece(rows, weight, inside, row, column, kept)
 
 
 def _height(inner: int) -> int:
@@ -129,49 +158,87 @@ class _Product(Function):
         values: Tensor,
         pointers: Tensor,
         columns: Tensor,
+        base: Tensor | None,
+        hold: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, left, right, values, pointers, columns)
+        ctx.save_for_backward(x, left, right, values, pointers, columns, cast(Tensor, base))
+        ctx.hold = hold  # type: ignore[attr-defined]
         found = x.new_empty(*x.shape[:-1], len(left))
-        for piece in _pieces(left, right, values, Places(pointers, columns), _height(right.shape[1])):
+        places, height = Places(pointers, columns), _height(right.shape[1])
+        for piece in _pieces(left, right, values, places, height, base, hold):
             found[..., piece.rows] = x @ piece.weight.T
         return found
 
     @staticmethod
     @once_differentiable  # type: ignore[misc, no-untyped-call, unused-ignore]
     def backward(ctx: BackwardCFunction, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, left, right, values, pointers, columns = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        saved = cast(tuple[Tensor, ...], ctx.saved_tensors)
+        x, left, right, values, pointers, columns = saved[:6]
+        base, hold = cast(Tensor | None, saved[6]), cast(bool, ctx.hold)  # type: ignore[attr-defined]
         needed = cast(tuple[bool, ...], ctx.needs_input_grad)
         inputs = x.reshape(-1, x.shape[-1])
         outputs = gradients[0].reshape(-1, len(left))
         back = torch.zeros_like(inputs) if needed[0] else None
         sparse = torch.empty_like(values) if needed[3] else None
-        for piece in _pieces(left, right, values, Places(pointers, columns), _height(right.shape[1])):
+        thin = (torch.empty_like(left), torch.zeros_like(right)) if hold else None
+        places, height = Places(pointers, columns), _height(right.shape[1])
+        for piece in _pieces(left, right, values, places, height, base, hold):
             part = outputs[:, piece.rows]
             if back is not None:
                 back.addmm_(part, piece.weight)
-            if sparse is not None:
-                sparse[piece.inside] = (part.T @ inputs)[piece.row, piece.column]
+            if sparse is not None or thin is not None:
+                dense = part.T @ inputs
+                if sparse is not None:
+                    sparse[piece.inside] = dense[piece.row, piece.column]
+                if thin is not None and piece.open is not None:
+                    dense *= piece.open
+                    thin[0][piece.rows] = dense @ right.T
+                    thin[1].addmm_(left[piece.rows].T, dense)
+        if thin is None:
+            thin = outputs.T @ (inputs @ right.T), (outputs @ left).T @ inputs
         return (
             back.reshape(x.shape) if back is not None else None,
-            outputs.T @ (inputs @ right.T) if needed[1] else None,
-            (outputs @ left).T @ inputs if needed[2] else None,
+            thin[0] if needed[1] else None,
+            thin[1] if needed[2] else None,
             sparse,
+            None,
+            None,
             None,
             None,
         )
 
 
-def product(x: Tensor, left: Tensor, right: Tensor, values: Tensor, places: Places) -> Tensor:
-    """`x (left right + S)^T` [..., out], differentiable once in x, left, right and values.
+def product(
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    values: Tensor,
+    places: Places,
+    base: Tensor | None = None,
+    *,
+    hold: bool = False,
+) -> Tensor:
+    """`x (base + left right + S)^T` [..., out], differentiable once in x, left, right and values.
 
     Saved for the backward pass are the arguments alone.
+
+    Args:
+        x: [..., in].
+        left: [out, rank].
+        right: [rank, in].
+        values: one for every place.
+        places: where they are added.
+        base: [out, in], to which all is added and which stays.
+        hold: the factors count only where the base is not zero.
 
     >>> places = places_of(torch.tensor([[True, False]]))
     >>> x, left, right = torch.tensor([[1.0, 2.0]]), torch.ones(1, 1), torch.ones(1, 2)
     >>> product(x, left, right, torch.tensor([3.0]), places).tolist()
     [[6.0]]
     """
-    found: Tensor = _Product.apply(x, left, right, values, places.pointers, places.columns)  # type: ignore[no-untyped-call]
+    found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+        x, left, right, values, places.pointers, places.columns, base, hold
+    )
     return found
 
 

@@ -203,3 +203,33 @@ def test_whole_models_count_the_published_parameters(hidden, inner, layers, rank
     products = layers * sum(sltrain.account(*shape, rank, 0.03).parameters for shape in shapes)
     total = products + 2 * vocabulary * hidden + (2 * layers + 1) * hidden
     assert total / 1e6 == pytest.approx(published, abs=0.1)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("hold", [False, True])
+def test_beside_a_weight_that_stays_they_are_those_of_the_dense_expression_too(hold):
+    mask, places, left, right, values = parts()
+    base = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    base[torch.rand(5, 7, generator=torch.Generator().manual_seed(4)) < 0.5] = 0
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    own = sltrain.product(x, left, right, values, places, base, hold=hold)
+    stays = (base != 0).double() if hold else torch.ones_like(base)
+    sparse = torch.zeros(mask.shape, dtype=x.dtype).masked_scatter(mask, values)
+    weight = base + stays * (left @ right) + sparse
+    reference = x @ weight.T
+    assert torch.allclose(own, reference, atol=1e-13, rtol=1e-12)
+    merged = sltrain.merged(left, right, values, places, base, hold=hold)
+    assert torch.allclose(merged, weight, atol=1e-14, rtol=1e-12)
+    weights = torch.randn_like(own)
+    found = torch.autograd.grad((own * weights).sum(), (x, left, right, values))
+    expected = torch.autograd.grad((reference * weights).sum(), (x, left, right, values))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-13, rtol=1e-12)
+
+
+def test_held_to_the_zeros_of_a_weight_the_factors_alone_change_none_of_them():
+    _, places, left, right, values = parts()
+    base = torch.eye(5, 7, dtype=torch.float64)
+    kept = sltrain.merged(left, right, 0 * values, places, base, hold=True)
+    assert torch.equal(kept == 0, base == 0)
+    assert int((sltrain.merged(left, right, 0 * values, places, base) == 0).sum()) == 0

@@ -1,0 +1,72 @@
+"""A file of named tensors that is written one tensor at a time, so that no two need to be in memory at once.
+
+It is a safetensors file: eight bytes with the length of a JSON header, which says type, shape and place of
+every tensor, then the tensors. `state`, a text, travels with it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint that is open: what is in it, and where to read from."""
+
+    state: str
+    names: frozenset[str]
+    file: Any
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        found: Tensor = self.file.get_tensor(name)
+        return found
+
+
+def write(
+    path: Path,
+    state: str,
+    shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[Tensor],
+) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        path: replaced at the end.
+        state: comes back with the tensors.
+        shapes: type (a floating one) and shape by name.
+        tensors: in the same order; each is asked for after the one before was written.
+    """
+    header: dict[str, object] = {"__metadata__": {"state": state}}
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": KINDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    words = json.dumps(header).encode()
+    words += b" " * (-len(words) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".part")
+    with half.open("wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        for tensor in tensors:
+            file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    half.replace(path)
+
+
+def opened(path: Path, stack: ExitStack) -> Stored | None:
+    """A checkpoint that stays open as long as the stack does; None where there is no whole one."""
+    try:
+        file = stack.enter_context(safe_open(path, framework="pt"))
+        return Stored(file.metadata()["state"], frozenset(file.keys()), file)
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return None
