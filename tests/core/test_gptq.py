@@ -47,6 +47,16 @@ def test_no_row_is_worse_than_by_plain_rounding_and_most_are_much_better(grid, s
     assert float(mine.sum()) < 0.5 * float(plain.sum())
 
 
+def test_steps_weigh_each_column_by_how_much_its_input_varies():
+    x, weight = problem(3, mean=1.0)
+    x[:, ::4] *= 30.0
+    mean = x.mean(0)
+    found = gptq.quantize(weight, x.T @ x / len(x), mean, "int4").quantized.step
+    varies = x.var(0, correction=0)
+    assert torch.allclose(found, fakequant.weight_step(weight, GRIDS["int4"], varies))
+    assert not torch.allclose(found, fakequant.weight_step(weight, GRIDS["int4"]))
+
+
 def allowed(grid, columns):
     """Every row of codes, paired or not."""
     for codes in itertools.product(range(grid.low, grid.high + 1), repeat=columns):
