@@ -2,16 +2,15 @@
 
 Budgets are taken from the mildest to the hardest. Every member is a whole output of its own, in a
 directory named after what was asked; statistics are collected again on the weights it starts from,
-while costs, the teacher and the baseline stay those of the dense model. A killed run goes on with the
-member that it was at.
+while the teacher and the baseline stay the dense model. Where the hidden width may be cut, a member begins
+at the width of the one before, and may become narrower, never wider. A killed run goes on with the member
+that it was at.
 """
 
 import shutil
 from pathlib import Path
 
 from compress import artifact, family, pipeline
-from compress.errors import CompressError
-from compress.expand import expand
 from compress.family import Family
 from compress.ir import Budget
 from compress.job import Progress, prepare
@@ -24,27 +23,19 @@ def run(recipe: Recipe, progress: Progress) -> Family:
     """Compile one model for each of the recipe's speedups.
 
     Raises:
-        CompressError: as for a single model, or widths are among the moves; members that were finished
-            before stay.
+        CompressError: as for a single model; members that were finished before stay.
     """
-    if "width" in recipe.options.moves:
-        raise CompressError(
-            f"--speedup {','.join(f'{one:g}x' for one in recipe.speedups)} with --moves width: a member of a "
-            "family goes on from the weights of the one before, which has to be as wide as the dense model.\n"
-            "  Leave the move out, or run the command once for each speedup"
-        )
     place = Path(recipe.out)
     artifact.claim(place)
     speedups = sorted(set(recipe.speedups))
-    start, before, members = None, None, []
+    done, before, members = None, None, []
     for number, speedup in enumerate(speedups, 1):
         name = f"{speedup:g}x"
         progress.say(f"member {number} of {len(speedups)}: {name}")
         if before is not None:
             _share(before, place / name)
         asked = {"budget": Budget(speedup=speedup), "speedups": (), "out": str(place / name)}
-        done = pipeline.compiled(prepare(recipe.model_copy(update=asked), progress), start)
-        start = expand(done.job.task.model, done.job.sites, done.kept, done.model)
+        done = pipeline.compiled(prepare(recipe.model_copy(update=asked), progress), done)
         before = place / name
         members.append(family.member(name, done.report))
         found = family.of(done.report, members)

@@ -77,7 +77,8 @@ class Job:
     """One compilation. `model_key` names the model and shapes, `key` also data and options.
 
     `sites` are at the shape of the phase that was asked for, so that they cost what a run of it costs.
-    `narrowed` says what the model lacks where it is a narrower one than was asked about.
+    `narrowed` says what the model lacks where it is a narrower one than was asked about; `origin` is the
+    job on that one where another model of its shapes has taken its place.
     """
 
     recipe: Recipe
@@ -91,11 +92,14 @@ class Job:
     sites: tuple[Site, ...]
     calibration: tuple[Batch, ...]
     narrowed: Narrowed | None = None
+    origin: "Job | None" = None
 
     @property
     def baseline(self) -> "Job":
         """The job on the model that everything is compared with."""
-        return self if self.narrowed is None else self.narrowed.wide
+        if self.narrowed is not None:
+            return self.narrowed.wide
+        return self if self.origin is None else self.origin
 
     @cached_property
     def place(self) -> Place | None:
@@ -137,7 +141,7 @@ class Job:
         """The same job with another model of the same shapes in the place of the dense one."""
         task = copy.copy(self.task)
         task.model = model
-        return replace(self, task=task, key=artifact.digest(self.key, *fingerprint(model)))
+        return replace(self, task=task, key=artifact.digest(self.key, *fingerprint(model)), origin=self)
 
 
 def prepare(recipe: Recipe, progress: Progress) -> Job:

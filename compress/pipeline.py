@@ -34,6 +34,7 @@ from compress import (
 from compress.bench import FINAL_BLOCKS, Comparison
 from compress.choosing import TimePlan
 from compress.errors import CompressError
+from compress.expand import expand
 from compress.export import forms
 from compress.export.place import Place
 from compress.ir import Option, Width
@@ -56,12 +57,19 @@ SURE = 0.98  # of what was asked: where the interval of a proof should begin
 
 @dataclass(frozen=True)
 class Compiled:
-    """A finished compilation: the report, the model that it is about, and the units kept by site."""
+    """A finished compilation: the report, the model that it is about, and the units kept by site.
+
+    `job` is the one that the plan was made for, whose model may be narrower than the dense one.
+    """
 
     job: Job
     report: Report
     model: nn.Module
     kept: dict[str, Tensor]
+
+    def expanded(self) -> nn.Module:
+        """The finished model at the shapes of the model that its plan was made for."""
+        return expand(self.job.task.model, self.job.sites, self.kept, self.model)
 
 
 def run(recipe: Recipe, progress: Progress) -> Report:
@@ -73,19 +81,20 @@ def run(recipe: Recipe, progress: Progress) -> Report:
     return compiled(prepare(recipe, progress)).report
 
 
-def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
-    """Carry out a job; pruning begins at `start`, a model of the dense shapes, where one is given.
+def compiled(job: Job, before: Compiled | None = None) -> Compiled:
+    """Carry out a job; pruning begins at the model that was made before, where there is one.
 
     Costs, the teacher and the baseline of the proof are the dense model's whatever the start.
     """
-    pruned = job if start is None else job.on(start)
+    pruned = job if before is None else width.begun(job, before.job, before.expanded())
     stream = width.stream_of(pruned)  # a model without one is refused before anything is computed
     reach.check_moves(job)
     costs = price(job)
     asked = asked_speedup(job, costs)
     if stream is None:
         reach.check(job, costs, asked)
-    found, widths = search(ground_of(pruned, costs), stream, asked)
+    start = costs if pruned.narrowed is None else price(pruned)
+    found, widths = search(ground_of(pruned, start), stream, asked)
     for attempt in range(ATTEMPTS):
         model, removals, notes = build(found)
         comparison = _proof_timing(job, model, removals, asked)
@@ -94,7 +103,7 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
             break
         rounds = _with_timing(found.rounds, found.turn, proof.timing(comparison))
         found = choose(found.ground, asked, rounds)
-    if start is not None:
+    if before is not None:
         notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
     own = found.ground.job
     if job.recipe.recovery.mode != "none":
@@ -120,7 +129,7 @@ def compiled(job: Job, start: nn.Module | None = None) -> Compiled:
     page.write(result, job.folder)
     card = page.card(result, name=Path(job.recipe.model or "compress-demo").name)
     artifact.write_text(Path(job.recipe.out) / "README.md", card)
-    return Compiled(job, result, model, {name: removal.kept for name, removal in removals.items()})
+    return Compiled(own, result, model, {name: removal.kept for name, removal in removals.items()})
 
 
 def ground_of(job: Job, costs: Costs) -> Ground:

@@ -104,13 +104,17 @@ def found_stream(job: Job) -> Stream:
 def levels(job: Job, stream: Stream) -> list[int]:
     """The widths to try, the widest first: the recipe's fractions at multiples of the target's step.
 
+    Fractions are of the width of the model that was asked about; where that was cut before, there may be
+    none left.
+
     Raises:
         CompressError: no multiple of the step lies below the width.
     """
     step, fractions = job.profile.align_units, job.recipe.options.widths
-    near = {step * round(share * stream.width / step) for share in fractions}
+    whole = stream.width if job.narrowed is None else job.narrowed.site.units
+    near = {step * round(share * whole / step) for share in fractions}
     found = sorted((units for units in near if 1 < units < stream.width), reverse=True)
-    if not found:
+    if not found and job.narrowed is None:
         raise CompressError(
             f"--moves {MOVE}: the hidden width is {stream.width}, {job.profile.name} runs well at multiples "
             f"of {step}, and none of them is near the fractions {', '.join(map(str, fractions))} of it; "
@@ -154,29 +158,52 @@ def narrow_model(job: Job, found: Directions, units: int) -> nn.Module:
 def narrow(job: Job, found: Directions, units: int) -> Job:
     """The job with its model narrowed to `units` channels, all else the same.
 
-    Its sites are those of the job with narrower products; it works in a folder of its own.
+    Its sites are those of the job with narrower products; it works in a folder of its own. A job that is
+    narrow already has lost more in the end: what was gone before, and a share of the rest.
     """
-    stream, task = found.stream, copy.copy(job.task)
-    task.model = narrow_model(job, found, units)
-    recorded, _ = residual.recorded(task.model, stream)
-    folder = job.folder / f"width-{units}"
+    stream, before, model = found.stream, job.narrowed, narrow_model(job, found, units)
+    recorded, _ = residual.recorded(model, stream)
+    down, error = found.kept(units).down, found.error(units)
+    less = Narrowed(
+        wide=job.baseline,
+        site=residual.site_of(stream) if before is None else before.site,
+        units=units,
+        error=error if before is None else 1 - (1 - before.error) * (1 - error),
+        down=down if before is None else down @ before.down,
+        stated=not recorded,
+    )
+    return _at(job, model, tuple(narrow_site(site, stream, units) for site in job.sites), less)
+
+
+def begun(job: Job, last: Job, model: nn.Module) -> Job:
+    """A job on the dense model, at what another member of its family has become.
+
+    Args:
+        job: of the member to be made.
+        last: the job that the other member's plan was made for.
+        model: the other member's, of the shapes of `last`'s model; where that is narrow, so is what is
+            given, and only narrower widths are left to it.
+    """
+    if last.narrowed is None:
+        return job.on(model)
+    return _at(job, model, last.sites, replace(last.narrowed, wide=job))
+
+
+def _at(job: Job, model: nn.Module, sites: tuple[Site, ...], less: Narrowed) -> Job:
+    """The job with a narrower model, in a folder of its own."""
+    task = copy.copy(job.task)
+    task.model = model
+    folder = less.wide.folder / f"width-{less.units}"
     folder.mkdir(exist_ok=True)
-    model_key = artifact.digest(*fingerprint(task.model), job.recipe.shapes)
+    model_key = artifact.digest(*fingerprint(model), job.recipe.shapes)
     return replace(
         job,
         task=task,
         folder=folder,
-        sites=tuple(narrow_site(site, stream, units) for site in job.sites),
+        sites=sites,
         model_key=model_key,
         key=artifact.digest(job.key, model_key),
-        narrowed=Narrowed(
-            wide=job,
-            site=residual.site_of(stream),
-            units=units,
-            error=found.error(units),
-            down=found.kept(units).down,
-            stated=not recorded,
-        ),
+        narrowed=less,
     )
 
 
@@ -252,7 +279,8 @@ def search_widths(
     """
     job, costs, race = ground.job, ground.costs, _Race(asked)
     units = levels(job, stream)
-    whole = Width(units=stream.width, loss=0.0, latency_ms=costs.dense_ms, source=costs.source)
+    loss = 0.0 if job.narrowed is None else ground.judge.of(job.task.model)
+    whole = Width(units=stream.width, loss=loss, latency_ms=costs.dense_ms, source=costs.source)
     race.enter(whole, job, lambda _: choose(ground))
     seen = directions(job, stream)
     for trial in _by_promise(ground, seen, units, race.best):

@@ -1,11 +1,16 @@
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from toys import job_of, logits
 
 import compress
-from compress import gradual, pipeline
+from compress import gradual, pipeline, pricing, profiles
+from compress import width as widths
 from compress.console import Quiet
 from compress.errors import CompressError
 from compress.ir import Budget
@@ -42,13 +47,61 @@ def made(recipe):
     return gradual.run(recipe, Quiet())
 
 
-def test_a_family_keeps_its_width(recipe):
-    wider = recipe.model_copy(update={"options": Options(moves=("structure", "width"))})
-    with pytest.raises(
-        CompressError, match=r"(?s)--speedup 1\.3x,1\.1x with --moves width: .* run the command once"
-    ):
-        gradual.run(wider, Quiet())
-    assert not Path(recipe.out).exists()
+def test_widths_of_a_model_that_has_none_to_cut_are_refused_as_for_a_single_one(recipe, tmp_path):
+    changes = {"options": Options(moves=("structure", "width")), "out": str(tmp_path / "out")}
+    with pytest.raises(CompressError, match="--moves width is not for this model"):
+        gradual.run(recipe.model_copy(update=changes), Quiet())
+
+
+def test_the_baseline_of_a_later_member_is_the_dense_model(tmp_path):
+    job = job_of("llama", tmp_path / "out")
+    later = job.on(copy.deepcopy(job.task.model))
+    assert later.baseline is later.on(job.task.model).baseline.baseline is job
+    assert later.task.model is not job.task.model
+
+
+def sized(folder, widths, spare):
+    """A job for a device that is not here; its file is to be smaller than the dense one by some bytes."""
+    job = job_of("llama", folder, rank=8, search=Search(samples=8, generations=1))
+    dense = pricing.export_dense(job).stat().st_size
+    changes = {
+        "budget": Budget(size_mb=(dense - spare) / 1e6),
+        "target": "rpi5",
+        "options": job.recipe.options.model_copy(update={"widths": widths}),
+    }
+    job.task.samples, job.task.score = {"test": 8}, lambda run, split="test", limit=None: 0.5
+    recipe = job.recipe.model_copy(update=changes)
+    return replace(job, recipe=recipe, profile=profiles.load("rpi5"))
+
+
+@pytest.mark.slow
+def test_a_later_member_begins_at_the_width_of_the_one_before_and_may_become_narrower(tmp_path):
+    first = pipeline.compiled(sized(tmp_path / "first", (0.7,), 11_000))
+    assert (first.job.narrowed.units, first.job.narrowed.site.units) == (16, 24)
+    inputs = first.job.task.example(2, 7)
+    assert torch.allclose(
+        logits(first.job.task, first.expanded(), inputs),
+        logits(first.job.task, first.model, inputs),
+        atol=1e-5,
+    )
+    job = sized(tmp_path / "second", (0.9, 0.7, 0.33), 22_000)
+    begun = widths.begun(job, first.job, first.expanded())
+    assert (begun.baseline, begun.narrowed.units) == (job, 16)
+    assert torch.equal(logits(job.task, begun.task.model, inputs), logits(job.task, first.expanded(), inputs))
+    second = pipeline.compiled(job, first)
+    assert [one.units for one in second.report.widths] == [16, 8]
+    assert [one.units for one in second.report.widths if one.chosen] == [8]
+    less = second.job.narrowed
+    assert (less.wide, less.down.shape, less.site.units) == (job, (8, 24), 24)
+    stream = less.down.T @ less.down  # directions of the dense stream that are left
+    assert torch.linalg.matrix_rank(stream) == 8
+    (cut,) = [site for site in second.report.sites if site.kind == "residual"]
+    assert (cut.option.units, cut.option.units_total) == (8, 24)
+    assert second.report.compressed.parameters < first.report.compressed.parameters
+    again = compress.load(tmp_path / "second")
+    assert sum(value.numel() for value in again.parameters()) == second.report.compressed.parameters
+    third = widths.begun(sized(tmp_path / "third", (0.7, 0.33), 22_000), second.job, second.expanded())
+    assert widths.levels(third, widths.found_stream(third)) == []
 
 
 @pytest.mark.slow

@@ -54,7 +54,9 @@ def test_sites_of_a_narrow_model_are_those_that_would_be_found_in_it(name):
 
 def at(step, fractions=(0.875, 0.75, 0.625, 0.5)):
     recipe = SimpleNamespace(options=Options(widths=fractions))
-    return SimpleNamespace(profile=SimpleNamespace(align_units=step, name="box"), recipe=recipe)
+    return SimpleNamespace(
+        profile=SimpleNamespace(align_units=step, name="box"), recipe=recipe, narrowed=None
+    )
 
 
 def test_widths_are_multiples_of_the_step_of_the_target():
@@ -121,7 +123,7 @@ def play(monkeypatch, alone, plans, speeds=None, asked=2.0):
     def narrowed(job, seen, units):
         return SimpleNamespace(narrowed=SimpleNamespace(units=units), units=units)
 
-    job = SimpleNamespace(**vars(at(8)), narrowed=None, units=FULL, stages=Stages(Quiet()))
+    job = SimpleNamespace(**vars(at(8)), units=FULL, stages=Stages(Quiet()))
 
     def ground(own):
         return Ground(own, costs, menus, SimpleNamespace(of=lambda units: alone[units]), None)
