@@ -484,8 +484,8 @@ def run(recipe, progress):
     with progress.stage("slow stage") as tick:
         print("ready", flush=True)
         (folder / "started").touch()
-        for done in range(600):
-            tick(done, 600)
+        for done in range(6000):
+            tick(done, 6000)
             time.sleep(0.05)
 fake.run = run
 fake.inspect = lambda model, shapes: {"model": chr(0xB7) * shapes.tokens}
