@@ -48,10 +48,15 @@ def padded():
     return _with_sites(Padded())
 
 
+def wider():
+    """The task on a model wide enough for what torch multiplies in on a GPU: 64 features, two heads."""
+    return Padded(hidden_size=64, num_attention_heads=2, intermediate_size=128)
+
+
 @functools.cache
 def wide():
-    """The same, wide enough for every form that torch multiplies in on a GPU: 64 features, heads of 32."""
-    return _with_sites(Padded(hidden_size=64, num_attention_heads=2, intermediate_size=128))
+    """The same with its sites."""
+    return _with_sites(wider())
 
 
 def _with_sites(task):
