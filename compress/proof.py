@@ -97,7 +97,6 @@ def parity(job: Job, model: nn.Module, file: Path) -> Parity:
             runner,
             verify.padded_examples(job.task.example, job.recipe.shapes.tokens),
             relative=verify.ROUNDED if rounded else verify.TOLERANCE,
-            single=verify.SINGLE if rounded else 1.0,
         )
         if rounded or not job.decodes:
             return Parity(**found.model_dump())
