@@ -242,10 +242,17 @@ def _parity(report: Report) -> str:
     parity = report.parity
     if parity is None:
         return f"PyTorch against the exported file: {NONE}."
+    rounded = ""
+    if parity.products:
+        rounded = (
+            f" Its {parity.products:,} products in low precision were compared one by one, each on what the "
+            "file's product reads: they differ by at most "
+            f"{parity.product_difference:.1e} of the largest value."
+        )
     return (
         f"Over {parity.inputs:,} inputs the exported file differs from PyTorch by at most "
         f"{parity.max_abs_difference:.1e} (tolerance {parity.tolerance:.1e}); "
-        f"{parity.agreement:.2%} of the answers agree."
+        f"{parity.agreement:.2%} of the answers agree.{rounded}"
     )
 
 

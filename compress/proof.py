@@ -13,6 +13,7 @@ from compress.bench import Comparison
 from compress.export import decode, runners, verify
 from compress.export.device import TOLERANCES
 from compress.export.place import Place
+from compress.guided import Guided
 from compress.ir import Option
 from compress.job import Job
 from compress.loop import Menus, Round, Rounds, Timing
@@ -80,28 +81,27 @@ def timing(comparison: Comparison) -> Timing:
 def parity(job: Job, model: nn.Module, file: Path) -> Parity:
     """The torch model, low precision emulated, against the file that ships, at several padded shapes.
 
+    Where products are in low precision each is compared on what the file's product reads (see `guided`).
     A decoder must agree both in one run and when it reads its input token by token; in low precision
     only in one run, since inputs are rounded by the range of all that is seen at once.
 
     Raises:
         CompressError: they disagree by more than the tolerance.
     """
-    with (
-        job.stages("verify"),
-        runners.TorchRunner(model, job.task.logits, job.task.output_name) as reference,
-        runners.OrtRunner(file, threads=job.recipe.bench.threads) as runner,
-    ):
-        rounded = _rounded(model)
-        found = verify.parity(
-            reference,
-            runner,
-            verify.padded_examples(job.task.example, job.recipe.shapes.tokens),
-            relative=verify.ROUNDED if rounded else verify.TOLERANCE,
-        )
-        if rounded or not job.decodes:
-            return Parity(**found.model_dump())
-        few = verify.padded_examples(job.task.example, min(STEPS, job.recipe.shapes.tokens))
-        steps = verify.parity(reference, decode.Stepwise(runner, job.task.output_name), few)
+    threads = job.recipe.bench.threads
+    answer = (job.task.logits, job.task.output_name)
+    examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
+    with job.stages("verify"), runners.OrtRunner(file, threads=threads) as runner:
+        if _rounded(model):
+            with Guided(model, file, *answer, threads=threads) as guided:
+                found = verify.parity(guided, runner, examples)
+            return Parity(**found.model_dump(), products=guided.products, product_difference=guided.apart)
+        with runners.TorchRunner(model, *answer) as reference:
+            found = verify.parity(reference, runner, examples)
+            if not job.decodes:
+                return Parity(**found.model_dump())
+            few = verify.padded_examples(job.task.example, min(STEPS, job.recipe.shapes.tokens))
+            steps = verify.parity(reference, decode.Stepwise(runner, job.task.output_name), few)
     return Parity(
         max_abs_difference=max(found.max_abs_difference, steps.max_abs_difference),
         tolerance=max(found.tolerance, steps.tolerance),

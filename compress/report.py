@@ -122,12 +122,18 @@ class Score(Document):
 
 
 class Parity(Document):
-    """PyTorch against the file that ships, over `inputs` inputs."""
+    """PyTorch against the file that ships, over `inputs` inputs.
+
+    `products` in low precision were compared one by one, each on what the file's product reads; they are
+    at most `product_difference` apart, as a share of the largest value.
+    """
 
     max_abs_difference: float = Field(ge=0)
     tolerance: float = Field(gt=0)
     agreement: float = Field(ge=0, le=1)
     inputs: int = Field(ge=1)
+    products: int = Field(default=0, ge=0)
+    product_difference: float = Field(default=0.0, ge=0)
 
 
 class Chosen(Document):

@@ -210,6 +210,8 @@ class _Writer:
         """The input of a product as bytes and back, once for all products with the same range."""
         source, step, zero = _input(node, 0), found.input_step, found.input_zero
         assert step is not None
+        if GRIDS[found.precision].floating:
+            source = self._without_relu(source)
         key = (source, found.precision, step, zero)
         if key not in self.static:
             origin = self._origin(name, found)
@@ -220,6 +222,22 @@ class _Writer:
             codes = self.add(node, "QuantizeLinear", [source, *given])[0]
             self.static[key] = self.add(node, "DequantizeLinear", [codes, *given])[0]
         return self.static[key]
+
+    def _without_relu(self, source: ir.Value) -> ir.Value:
+        """The input with its Relu written as `max(x, 0)`, where one made it.
+
+        Before bytes whose lowest code is that of zero a Relu does nothing, and onnxruntime drops it; it
+        takes the code 0 of e4m3 for the lowest, too.
+        """
+        relu = source.producer()
+        if relu is None or relu.op_type != "Relu":
+            return source
+        floor = self.weight("relu_floor", np.zeros((), dtype=np.float32))
+        spelled = self.add(relu, "Max", [_input(relu, 0), floor])[0]
+        spelled.shape, spelled.type = source.shape, source.type
+        source.replace_all_uses_with(spelled)
+        self.graph.remove(relu, safe=True)
+        return spelled
 
     def _origin(self, name: str, found: Quantized) -> Array:
         """The code of real zero, whose type says what an input becomes."""

@@ -13,8 +13,6 @@ Arrays = dict[str, Array]
 
 # Float32 sums of a few thousand terms in another order differ in the fifth digit.
 TOLERANCE = 1e-4
-# On integers a value between two bytes may be rounded to the other one, which moves what follows.
-ROUNDED = 3e-2
 
 
 class Agreement(Document):

@@ -295,7 +295,7 @@ def test_the_contract_s_keys_are_there():
         "baseline": "latency_ms score parameters weight_bytes file_bytes energy_mj energy_source",
         "compressed": "latency_ms score parameters weight_bytes file_bytes energy_mj energy_source",
         "score": "metric split samples",
-        "parity": "max_abs_difference tolerance agreement inputs",
+        "parity": "max_abs_difference tolerance agreement inputs products product_difference",
     }
     for place, keys in promised.items():
         assert set(keys.split()) <= set(words[place] if place else words)
