@@ -83,7 +83,7 @@ def agree(built: Path, output: Finished, stamp: Stamp, source: Path) -> None:
         OrtRunner(output.compressed, threads=output.recipe.bench.threads) as reference,
         tensorrt.TensorRTRunner(built) as runner,
     ):
-        for inputs in edge.examples(output.compressed, reference, output.report.target.shapes):
+        for inputs in edge.examples(output.compressed, reference, output.report.target.shapes, reference):
             answers = runner.infer(inputs)
             for name, expected in reference.infer(inputs).items():
                 largest = float(np.abs(expected).max())

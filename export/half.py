@@ -70,7 +70,7 @@ def make(output: Finished, destination: Path) -> tuple[list[Path], Half]:
     made = destination / "model.onnx"
     threads = output.recipe.bench.threads
     with OrtRunner(output.compressed, threads=threads) as reference:
-        examples = list(edge.examples(output.compressed, reference, output.report.target.shapes))
+        examples = list(edge.examples(output.compressed, reference, output.report.target.shapes, reference))
         expected = [reference.infer(inputs) for inputs in examples]
     found = convert(output.compressed, made, examples)
     apart = distance(expected, answers(made, examples))
