@@ -25,11 +25,19 @@ class Strip(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One plan of a Pareto front."""
+    """One plan of a Pareto front: how fast it is or what it takes, and what it damages."""
 
-    speedup: float
+    gain: float
     damage: float
     chosen: bool
+
+
+class Axis(NamedTuple):
+    """What a front is drawn over: its words, its unit, and what was asked for of it."""
+
+    words: str
+    unit: str
+    asked: float | None = None
 
 
 class Share(NamedTuple):
@@ -67,7 +75,7 @@ def draw(report: Report) -> dict[str, Chart]:
     if report.samples.baseline and report.samples.compressed:
         drawn.append(_latency_chart(report))
     if len(report.front) > 1:
-        drawn.append(_front_chart(report))
+        drawn += _front_charts(report)
     for kind in dict.fromkeys(site.kind for site in report.sites):
         drawn.append(_site_chart(kind, [site for site in report.sites if site.kind == kind]))
     if len(report.waterfall) > 1:
@@ -91,16 +99,33 @@ def _latency_chart(report: Report) -> Chart:
     return latency(*strips)
 
 
-def _front_chart(report: Report) -> Chart:
+def _front_charts(report: Report) -> list[Chart]:
+    """Damage over speed, and over energy where every plan has one."""
     judged = all(point.loss is not None for point in report.front)
-    points = [
-        Point(p.predicted_speedup, p.error if p.loss is None or not judged else p.loss, p.chosen)
-        for p in report.front
-    ]
-    best = next((p for p in report.front if p.chosen), None)
-    asked = report.verdict.asked.speedup
-    chosen = "" if best is None else f"chosen, {best.predicted_speedup:.2f}x"
-    return front(points, asked, "loss" if judged else "error", chosen)
+    damage = "loss" if judged else "error"
+    worth = [p.error if p.loss is None or not judged else p.loss for p in report.front]
+    asked = report.verdict.asked
+    speeds = [p.predicted_speedup for p in report.front]
+    spent = [p.energy_mj for p in report.front if p.energy_mj is not None]
+    drawn = [("front", speeds, Axis("predicted speedup", "x", asked.speedup))]
+    if len(spent) == len(speeds):
+        drawn.append(("energy", spent, Axis("predicted energy of a run", " mJ", asked.energy_mj)))
+    marks = [p.chosen for p in report.front]
+    charts = []
+    for name, gains, axis in drawn:
+        points = [Point(*three) for three in zip(gains, worth, marks, strict=True)]
+        best = next((point.gain for point in points if point.chosen), None)
+        charts.append(front(name, points, axis, damage, _chosen(best, axis.unit)))
+    return charts
+
+
+def _chosen(gain: float | None, unit: str) -> str:
+    return "" if gain is None else f"chosen, {_amount(gain, unit)}"
+
+
+def _amount(value: float, unit: str) -> str:
+    """A gain with its unit: 2.00x, or 12.3 mJ."""
+    return f"{value:.2f}x" if unit == "x" else f"{digits(value)}{unit}"
 
 
 def _site_chart(kind: str, own: Sequence[SiteReport]) -> Chart:
@@ -200,39 +225,40 @@ def latency(dense: Strip, now: Strip) -> Chart:
     return finish(canvas, "latency", "Latency of the dense and the compressed model")
 
 
-def front(points: Sequence[Point], asked: float | None, damage: str, chosen: str) -> Chart:
-    """The best plan at every predicted speed; the chosen one ringed, what was asked as a line."""
+def front(name: str, points: Sequence[Point], axis: Axis, damage: str, chosen: str) -> Chart:
+    """The best plans over what they gain; the chosen one ringed, what was asked as a line."""
     height = 300
     canvas = Canvas(height)
     axes = canvas.axes(64, 40, WIDTH - 80, height - 92)
     ordered = sorted(points)
-    xs, ys = [point.speedup for point in ordered], [point.damage for point in ordered]
-    right = max([*xs, asked or 1.0]) * 1.04
-    axes.set_xlim(min([*xs, 1.0]) - 0.04 * right, right)
+    xs, ys = [point.gain for point in ordered], [point.damage for point in ordered]
+    ends = xs if axis.asked is None else [*xs, axis.asked]
+    right = max(ends) * 1.04
+    axes.set_xlim(min(ends) - 0.04 * right, right)
     top = max(ys) * 1.08 or 1.0
     axes.set_ylim(-0.04 * top, top)
-    ticks(axes, "x", axes.get_xlim()[0], right, log=False, unit="x")
+    ticks(axes, "x", axes.get_xlim()[0], right, log=False, unit=axis.unit)
     ticks(axes, "y", 0, top, log=False)
     axes.grid(axis="y", color=PALETTE["line"], linewidth=1)
-    if asked is not None:
-        axes.axvline(asked, color=PALETTE["muted"], linewidth=1.2)
+    if axis.asked is not None:
+        axes.axvline(axis.asked, color=PALETTE["muted"], linewidth=1.2)
         canvas.line((340, 11), (340, 27), "muted")
-        canvas.write(348, 23, f"asked {asked:.2f}x")
+        canvas.write(348, 23, f"asked {_amount(axis.asked, axis.unit)}")
     axes.plot(xs, ys, color=PALETTE["now"], linewidth=1.8, marker="o", markersize=5)
     canvas.line((64, 19), (80, 19), "now")
     canvas.dot(72, 19, "now", size=5)
     canvas.write(86, 23, "best plan")
     for point in ordered:
         if point.chosen:
-            spot = ([point.speedup], [point.damage])
+            spot = ([point.gain], [point.damage])
             ring = axes.plot(*spot, "o", color=PALETTE["worse"], markersize=12, fillstyle="none")
             ring[0].set_markeredgewidth(2.2)
             canvas.dot(180, 19, "worse", size=9, hollow=True)
             canvas.write(191, 23, chosen)
     middle = (64 + (WIDTH - 80) / 2, 40 + (height - 92) / 2)
-    canvas.write(middle[0], height - 12, "predicted speedup (estimate)", align="center")
+    canvas.write(middle[0], height - 12, f"{axis.words} (estimate)", align="center")
     canvas.write(14, middle[1], damage, align="center", turn=90)
-    return finish(canvas, "front", f"Pareto front: {damage} over predicted speedup")
+    return finish(canvas, name, f"Pareto front: {damage} over {axis.words}")
 
 
 def sites(kind: str, title: str, header: str, rows: Sequence[Share]) -> Chart:

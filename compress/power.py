@@ -196,11 +196,13 @@ def average_w(used: Energy | None, rate_hz: float | None) -> float | None:
     return used.idle_w + used.energy_mj * rate_hz / 1e3
 
 
-def predicted_mj(job: Job, turn: Round, prices: Prices | None) -> float | None:
+def predicted_mj(
+    job: Job, predicted_ms: float, choices: Mapping[str, Option], prices: Prices | None
+) -> float | None:
     """Energy of one run of a plan, an estimate: by its prices, or by the power envelope alone."""
     if prices is not None:
-        return prices.of(turn.choices)
-    return energy.energy_above_idle_mj(turn.predicted_ms, job.profile, job.recipe.bench.threads)
+        return prices.of(choices)
+    return energy.energy_above_idle_mj(predicted_ms, job.profile, job.recipe.bench.threads)
 
 
 def predicted_w(job: Job, turn: Round, prices: Prices | None) -> float | None:

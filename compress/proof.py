@@ -224,7 +224,9 @@ def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[Sit
     return tuple(found)
 
 
-def front(costs: Costs, menus: Menus, turn: Round) -> tuple[FrontPoint, ...]:
+def front(
+    job: Job, costs: Costs, menus: Menus, turn: Round, prices: Prices | None = None
+) -> tuple[FrontPoint, ...]:
     """The best plans around the chosen one, from the dense model to the fastest there is."""
     least = menus.latency_ms(menus.cheapest())
     budgets = np.linspace(least * 1.0001, costs.dense_ms, 14)
@@ -239,6 +241,7 @@ def front(costs: Costs, menus: Menus, turn: Round) -> tuple[FrontPoint, ...]:
             FrontPoint(
                 budget_ms=budget_ms,
                 predicted_speedup=costs.dense_ms / spent_ms,
+                energy_mj=power.predicted_mj(job, spent_ms, menus.named(choices), prices),
                 error=search.total(menus.prior, choices)[1],
                 loss=turn.loss if chosen else None,
                 chosen=chosen,
@@ -297,7 +300,7 @@ def assemble(
                 speedup=costs.dense_ms / predicted_ms,
                 latency_ms=predicted_ms,
                 baseline_latency_ms=costs.dense_ms,
-                energy_mj=power.predicted_mj(job, turn, prices),
+                energy_mj=power.predicted_mj(job, predicted_ms, turn.choices, prices),
                 power_w=power.predicted_w(job, turn, prices),
                 source="measured table" if job.here else "roofline",
             ),
@@ -318,7 +321,7 @@ def assemble(
         sites=sites,
         rounds=tuple(_round(one, costs) for one in rounds.rounds),
         stages=tuple(job.stages.seconds),
-        front=front(costs, menus, turn),
+        front=front(job, costs, menus, turn, prices),
         samples=Samples()
         if comparison is None
         else Samples(

@@ -180,10 +180,14 @@ class Stage(Document):
 
 
 class FrontPoint(Document):
-    """The best plan at one predicted speedup: its summed error and, where it was judged, its loss."""
+    """The best plan at one predicted speedup: its summed error and, where it was judged, its loss.
+
+    `energy_mj` is what a run of it is predicted to take above idle, where prices or a power envelope say.
+    """
 
     budget_ms: float
     predicted_speedup: float = Field(gt=0)
+    energy_mj: float | None = None
     error: float = Field(ge=0)
     loss: float | None = None
     chosen: bool = False

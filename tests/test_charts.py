@@ -5,8 +5,10 @@ import pytest
 from reports import report, whole
 
 from compress import charts
-from compress.charts import Bar, Point, Share, Strip, Turn, short
+from compress.charts import Axis, Bar, Point, Share, Strip, Turn, short
+from compress.recipe import Budget
 from compress.svg import PALETTE
+from compress.wording import digits
 
 SVG = "{http://www.w3.org/2000/svg}"
 WIDEST = 0.64  # of the font size: the mean width of a character in a wide font (DejaVu Sans digits)
@@ -81,7 +83,7 @@ def test_no_label_touches_another_when_names_and_numbers_are_long():
     turns = [Turn(f"round {i}", 2, 1.9, None, "1234 → not measured") for i in range(6)]
     assert clashes(charts.rounds(turns)) == []
     points = [Point(1 + i / 3, 1000.0 * i, i == 3) for i in range(40)]
-    assert clashes(charts.front(points, 10.5, "loss", "chosen, 12.34x")) == []
+    assert clashes(charts.front("front", points, Axis("w", "x", 10.5), "loss", "chosen, 12.34x")) == []
 
 
 def test_a_bar_is_as_long_as_the_share_that_is_kept():
@@ -159,8 +161,34 @@ def test_a_front_shows_losses_only_when_every_plan_was_judged():
 
 def test_a_front_without_a_speedup_asked_has_no_line_for_it():
     points = [Point(1.0, 0.0, False), Point(2.0, 0.0, True)]
-    assert not any("asked" in text for text in words(charts.front(points, None, "loss", "c")))
-    assert "asked 1.50x" in words(charts.front(points, 1.5, "loss", "c"))
+    assert not any(
+        "asked" in text for text in words(charts.front("front", points, Axis("w", "x"), "loss", "c"))
+    )
+    assert "asked 1.50x" in words(charts.front("front", points, Axis("w", "x", 1.5), "loss", "c"))
+
+
+def test_energy_is_an_axis_where_every_plan_has_one():
+    assert "energy" not in charts.draw(whole())
+    spent = [6.0 / point.predicted_speedup for point in whole().front]
+    points = tuple(
+        point.model_copy(update={"energy_mj": energy_mj})
+        for point, energy_mj in zip(whole().front, spent, strict=True)
+    )
+    drawn = charts.draw(report(front=points))["energy"]
+    assert clashes(drawn) == []
+    shown = words(drawn)
+    assert "predicted energy of a run (estimate)" in shown
+    chosen = next(point.energy_mj for point in points if point.chosen)
+    assert f"chosen, {digits(chosen)} mJ" in shown
+    assert any(text.endswith(" mJ") and "chosen" not in text for text in shown)  # the ticks
+    assert not any("asked" in text for text in shown)  # a speedup was
+    some = (points[0].model_copy(update={"energy_mj": None}), *points[1:])
+    assert "energy" not in charts.draw(report(front=some))
+    asked = report(front=points)
+    budget = asked.verdict.model_copy(update={"asked": Budget(energy_mj=2.5)})
+    drawn = charts.draw(asked.model_copy(update={"verdict": budget}))
+    assert "asked 2.50 mJ" in words(drawn["energy"])
+    assert not any("asked" in text for text in words(drawn["front"]))
 
 
 def test_far_apart_latencies_are_drawn_on_a_logarithmic_axis():
