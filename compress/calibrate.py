@@ -6,7 +6,7 @@ matrices of all sites do not fit into the memory allowed, the data is passed sev
 processes take a share of the batches each, and add up what they have found.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -291,10 +291,24 @@ def _valid(directory: Path, index: int, site: Site, wanted: _Wanted) -> bool:
 
 def _passes(sites: Sequence[tuple[int, Site]], room: float, readers: bool) -> list[list[int]]:
     """Sites grouped so that the matrices of one pass fit into `room` bytes (one always fits)."""
+    return grouped(
+        (
+            (index, DOUBLE * (writer_width(site) ** 2 + (reader_width(site) ** 2 if readers else 0)))
+            for index, site in sites
+        ),
+        room,
+    )
+
+
+def grouped(sizes: Iterable[tuple[int, float]], room: float) -> list[list[int]]:
+    """Neighbors in groups whose sizes add up to at most `room`; one that is larger is a group of its own.
+
+    >>> grouped([(7, 2.0), (8, 3.0), (9, 1.0)], 4.0)
+    [[7], [8, 9]]
+    """
     groups: list[list[int]] = []
     used = 0.0
-    for index, site in sites:
-        size = DOUBLE * (writer_width(site) ** 2 + (reader_width(site) ** 2 if readers else 0))
+    for index, size in sizes:
         if not groups or used + size > room:
             groups.append([])
             used = 0.0

@@ -160,17 +160,12 @@ def _passes(
     model: nn.Module, sites: Sequence[Site], missing: Sequence[int], tile: Tile, room: float
 ) -> list[list[int]]:
     """Sites grouped so that what one sample leaves of a group is at most `room` numbers (one always fits)."""
-    groups: list[list[int]] = []
-    used = 0.0
-    for index in missing:
+
+    def size(index: int) -> float:
         found = matrices(model, sites[index], tile).values()
-        size = sum(weight.numel() / (own[0] * own[1]) for weight, own in found)
-        if not groups or used + size > room:
-            groups.append([])
-            used = 0.0
-        groups[-1].append(index)
-        used += size
-    return groups
+        return sum(weight.numel() / (own[0] * own[1]) for weight, own in found)
+
+    return calibrate.grouped(((index, size(index)) for index in missing), room)
 
 
 def _path(directory: Path, index: int) -> Path:
