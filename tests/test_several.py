@@ -192,24 +192,32 @@ def done(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_whole_compilation_by_two_processes_is_that_of_one(tmp_path):
-    (tmp_path / "recipe.toml").write_text(
-        'model = "classifier:Padded"\ntarget = "a100"\n[budget]\nspeedup = 1.1\n[shapes]\ntokens = 9\n'
-        "[calibration]\nbatch = 5\n[search]\ngenerations = 2\nsamples = 32\n"
-        '[recovery]\nmode = "fast"\nepochs = 1\nbatch = 7\n'
-    )
-    words = ["-m", "compress", "--recipe", str(tmp_path / "recipe.toml"), "--quiet", "--json", "--out"]
-    codes = together([sys.executable, *words, str(tmp_path / "two")], tmp_path)
-    said = (tmp_path / "log0").read_text()
-    assert codes == [3, 3], said
-    assert (tmp_path / "log1").read_text() == ""
+    """Two whole copies of the model, and two halves of it, beside one process."""
+
+    def words(name):
+        recipe = tmp_path / f"{name}.toml"
+        recipe.write_text(
+            'model = "classifier:Padded"\ntarget = "a100"\n[budget]\nspeedup = 1.1\n[shapes]\ntokens = 9\n'
+            "[calibration]\nbatch = 5\n[search]\ngenerations = 2\nsamples = 32\n"
+            f'[recovery]\nmode = "fast"\nepochs = 1\nbatch = 7\nshard = {str(name == "halves").lower()}\n'
+        )
+        own = ["--recipe", str(recipe), "--quiet", "--json", "--out", str(tmp_path / name)]
+        return [sys.executable, "-m", "compress", *own]
+
     alone = subprocess.run(
-        [sys.executable, *words, str(tmp_path / "one")], cwd=Path(__file__).parent, capture_output=True,
+        words("one"), cwd=Path(__file__).parent, capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
-    two, one = json.loads(said), json.loads(alone.stdout)
-    assert [site["option"] for site in two["sites"]] == [site["option"] for site in one["sites"]]
-    assert two["compressed"]["score"] == pytest.approx(one["compressed"]["score"], abs=1 / 48 + 1e-9)
-    assert not (tmp_path / "two" / "compression" / "error.log").exists()
+    one = json.loads(alone.stdout)
+    for name in ("copies", "halves"):
+        codes = together(words(name), tmp_path)
+        said = (tmp_path / "log0").read_text()
+        assert codes == [3, 3], said
+        assert (tmp_path / "log1").read_text() == ""
+        two = json.loads(said)
+        assert [site["option"] for site in two["sites"]] == [site["option"] for site in one["sites"]]
+        assert two["compressed"]["score"] == pytest.approx(one["compressed"]["score"], abs=1 / 48 + 1e-9)
+        assert not (tmp_path / name / "compression" / "error.log").exists()
 
 
 def furthest(folder, first, second):
