@@ -59,10 +59,10 @@ def compared(job, path, *, shipped=None):
 
 
 SLOW = pytest.mark.slow
+OTHERS = [("vit", "int8-dynamic"), ("opt", "fp8"), ("llama", "int8-static"), ("phi3", "int4")]
 PAIRS = [
     pytest.param(family, kind, marks=[] if (family, kind) == ("bert", "int8-dynamic") else SLOW)
-    for family in ("bert", "vit", "opt", "llama", "phi3")
-    for kind in KINDS
+    for family, kind in [*(("bert", kind) for kind in KINDS), *OTHERS]
 ]
 
 
