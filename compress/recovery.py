@@ -298,7 +298,7 @@ def _announced(lesson: Lesson, seconds: float) -> str:
     wanted, steps = lesson.wanted, lesson.wanted.epochs * lesson.count
     course = f"{wanted.epochs} epochs, {steps:,} steps, about {span(seconds)} (estimate)"
     if wanted.mode == "fast":
-        return course
+        return f"{course}; as much again, more calmly, if that makes it worse"
     return f"at most {wanted.courses} courses of {course}; it ends when the score stops rising"
 
 

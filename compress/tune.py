@@ -35,6 +35,7 @@ from compress.task import Batch, Task
 
 POOL_BYTES = 2**28  # inputs held back to be shuffled; all of them where they are this small
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CALMER = 0.2  # of the rate, after a course that made the model worse
 LOOKED_AT = 8  # batches that tell how far late layers are after a course
 
 Batches = Callable[[], Iterable[Batch]]
@@ -56,6 +57,14 @@ class State(Document):
     def epochs(self) -> int:
         """Epochs that were finished and judged."""
         return len(self.scores) - 1
+
+    def harmed(self, epochs: int) -> list[bool]:
+        """For every whole course of so many epochs: is its best score below the best before it?"""
+        ends = range(epochs, len(self.scores), epochs)
+        return [
+            max(self.scores[end - epochs + 1 : end + 1]) < max(self.scores[: end - epochs + 1])
+            for end in ends
+        ]
 
 
 @dataclass(frozen=True)
@@ -195,12 +204,17 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether no course is left, or the last one raised no score."""
-        wanted, epochs, scores = self.lesson.wanted, self.state.epochs, self.state.scores
+        """Whether no course is left: the last one raised no score, nor did a calmer one after one that harmed."""
+        wanted, epochs = self.lesson.wanted, self.state.epochs
         if epochs <= 0 or epochs % wanted.epochs:
             return False
-        if wanted.mode == "fast" or epochs // wanted.epochs >= wanted.courses:
+        harmed = self.state.harmed(wanted.epochs)
+        if harmed[-1]:
+            most = 2 if wanted.mode == "fast" else wanted.courses
+            return len(harmed) >= most or harmed[-2:] == [True, True]
+        if wanted.mode == "fast" or len(harmed) >= wanted.courses:
             return True
+        scores = self.state.scores
         return max(scores[-wanted.epochs :]) <= max(scores[: -wanted.epochs])
 
     def advance(self, number: int, batch: Batch) -> None:
@@ -224,8 +238,9 @@ class Run:
             if value.grad is not None:
                 value.grad.masked_fill_(mask, 0)
         nn.utils.clip_grads_with_norm_(self.values.values(), wanted.clip, self.held.norm())
+        calm = CALMER ** sum(self.state.harmed(wanted.epochs))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate_at(self.state.step % course, course, wanted)
+            group["lr"] = calm * rate_at(self.state.step % course, course, wanted)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._hold()
