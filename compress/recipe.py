@@ -79,6 +79,7 @@ class Recovery(Document):
     it also removes something, it learns in floats first, and its floats are the teacher then (`staged`).
     `mode` "fast" tunes for one course of `epochs`; "full" goes on with further courses, each from the
     best weights so far, until one no longer raises the score on the validation split, `courses` at most.
+    After a course that made every epoch worse the next one has a fifth of the `rate`, in "fast" as well.
     `task`, `logits`, `hidden` and `ranking` (embeddings only) weigh the losses; labels are used where
     there are some. `features` weighs GPUSQ's distance of hidden states: that of the `late` share of the
     layers, on inputs that student and teacher answer alike (unless `gated` is off), each layer counting by

@@ -2,8 +2,9 @@
 
 Work is cut into *courses*: AdamW with a linear warm-up and a linear decay to nothing. After every epoch
 the model is judged, and the best weights so far are kept, the untuned ones among them. A further course
-starts from the best weights with fresh moments. Layers run as in evaluation (no dropout): the teacher
-speaks without noise, and a student that equals it must have nothing to learn.
+starts from the best weights with fresh moments. After one that left no epoch as good as what was before
+it the next has a fifth of the rate; two such courses in a row are the last. Layers run as in evaluation
+(no dropout): the teacher speaks without noise, and a student that equals it must have nothing to learn.
 
 Everything random follows from the seed and the number of the step or epoch, and a checkpoint holds
 weights, best weights and moments; a run that was killed and resumed gives the same bits as one that
@@ -204,7 +205,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether no course is left: the last one raised no score, nor did a calmer one after one that harmed."""
+        """Whether no course is left: the last raised no score, or harmed and was followed by one that did."""
         wanted, epochs = self.lesson.wanted, self.state.epochs
         if epochs <= 0 or epochs % wanted.epochs:
             return False

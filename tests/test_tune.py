@@ -199,8 +199,8 @@ def test_a_checkpoint_of_something_else_or_in_pieces_is_not_taken_up(tmp_path, d
 def test_the_best_weights_are_kept_and_the_untuned_ones_are_among_them(tmp_path):
     model = student()
     before = weights(model)
-    marks = iter([3.0, 2.0, 1.0])
-    assert tune.tune(Run(model, lesson(tmp_path / "c")), lambda _: next(marks)) == (3.0, 2.0, 1.0)
+    marks = iter([3.0, 2.0, 1.0, 2.0, 2.5])
+    assert len(tune.tune(Run(model, lesson(tmp_path / "c")), lambda _: next(marks))) == 5
     assert same(before, weights(model))
     seen = []
     marks = iter([1.0, 3.0, 2.0])
@@ -231,6 +231,38 @@ def test_full_goes_on_from_the_best_weights_until_a_course_raises_no_score(tmp_p
     few = Run(student(), lesson(tmp_path / "c", mode="full", courses=2))
     rising = itertools.count()
     assert len(tune.tune(few, lambda _: float(next(rising)))) == 5
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores", "rates"),
+    [
+        ("fast", [3, 1, 2, 4, 3], [1, 0.2]),  # the calmer course helps
+        ("fast", [3, 1, 2, 2, 1], [1, 0.2]),  # nor does that
+        ("fast", [3, 1, 3], [1]),  # as good as before is not worse
+        ("full", [3, 1, 2, 2, 1], [1, 0.2]),
+        ("full", [3, 1, 2, 4, 3, 5, 4, 5, 5], [1, 0.2, 0.2, 0.2]),  # once calm, it stays so
+        ("full", [3, 1, 2, 4, 3, 2, 2, 5, 4, 4, 4, 4, 3], [1, 0.2, 0.2, 0.04, 0.04, 0.008]),
+        ("full", [3, 4, 3, 3, 2, 3, 2], [1, 1, 0.2]),
+    ],
+)
+def test_a_course_that_harmed_is_followed_by_a_calmer_one(tmp_path, mode, scores, rates):
+    run = Run(student(), lesson(tmp_path / "c", mode=mode, rate=1e-3, warmup=0.5))
+    marks, used = iter(map(float, scores)), []
+    count = run.lesson.wanted.epochs * run.lesson.count
+
+    advance = run.advance
+
+    def watched(number, batch):
+        advance(number, batch)
+        used.append(run.optimizer.param_groups[0]["lr"])
+
+    run.advance = watched
+    assert tune.tune(run, lambda _: next(marks)) == tuple(map(float, scores))
+    assert len(used) == count * len(rates)
+    first = used[:count]
+    for number, rate in enumerate(rates):
+        own = used[number * count : (number + 1) * count]
+        assert own == pytest.approx([rate * value for value in first])
 
 
 def test_a_judge_without_an_opinion_keeps_the_last_weights_of_one_course(tmp_path):
