@@ -15,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress import artifact, distill, pat, recovery, residual, surgery, tune
+from compress import artifact, distill, pat, recovery, residual, surgery
 from compress.core.units import index_of
 from compress.distill import Place
 from compress.errors import CompressError
 from compress.job import Job, fingerprint
 from compress.quality import Batch
 from compress.refit import refit
+from compress.shuffle import shuffled
 from compress.surgery import Removal
 
 FILE = "aware.safetensors"
@@ -128,7 +129,7 @@ def _epochs(job: Job) -> Iterator[Batch]:
     """The batches of every epoch, each in an order of its own."""
     wanted = job.recipe.recovery
     for epoch in range(wanted.epochs):
-        for _, batch in tune.shuffled(_batches(job), (wanted.seed, epoch)):
+        for _, batch in shuffled(_batches(job), (wanted.seed, epoch)):
             yield batch
 
 

@@ -16,7 +16,7 @@ that is tuned, or a part (`sharding`); the checkpoint is the same.
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,10 @@ from compress.distill import Answers, Teacher
 from compress.errors import CompressError
 from compress.ir import Document
 from compress.recipe import Recovery
+from compress.shuffle import shuffled
 from compress.sltrain import Updated
 from compress.task import Batch, Task
 
-POOL_BYTES = 2**28  # inputs held back to be shuffled; all of them where they are this small
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CALMER = 0.2  # of the rate, after a course that made the model worse
 LOOKED_AT = 8  # batches that tell how far late layers are after a course
@@ -394,28 +394,6 @@ def rate_at(step: int, steps: int, wanted: Recovery) -> float:
     """
     up = round(steps * wanted.warmup)
     return wanted.rate * ((step + 1) / up if step < up else (steps - step) / (steps - up))
-
-
-def shuffled(
-    batches: Iterable[Batch], seed: tuple[int, int], pool_bytes: int = POOL_BYTES
-) -> Iterator[tuple[int, Batch]]:
-    """Batches with their numbers in a random order, drawn from a pool of bounded size."""
-    generator = np.random.default_rng(seed)
-    pool: list[tuple[int, Batch]] = []
-    held = 0
-    for numbered in enumerate(batches):
-        pool.append(numbered)
-        held += _bytes(numbered[1])
-        while held > pool_bytes:
-            number, batch = pool.pop(int(generator.integers(len(pool))))
-            held -= _bytes(batch)
-            yield number, batch
-    while pool:
-        yield pool.pop(int(generator.integers(len(pool))))
-
-
-def _bytes(batch: Batch) -> int:
-    return sum(value.numel() * value.element_size() for value in batch.inputs.values())
 
 
 def forecast_s(model: nn.Module, lesson: Lesson, batches: int = 4) -> float:

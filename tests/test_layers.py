@@ -28,7 +28,7 @@ ROWS = (
     "export.attention export.cache published export.products export.modules",
     "expand analyze stream images texts devices doctor session merge several export.lowering export.runners",
     "task sharding checkpoint export.onnx export.chains export.finished export.tensorrt export.decode",
-    "calibrate export.quantized export.verify export.watch export.steady export.ort export.decoder",
+    "calibrate shuffle export.quantized export.verify export.watch export.steady export.ort export.decoder",
     "forms formed saliency export.blocks export.forms export.cuda",
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",

@@ -9,6 +9,7 @@ from compress import distill, surgery, tune
 from compress.distill import Teacher
 from compress.errors import CompressError
 from compress.recipe import Recovery
+from compress.shuffle import shuffled
 from compress.surgery import Removal
 from compress.task import Batch
 from compress.tune import Lesson, Run
@@ -320,14 +321,12 @@ def test_the_rate_rises_and_falls_along_lines():
 def test_every_batch_comes_once_in_an_order_that_the_seed_fixes():
     batches = [Batch({"x": torch.full((4,), k)}) for k in range(40)]
     for pool in (0, 100, 10**9):
-        order = [number for number, _ in tune.shuffled(batches, (0, 1), pool)]
+        order = [number for number, _ in shuffled(batches, (0, 1), pool)]
         assert sorted(order) == list(range(40))
-        assert order == [number for number, _ in tune.shuffled(batches, (0, 1), pool)]
+        assert order == [number for number, _ in shuffled(batches, (0, 1), pool)]
         assert (order == list(range(40))) == (pool == 0)
-        assert all(
-            int(batch.inputs["x"][0]) == number for number, batch in tune.shuffled(batches, (0, 2), pool)
-        )
-    assert order != [number for number, _ in tune.shuffled(batches, (0, 2))]
+        assert all(int(batch.inputs["x"][0]) == number for number, batch in shuffled(batches, (0, 2), pool))
+    assert order != [number for number, _ in shuffled(batches, (0, 2))]
 
 
 def test_a_forecast_moves_nothing(tmp_path):
