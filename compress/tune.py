@@ -16,7 +16,7 @@ that is tuned, or a part (`sharding`); the checkpoint is the same.
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +91,16 @@ class Lesson:
         said, goal = self._pair(model, number, mine)
         return distill.loss(self.task, mine, said, goal, self.wanted, part, factors)
 
+    def spread(self, few: int) -> Iterator[tuple[int, Batch]]:
+        """So many batches with their numbers, from everywhere: the first ones may be the shortest."""
+        every = max(1, self.count // few)
+        return itertools.islice(enumerate(self.batches()), every // 2, min(self.count, few * every), every)
+
     @torch.no_grad()
     def apart(self, model: nn.Module) -> list[float]:
-        """How far each late layer of a model is from the teacher's, in the mean of the first batches."""
+        """How far each late layer of a model is from the teacher's, in the mean of a few batches."""
         found = []
-        for number, batch in enumerate(itertools.islice(self.batches(), LOOKED_AT)):
+        for number, batch in self.spread(LOOKED_AT):
             mine, part = several.split(batch)
             said, goal = self._pair(model, number, mine)
             found.append(part.tokens * distill.features(self.task, mine, said, goal, self.wanted))
@@ -396,10 +401,10 @@ def rate_at(step: int, steps: int, wanted: Recovery) -> float:
     return wanted.rate * ((step + 1) / up if step < up else (steps - step) / (steps - up))
 
 
-def forecast_s(model: nn.Module, lesson: Lesson, batches: int = 4) -> float:
+def forecast_s(model: nn.Module, lesson: Lesson, batches: int = 6) -> float:
     """Seconds that one course will take, from a few batches; neither weights nor moments move."""
     asked, learned = [], []
-    for number, batch in enumerate(itertools.islice(lesson.batches(), batches)):
+    for number, batch in lesson.spread(batches):
         began = time.perf_counter()
         lesson.teacher(number, several.split(batch)[0])
         told = time.perf_counter()
@@ -407,4 +412,4 @@ def forecast_s(model: nn.Module, lesson: Lesson, batches: int = 4) -> float:
         asked.append(told - began)
         learned.append(time.perf_counter() - told)
     model.zero_grad(set_to_none=True)
-    return lesson.count * (statistics.median(asked) + lesson.wanted.epochs * statistics.median(learned))
+    return lesson.count * (statistics.mean(asked) + lesson.wanted.epochs * statistics.mean(learned))

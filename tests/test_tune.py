@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -335,6 +336,33 @@ def test_a_forecast_moves_nothing(tmp_path):
     assert tune.forecast_s(model, lesson(tmp_path / "c")) > 0
     assert same(before, weights(model))
     assert all(value.grad is None for value in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("count", "few", "numbers"),
+    [(12, 3, [2, 6, 10]), (13, 4, [1, 4, 7, 10]), (3, 8, [0, 1, 2]), (8, 8, range(8))],
+)
+def test_what_stands_for_all_batches_comes_from_everywhere(tmp_path, count, few, numbers):
+    """Batches are sorted by length within a window: the first ones are the shortest."""
+    whole = list(padded()[0].batches("calibration", 1))[:count]
+    some = dataclasses.replace(lesson(tmp_path / "c"), batches=lambda: iter(whole), count=count)
+    found = list(some.spread(few))
+    assert [number for number, _ in found] == list(numbers)
+    assert all(batch is whole[number] for number, batch in found)
+
+
+def test_a_forecast_counts_long_batches(tmp_path, monkeypatch):
+    seen = []
+    some = lesson(tmp_path / "c")
+    call = Lesson.loss
+    monkeypatch.setattr(
+        Lesson,
+        "loss",
+        lambda self, model, number, batch: seen.append(number) or call(self, model, number, batch),
+    )
+    tune.forecast_s(student(), some)
+    assert seen == [number for number, _ in some.spread(6)]
+    assert max(seen) >= some.count / 2
 
 
 GPUSQ = {"task": 1.0, "logits": 10.0, "hidden": 0.0, "features": 5.0, "late": 1.0}
