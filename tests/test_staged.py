@@ -204,15 +204,16 @@ def test_floats_learn_from_the_dense_model_and_teach_the_integers_without_labels
         "recover (fast), floats",
         "recover (fast), integers",
     ]
-    # What was announced is what was done.
-    assert (first["steps"], second["steps"]) == (18, 12)
+    # What was announced is what was done; as much again where it made the model worse.
+    again = max(second["scores"][1:3]) < second["scores"][0]
+    assert (first["steps"], second["steps"]) == (18, 24 if again else 12)
     both, second_alone = told(one)
     assert "in all (estimate): in floats 3 epochs, 18 steps" in both
     assert "then on integers 2 epochs, 12 steps" in both
     assert "recovery on integers: 2 epochs, 12 steps" in second_alone
     after = quantize.emulated(model, sites, learned)
     assert away(task, after) < 0.6 * before
-    assert f"3 + 2 epochs, learning in {form}, taught by its own floats" in note
+    assert f"3 + {4 if again else 2} epochs, learning in {form}, taught by its own floats" in note
     assert recovery.Judge(one).worded(recovery.Judge(one)(after)) in note
 
 
