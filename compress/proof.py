@@ -11,6 +11,7 @@ from torch import nn
 from compress import __version__, attribution, bench, cost, files, power, quantize, report, search
 from compress.bench import Comparison
 from compress.export import decode, runners, verify
+from compress.export.device import TOLERANCES
 from compress.export.place import Place
 from compress.guided import Guided
 from compress.ir import Option
@@ -38,9 +39,6 @@ from compress.report import (
 from compress.surgery import Removal
 
 FLOAT = "fp32"  # the precision of exported weights without a form
-# Sums in another order may turn an answer into another draw of rounding errors (see `guided`): up to 0.19 of
-# the largest was seen. Whether a product is right its own kernel's check says.
-DRAW = 0.3
 STEPS = 16  # tokens that are read one by one when a cache is verified
 
 
@@ -118,7 +116,8 @@ def _agreement(job: Job, expected: nn.Module, model: nn.Module, file: Path) -> l
         return []
     examples = verify.padded_examples(job.task.example, job.recipe.shapes.tokens)
     with files.opened(job, job.place, model, file) as runner:
-        rounding = DRAW if _rounded(expected) else 0.0
+        layers = [module for module in expected.modules() if isinstance(module, quantize.QuantizedLinear)]
+        rounding = max((TOLERANCES[layer.precision.partition("-")[0]] for layer in layers), default=0.0)
         return job.place.agreement(expected, runner, job.task.logits, examples, rounding=rounding)
 
 
