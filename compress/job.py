@@ -97,9 +97,8 @@ class Job:
     @property
     def baseline(self) -> "Job":
         """The job on the model that everything is compared with."""
-        if self.narrowed is not None:
-            return self.narrowed.wide
-        return self if self.origin is None else self.origin
+        before = self.origin if self.narrowed is None else self.narrowed.wide
+        return self if before is None else before.baseline
 
     @cached_property
     def place(self) -> Place | None:

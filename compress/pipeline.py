@@ -46,6 +46,7 @@ from compress.pricing import Costs, price
 from compress.recipe import Recipe
 from compress.refit import refit
 from compress.report import Report
+from compress.smoothing import smoothed
 from compress.stitch import Stitched
 from compress.stream import Stream
 from compress.surgery import Removal
@@ -86,7 +87,7 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
 
     Costs, the teacher and the baseline of the proof are the dense model's whatever the start.
     """
-    pruned = job if before is None else width.begun(job, before.job, before.expanded())
+    pruned, calmed = smoothed(job if before is None else width.begun(job, before.job, before.expanded()))
     stream = width.stream_of(pruned)  # a model without one is refused before anything is computed
     reach.check_moves(job)
     costs = price(job)
@@ -105,6 +106,7 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
         found = choose(found.ground, asked, rounds)
     if before is not None:
         notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
+    notes += calmed
     own = found.ground.job
     if job.recipe.recovery.mode != "none":
         notes += aware.recover(own, model, removals)

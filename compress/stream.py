@@ -71,7 +71,7 @@ def stream_of(model: nn.Module, program: Program, batch: int) -> Stream:
     """
     groups: dict[tuple[int, bool], dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        kind = _normalizes(module)
+        kind = normalizes(module)
         if kind is not None:
             groups.setdefault(kind, {})[name] = module
     if not groups:
@@ -84,7 +84,7 @@ def stream_of(model: nn.Module, program: Program, batch: int) -> Stream:
     return _Walk(model, program, width, norms).stream(centered=centered, batch=batch)
 
 
-def _normalizes(module: nn.Module) -> tuple[int, bool] | None:
+def normalizes(module: nn.Module) -> tuple[int, bool] | None:
     """Width, and whether the mean is taken away, of a module that acts as LayerNorm or RMSNorm; else None."""
     values: dict[str, Tensor] = dict(module.named_parameters())
     shape = getattr(module, "normalized_shape", None)

@@ -254,6 +254,12 @@ def agree(answer: object, expected: object) -> bool:
     )
 
 
+def distance(answer: object, expected: object) -> float:
+    """The largest difference of two answers of the same shapes, in units of its tensor's largest value."""
+    pairs = zip(_tensors(answer), _tensors(expected), strict=True)
+    return max((float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs), default=0.0)
+
+
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point():

@@ -32,7 +32,7 @@ ROWS = (
     "forms formed saliency export.blocks export.forms export.cuda",
     "export.place",
     "blockwise database distill job quantize refit residual export.edge export.layouts",
-    "files guided patterns export.half",
+    "files guided patterns smoothing export.half",
     "learning stitch anchor matching pat tune",
     "pricing staged",
     "power",

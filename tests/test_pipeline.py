@@ -62,6 +62,7 @@ def test_a_budget_of_bytes_is_met_with_four_bits_that_have_learned(tmp_path):
     assert "int4" in {site.option.precision for site in found.sites}
     assert found.compressed.precision == "fp32 + int4" != found.baseline.precision == "fp32"
     assert any("learning in int4" in warning for warning in found.warnings)
+    assert any(warning.startswith("Smoothing: for integers") for warning in found.warnings)
     assert any(line.startswith("int4: ") for line in found.attribution)
     # Codes that had not learned with the model would not give its answers.
     assert found.parity.max_abs_difference <= found.parity.tolerance

@@ -14,7 +14,7 @@
     python tools/benchmark.py gpusq --data DATA         2:4 on 8 bits, with and without each distillation term
 
 DIR is what `tools/finetune_sst2.py` or `tools/train_vit.py` wrote: a Hugging Face directory beside
-`train.csv` and `dev.csv`, or `train.npz` and `dev.npz`.
+`train.csv`, `validation.csv` and `test.csv`, or `train.npz` and `dev.npz`.
 DATA holds public data sets in folders: `cifar10`, `tinyshakespeare`, `wikitext2`.
 """
 

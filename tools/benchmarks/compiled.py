@@ -63,9 +63,7 @@ def recipe_of(
         **tables,
     }
     if arguments.model is not None:
-        suffix = ".npz" if (arguments.model / "train.npz").exists() else ".csv"
-        values |= {"model": str(arguments.model), "data": str(arguments.model / f"train{suffix}")}
-        values |= {"test": str(arguments.model / f"dev{suffix}")}
+        values |= {"model": str(arguments.model), "data": str(arguments.model)}
     return read(None, values)
 
 

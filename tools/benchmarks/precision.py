@@ -1,8 +1,10 @@
 """Post-training 8 and 4 bits, ours beside onnxruntime's own quantizer, on every product of a model."""
 
 import argparse
+import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from compress import bench, quantize
+from compress import analyze, bench, quality, quantize, smoothing
 from compress.core import fakequant, ranges
 from compress.core.fakequant import Precision
 from compress.export import quantized
@@ -21,33 +23,46 @@ from compress.export.runners import OrtRunner
 from compress.task import Batch, Task, load_task
 
 Row = dict[str, object]
+OURS = {"dynamic": "ours int8-dynamic, smoothed", "static": "ours int8-static, smoothed"}
+RULES: tuple[ranges.Rule, ...] = ("mse", "max", "percentile", "entropy")
+INPUTS = 32  # of a batch
 
 
 def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
-    """Post-training quantization of all products, ours and onnxruntime's: score, bytes, interleaved time."""
+    """Post-training quantization of all products, ours and onnxruntime's: score, bytes, interleaved time.
+
+    Scores are of the test split and, as far as there is one, the validation split, which nothing here has
+    seen; differences are paired, input by input.
+    """
     model = None if arguments.model is None else str(arguments.model)
-    data = None if model is None else str(arguments.model / "train.csv")
-    task = load_task(model, data, test=None if model is None else str(arguments.model / "dev.csv"))
+    task = load_task(model, data=model)
     files = {"float32": out / "dense.onnx"}
     example = task.example(1, arguments.tokens)
     export(task.model, example, files["float32"], output_name=task.output_name, logits=task.logits)
-    batches = list(task.batches("calibration", 32, 512))
-    files |= _ours(task, batches, files["float32"], out) | _theirs(task, batches, files["float32"], out)
+    batches = list(task.batches("calibration", INPUTS, 512))
+    files |= _ours(task, batches, files["float32"], out, words="")
+    calm = copy.copy(task)
+    calm.model = copy.deepcopy(task.model)
+    for spot in smoothing.moved(task, analyze.find_sites(task.model, example).sites, batches):
+        smoothing.apply(calm.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
+    path = out / "calm.onnx"
+    export(calm.model, example, path, output_name=task.output_name, logits=task.logits)
+    files |= _ours(calm, batches, path, out, words=", smoothed")
+    files |= _theirs(task, batches, files["float32"], out)
     runners = {name: OrtRunner(path, 1) for name, path in files.items()}
     inputs = {name: tensor.numpy() for name, tensor in example.items()}
     timed = bench.compare({name: runner.timed(inputs) for name, runner in runners.items()}, block_ms=20)
+    answers = {name: _answers(task, runner) for name, runner in runners.items()}
     rows: list[Row] = []
-    for name, runner in runners.items():
+    for name, found in answers.items():
         ratio = timed.ratio(name)
-
-        def run(feed: dict[str, np.ndarray], runner: OrtRunner = runner) -> np.ndarray:
-            return runner.infer(feed)[task.output_name]
-
         rows.append(
             {
                 "how": name,
-                "score": round(task.score(run), 4),
-                "divergence": round(_divergence(task, run), 6),
+                "score": round(100 * found.right.mean(), 2),
+                "n": len(found.right),
+                "divergence": round(float(found.apart.mean()), 6),
+                "ours_better_by": _paired(answers, name),
                 "file_mb": round(files[name].stat().st_size / 1e6, 2),
                 "speedup": round(ratio.value, 3),
                 "low": round(ratio.low, 3),
@@ -58,48 +73,80 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     return rows
 
 
+@dataclass(frozen=True)
+class Answers:
+    """For every input, whether an answer was right, and its divergence from the dense model's."""
+
+    right: np.ndarray
+    apart: np.ndarray
+
+
+def _answers(task: Task, runner: OrtRunner) -> Answers:
+    """What a file says to every input of the test and the validation split."""
+    right, apart = [], []
+    for split in ("test", "validation"):
+        for batch in task.batches(split, INPUTS):
+            feed = {name: value.numpy() for name, value in batch.inputs.items()}
+            found = torch.from_numpy(runner.infer(feed)[task.output_name])
+            with torch.inference_mode():
+                dense = task.logits(task.model(**batch.inputs))
+            assert batch.labels is not None
+            right.append((found.argmax(-1) == batch.labels).numpy())
+            apart.append(quality.kl(found, dense).numpy())
+    return Answers(np.concatenate(right), np.concatenate(apart))
+
+
+def _paired(answers: Mapping[str, Answers], name: str) -> str:
+    """Points by which ours of the same kind is better than a file of theirs, with its 95 % interval."""
+    kind = next((kind for kind in OURS if name.startswith(f"onnxruntime {kind}")), None)
+    if kind is None:
+        return ""
+    better = 100 * (answers[OURS[kind]].right.astype(float) - answers[name].right)
+    half = 1.96 * better.std(ddof=1) / len(better) ** 0.5
+    return f"{better.mean():.2f} [{better.mean() - half:.2f}, {better.mean() + half:.2f}]"
+
+
 def _products(path: Path) -> Counter[str]:
     """How many products of each kind a file holds."""
     kinds = ("Gemm", "MatMul", "MatMulInteger", "MatMulNBits", "QuantizeLinear", "DynamicQuantizeLinear")
     return Counter(node.op_type for node in onnx.load(path).graph.node if node.op_type in kinds)
 
 
-def _divergence(task: Task, run: Callable[[dict[str, np.ndarray]], np.ndarray]) -> float:
-    """Mean divergence from the dense model over the test split."""
-    total = samples = 0.0
-    for batch in task.batches("test", 32):
-        with torch.inference_mode():
-            dense = task.logits(task.model(**batch.inputs))
-        found = torch.from_numpy(run({name: value.numpy() for name, value in batch.inputs.items()}))
-        total += len(dense) * float(task.divergence(found, dense, batch))
-        samples += len(dense)
-    return total / samples
+def _ours(task: Task, batches: Sequence[Batch], dense: Path, out: Path, *, words: str) -> dict[str, Path]:
+    """Every product rounded with the moments of its input; of a plain model also in ways that are not ours.
 
-
-def _ours(task: Task, batches: Sequence[Batch], dense: Path, out: Path) -> dict[str, Path]:
-    """Every product rounded with the moments of its input, and by rounding to the nearest."""
+    Those are rounding to the nearest, and other rules for the range of an input.
+    """
     weights = quantized.product_weights(ir.load(dense))
     seen = quantize.observe(task, weights, batches)
     files = {}
+
+    def write(name: str, kind: Precision, rule: ranges.Rule = "mse", *, nearest: bool = False) -> None:
+        graph = ir.load(dense)
+        codes = {}
+        for weight in weights:
+            layer = task.model.get_submodule(weight.removesuffix(".weight"))
+            span = ranges.span(seen[weight].histogram, rule) if kind == "int8-static" else None
+            if nearest:
+                codes[weight] = fakequant.nearest(layer.weight.detach(), kind, span)
+                continue
+            place, _ = quantize.round_linear(layer, kind, seen[weight].second, seen[weight].mean, span=span)
+            codes[weight] = place.quantized
+            if place.bias is not None:
+                bias = graph.graph.initializers[weight.removesuffix("weight") + "bias"]
+                bias.const_value = ir.tensor(place.bias.numpy(), name=bias.name)
+        quantized.lower(graph, codes)
+        files[f"{name}{words}"] = path = out / f"ours-{len(files)}{words}.onnx"
+        save(graph, path)
+
     kinds: tuple[Precision, ...] = ("int8-dynamic", "int8-static", "int4")
     for kind in kinds:
-        for how in ("GPTQ", "nearest"):
-            graph = ir.load(dense)
-            codes = {}
-            for name in weights:
-                layer = task.model.get_submodule(name.removesuffix(".weight"))
-                span = ranges.span(seen[name].histogram, "mse") if kind == "int8-static" else None
-                if how == "nearest":
-                    codes[name] = fakequant.nearest(layer.weight.detach(), kind, span)
-                    continue
-                place, _ = quantize.round_linear(layer, kind, seen[name].second, seen[name].mean, span=span)
-                codes[name] = place.quantized
-                if place.bias is not None:
-                    bias = graph.graph.initializers[name.removesuffix("weight") + "bias"]
-                    bias.const_value = ir.tensor(place.bias.numpy(), name=bias.name)
-            quantized.lower(graph, codes)
-            files[f"ours {kind} {how}"] = path = out / f"{kind}-{how}.onnx"
-            save(graph, path)
+        write(f"ours {kind}", kind)
+        if not words:
+            write(f"nearest {kind}", kind, nearest=True)
+    if not words:
+        for rule in RULES[1:]:
+            write(f"ours int8-static, range by {rule}", "int8-static", rule)
     return files
 
 
