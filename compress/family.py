@@ -28,6 +28,7 @@ class Member(Document):
     latency_ms: float | None = None
     score: float | None = None
     score_drop: float | None = None
+    score_drop_interval95: tuple[float, float] | None = None
     parameters: int
     file_bytes: int | None = None
     precision: str | None = None
@@ -61,6 +62,7 @@ def member(directory: str, report: Report) -> Member:
         latency_ms=None if now.latency_ms is None else now.latency_ms.p50,
         score=now.score,
         score_drop=verdict.score_drop,
+        score_drop_interval95=verdict.score_drop_interval95,
         parameters=now.parameters,
         file_bytes=now.file_bytes,
         precision=now.precision,
@@ -101,7 +103,7 @@ def rows(family: Family) -> list[list[str]]:
             one.directory,
             _speed(one),
             score_text(family.metric, one.score),
-            "-" if one.score_drop is None else lost(family.metric, one.score_drop),
+            "-" if one.score_drop is None else lost(family.metric, one.score_drop, one.score_drop_interval95),
             f"{one.parameters / family.dense_parameters:.0%}",
             "-" if one.file_bytes is None else f"{digits(one.file_bytes / 1e6)} MB",
             f"{one.seconds:.0f} s",

@@ -1,6 +1,7 @@
 """What the shipped file really does: its latency, its answers, its score; gathered into the report."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from compress.job import Job
 from compress.loop import Menus, Round, Rounds, Timing
 from compress.power import Prices
 from compress.pricing import Costs
+from compress.quality import Task, lost_between
 from compress.recipe import Phase
 from compress.report import (
     Chosen,
@@ -155,7 +157,15 @@ def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None
     )
 
 
-def score(job: Job, file: Path) -> float:
+@dataclass(frozen=True)
+class Judged:
+    """A score on the test split, and what came of every input where the task's score is made of that."""
+
+    score: float
+    outcomes: NDArray[np.float64] | None
+
+
+def judged(job: Job, file: Path) -> Judged:
     """The task's score on its test split, computed on the file."""
     name = job.task.output_name
     with (
@@ -166,18 +176,27 @@ def score(job: Job, file: Path) -> float:
         def answer(inputs: dict[str, NDArray[np.generic]]) -> NDArray[np.generic]:
             return runner.infer(inputs)[name]
 
-        return job.task.score(answer)
+        if type(job.task).score is not Task.score:  # of a user's own, which need not be made of outcomes
+            return Judged(job.task.score(answer), None)
+        outcomes = job.task.outcomes(answer)
+        return Judged(job.task.scored(outcomes), outcomes)
 
 
 def figures(
-    job: Job, model: nn.Module, file: Path, comparison: Comparison | None, side: str, saved_bytes: int = 0
+    job: Job,
+    model: nn.Module,
+    file: Path,
+    comparison: Comparison | None,
+    side: str,
+    score: float,
+    saved_bytes: int = 0,
 ) -> Figures:
     """Everything measured about one artifact; `saved_bytes` is what forms take off its float weights."""
     parameters = sum(p.numel() for p in model.parameters())
     used = None if comparison is None else power.metered(job, model, file)
     return Figures(
         latency_ms=None if comparison is None else comparison.latency(side),
-        score=score(job, file),
+        score=score,
         parameters=parameters,
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()) - saved_bytes,
         file_bytes=file.stat().st_size,
@@ -267,9 +286,10 @@ def assemble(
     agreement = parity(job, emulated, shipped)
     shaped = files.in_forms(job, shrunk, removals)
     notes = notes + _agreement(job, emulated, shaped, shipped)
-    dense = figures(job, *files_of["dense"], comparison, "dense")
-    quick = figures(job, shaped, shipped, comparison, "compressed", _saved_bytes(job, turn))
-    drop = _drop(job, dense, quick)
+    before, after = judged(job, files_of["dense"][1]), judged(job, shipped)
+    dense = figures(job, *files_of["dense"], comparison, "dense", before.score)
+    quick = figures(job, shaped, shipped, comparison, "compressed", after.score, _saved_bytes(job, turn))
+    drop = before.score - after.score if job.task.higher_is_better else after.score - before.score
     sites, target = site_reports(job, costs, menus, turn), _target(job)
     dense = dense.model_copy(update={"precision": target.precision})
     quick = quick.model_copy(update={"precision": report.precision(target, sites)})
@@ -304,6 +324,7 @@ def assemble(
                 source="measured table" if job.here else "roofline",
             ),
             score_drop=drop,
+            score_drop_interval95=_drop_interval(job, before, after),
             reason=reason,
         ),
         max_drop=job.recipe.max_drop,
@@ -369,11 +390,10 @@ def _target(job: Job) -> Target:
     )
 
 
-def _drop(job: Job, dense: Figures, quick: Figures) -> float | None:
-    if dense.score is None or quick.score is None:
+def _drop_interval(job: Job, before: Judged, after: Judged) -> tuple[float, float] | None:
+    if before.outcomes is None or after.outcomes is None:
         return None
-    lost = dense.score - quick.score
-    return lost if job.task.higher_is_better else -lost
+    return lost_between(job.task, before.outcomes, after.outcomes)
 
 
 def _round(turn: Round, costs: Costs) -> report.Round:

@@ -24,6 +24,7 @@ Split = Literal["calibration", "validation", "test"]
 Run = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]
 
 SCORE_BATCH = 32
+RESAMPLES = 1000  # of the interval of a lost score
 # What makes a saved directory reload everywhere; weights and config.json are written elsewhere.
 COMPANIONS = (
     *pretrained.VOCABULARIES,
@@ -104,16 +105,38 @@ class Task:
         """How far an answer is from the dense model's: mean KL(dense || logits), in nats."""
         return kl(logits, dense).mean()
 
-    def score(self, run: Run, split: Split = "test", limit: int | None = None) -> float:
-        """The quality of `run` on a split: the fraction of labels it gets right."""
-        right = seen = 0
+    def outcomes(self, run: Run, split: Split = "test", limit: int | None = None) -> NDArray[Any]:
+        """[inputs, columns] what `run` makes of every input of a split: 1 where it gets the label right."""
+        right = []
         for batch in self.batches(split, SCORE_BATCH, limit):
             if batch.labels is None:
                 raise CompressError(f"{self.name} data has no labels here, so there is no accuracy")
-            chosen = answer(run, batch).argmax(-1)
-            right += int((chosen == batch.labels.numpy()).sum())
-            seen += len(chosen)
-        return right / seen
+            right.append(answer(run, batch).argmax(-1) == batch.labels.numpy())
+        return np.concatenate(right)[:, None].astype(np.float64)
+
+    def scored(self, outcomes: NDArray[Any]) -> float:
+        """The score of these inputs: the fraction of labels that is right."""
+        return float(outcomes.mean())
+
+    def score(self, run: Run, split: Split = "test", limit: int | None = None) -> float:
+        """The quality of `run` on a split."""
+        return self.scored(self.outcomes(run, split, limit))
+
+
+def lost_between(task: Task, before: NDArray[Any], after: NDArray[Any], seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of how much worse a score is, from outcomes of the same inputs.
+
+    A bootstrap over inputs: each resample draws the same inputs on both sides, so that only what changed
+    between them varies (Efron, "Bootstrap methods: another look at the jackknife", 1979).
+    """
+    random = np.random.default_rng(seed)
+    sign = 1 if task.higher_is_better else -1
+    drops = []
+    for _ in range(RESAMPLES):
+        drawn = random.integers(0, len(before), len(before))
+        drops.append(sign * (task.scored(before[drawn]) - task.scored(after[drawn])))
+    low, high = np.quantile(drops, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def kl(logits: Tensor, dense: Tensor) -> Tensor:

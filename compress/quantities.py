@@ -94,12 +94,15 @@ def _phase_rows(report: Report) -> list[Row]:
 
 def score_change(report: Report) -> str:
     """The change of the score in words."""
-    drop = report.verdict.score_drop
+    drop, between = report.verdict.score_drop, report.verdict.score_drop_interval95
     if drop is None:
         return NONE
-    if drop == 0:
+    if drop == 0 and between in (None, (0.0, 0.0)):
         return "unchanged"
-    return f"{'gained' if drop < 0 else 'lost'} {lost(report.score.metric, abs(drop))}"
+    gained = drop < 0
+    if gained and between is not None:
+        between = -between[1], -between[0]
+    return f"{'gained' if gained else 'lost'} {lost(report.score.metric, abs(drop), between)}"
 
 
 def _percent(before: float, after: float) -> str:

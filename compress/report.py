@@ -82,13 +82,18 @@ class Predicted(Document):
 
 
 class Verdict(Document):
-    """What was asked and what came out; `score_drop` is positive when quality was lost."""
+    """What was asked and what came out; `score_drop` is positive when quality was lost.
+
+    Its interval is a bootstrap over the inputs, both models answering the same ones; None where the score
+    is not made of what comes of single inputs.
+    """
 
     status: Status
     asked: Budget
     measured: Measured | None = None
     predicted: Predicted = Predicted()
     score_drop: float | None = None
+    score_drop_interval95: tuple[float, float] | None = None
     reason: str | None = None
 
 

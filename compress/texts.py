@@ -181,16 +181,21 @@ class FeatureExtraction(_Text):
         with torch.inference_mode():
             return self.logits(self.model(**tensors)).cpu().numpy()
 
-    def score(self, run: Run, split: Split = "test", limit: int | None = None) -> float:
-        """Spearman against the pairs' scores, or the mean cosine to the dense embeddings."""
+    def outcomes(self, run: Run, split: Split = "test", limit: int | None = None) -> NDArray[Any]:
+        """[pairs, 2] cosine and true score, or [texts, 1] cosine to the dense embedding."""
         if self.metric == "spearman":
             pairs = self._embed(run, split, None if limit is None else 2 * limit)
             cosines = (pairs[0::2] * pairs[1::2]).sum(-1)
-            return _spearman(cosines, np.array(self.scores[split][: len(cosines)]))
+            return np.stack([cosines, np.array(self.scores[split][: len(cosines)])], 1)
         key = (split, limit)
         if key not in self._dense:
             self._dense[key] = self._embed(self._run_dense, split, limit)
-        return float((self._embed(run, split, limit) * self._dense[key]).sum(-1).mean())
+        cosine: NDArray[Any] = (self._embed(run, split, limit) * self._dense[key]).sum(-1, keepdims=True)
+        return cosine
+
+    def scored(self, outcomes: NDArray[Any]) -> float:
+        """Spearman of cosines against the pairs' scores, or the mean cosine."""
+        return _spearman(*outcomes.T) if self.metric == "spearman" else float(outcomes.mean())
 
 
 def pooled(hidden: Tensor, real: Tensor | None) -> Tensor:
@@ -272,31 +277,37 @@ class TextGeneration(_Text):
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy of each real token given those before it, in nats."""
-        losses, count = _token_losses(logits, batch)
-        return losses / count
+        losses, known = _token_losses(logits, batch)
+        return losses.sum() / known.sum()
 
     def divergence(self, logits: Tensor, dense: Tensor, batch: Batch) -> Tensor:
         """KL(dense || logits) of the next token, mean over real tokens."""
         each = kl(logits, dense)
         return (each if batch.real is None else each[batch.real]).mean()
 
-    def score(self, run: Run, split: Split = "test", limit: int | None = None) -> float:
-        """Perplexity per token: e to the mean loss; lower is better."""
+    def outcomes(self, run: Run, split: Split = "test", limit: int | None = None) -> NDArray[Any]:
+        """[blocks, 2] the summed loss of a block's tokens, and how many they are."""
         size = max(1, min(SCORE_BATCH, LOGITS_AT_ONCE // (self.tokens * self.vocabulary)))
-        total = seen = 0.0
+        found = []
         for batch in self.batches(split, size, limit):
-            losses, count = _token_losses(torch.from_numpy(answer(run, batch)), batch)
-            total, seen = total + losses.double().item(), seen + count
+            losses, known = _token_losses(torch.from_numpy(answer(run, batch)), batch)
+            found.append(torch.stack([losses.double().sum(1), known.double().sum(1)], 1))
+        return torch.cat(found).numpy()
+
+    def scored(self, outcomes: NDArray[Any]) -> float:
+        """Perplexity per token: e to the mean loss; lower is better."""
+        total, seen = outcomes.sum(0)
         return float(np.exp(total / seen))
 
 
-def _token_losses(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """The summed loss of every real token but the first, and how many they are."""
+def _token_losses(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """[batch, tokens - 1] losses of all tokens but the first, 0 where one is not real, and which are."""
     ids = batch.inputs["input_ids"] if batch.labels is None else batch.labels
     real = torch.ones_like(ids, dtype=torch.bool) if batch.real is None else batch.real
     known = real[:, 1:] & real[:, :-1]
-    losses = F.cross_entropy(logits[:, :-1][known], ids[:, 1:][known], reduction="sum")
-    return losses, int(known.sum())
+    losses = torch.zeros(known.shape, dtype=logits.dtype)
+    losses[known] = F.cross_entropy(logits[:, :-1][known], ids[:, 1:][known], reduction="none")
+    return losses, known
 
 
 def _chunks(lines: Iterable[str]) -> list[str]:

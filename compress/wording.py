@@ -57,6 +57,12 @@ def runs_in(model: str, products: Iterable[str]) -> str:
     return " + ".join(dict.fromkeys([model, *own]))
 
 
-def lost(metric: str, change: float) -> str:
-    """A change of a score, e.g. `1.3 points` of accuracy or `0.41` of perplexity."""
-    return f"{100 * change:.1f} points" if metric in PERCENT else digits(change)
+def lost(metric: str, change: float, interval95: tuple[float, float] | None = None) -> str:
+    """A change of a score, e.g. `1.3 points [0.2, 2.5]` of accuracy or `0.41` of perplexity."""
+    percent = metric in PERCENT
+
+    def said(value: float) -> str:
+        return f"{100 * value + 0.0:.1f}".replace("-0.0", "0.0") if percent else digits(value)
+
+    ends = "" if interval95 is None else f" [{', '.join(map(said, interval95))}]"
+    return f"{said(change)}{' points' if percent else ''}{ends}"

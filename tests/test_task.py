@@ -9,6 +9,7 @@ from torch import nn
 
 from compress import task as tasks
 from compress.errors import CompressError
+from compress.quality import lost_between
 from compress.task import Batch, Task, load_model, load_task
 
 ROWS = "text,intent\n" + "red cat,off\nblue dog sees,on\n" * 10
@@ -211,3 +212,43 @@ def test_without_a_model_the_demo_is_taken_with_its_own_data(tmp_path, monkeypat
     assert task.origin["test"] == "test.csv, whole"
     (tmp_path / "own.csv").write_text(ROWS)
     assert load_task(None, str(tmp_path / "own.csv")).samples["test"] == 4
+
+
+def rights(seed, share, n=2000):
+    return (
+        torch.rand(n, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) < share
+    ).numpy()
+
+
+def test_the_interval_of_a_lost_score_is_that_of_paired_differences():
+    before = rights(0, 0.9).astype(float)
+    after = np.where(rights(1, 0.03), 1 - before, before)  # 3 % of the answers turn
+    low, high = lost_between(Task(), before, after)
+    apart = (before - after)[:, 0]
+    half = 1.96 * apart.std() / len(apart) ** 0.5
+    assert (low, high) == pytest.approx((apart.mean() - half, apart.mean() + half), abs=0.1 * half)
+    # Without pairing it would be three times as wide.
+    alone = 1.96 * (before.var() + after.var()) ** 0.5 / len(before) ** 0.5
+    assert high - low < 0.5 * 2 * alone
+    assert lost_between(Task(), before, before) == (0.0, 0.0)
+    assert lost_between(Task(), after, before) == pytest.approx((-high, -low), abs=0.1 * half)
+
+
+def test_of_a_score_that_is_better_when_lower_more_is_lost():
+    class Lower(Task):
+        higher_is_better = False
+
+    before, after = np.full((40, 1), 0.25), np.full((40, 1), 0.5)
+    assert lost_between(Lower(), before, after) == (0.25, 0.25)
+    assert lost_between(Task(), before, after) == (-0.25, -0.25)
+
+
+@pytest.mark.slow
+def test_the_interval_covers_what_it_says():
+    held = 0
+    for seed in range(200):
+        before = rights(3 * seed, 0.9, 500).astype(float)
+        after = np.where(rights(3 * seed + 1, 0.05, 500), 0.0, before)
+        low, high = lost_between(Task(), before, after, seed)
+        held += low <= 0.9 * 0.05 <= high
+    assert 0.9 <= held / 200 <= 0.99

@@ -47,4 +47,6 @@ def test_shares_are_percent_and_other_metrics_are_themselves():
     assert score_text("perplexity", 23.412) == "23.4"
     assert score_text("accuracy", None) == "not measured"
     assert lost("accuracy", 0.013) == "1.3 points"
+    assert lost("accuracy", 0.0, (-0.0004, 0.0122)) == "0.0 points [0.0, 1.2]"
+    assert lost("perplexity", 0.413, (-0.2, 1.0)) == "0.413 [-0.200, 1.00]"
     assert lost("perplexity", 0.41) == "0.410"

@@ -116,7 +116,7 @@ def families(arguments: argparse.Namespace, out: Path) -> list[Row]:
                     "status": one.status,
                     "dense_score": round(float(found.dense_score or 0), 4),
                     "score": round(float(one.score or 0), 4),
-                    "points_lost": round(100 * float(one.score_drop or 0), 2),
+                    "points_lost": _points(one.score_drop, one.score_drop_interval95),
                     "seconds": round(one.seconds),
                 }
             )
@@ -151,6 +151,12 @@ def _compared(arguments: argparse.Namespace, out: Path, known: dict[str, dict[st
     return rows
 
 
+def _points(drop: float | None, between: tuple[float, float] | None) -> str:
+    """Points lost with their 95 % interval."""
+    ends = "" if between is None else f" [{100 * between[0]:.2f}, {100 * between[1]:.2f}]"
+    return f"{100 * float(drop or 0):.2f}{ends}"
+
+
 def _outcome(name: str, speedup: float, report: Report) -> Row:
     """The figures of one report that the tables show."""
     measured = report.verdict.measured
@@ -164,7 +170,7 @@ def _outcome(name: str, speedup: float, report: Report) -> Row:
         "status": report.verdict.status,
         "dense_score": round(float(report.baseline.score or 0), 4),
         "score": round(float(report.compressed.score or 0), 4),
-        "points_lost": round(100 * float(report.verdict.score_drop or 0), 2),
+        "points_lost": _points(report.verdict.score_drop, report.verdict.score_drop_interval95),
         "n": report.score.samples,
         "rounds": len(report.rounds),
     }
