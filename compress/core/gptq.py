@@ -86,13 +86,19 @@ def round_codes(
         block: columns between two updates of the rest; it changes the time, not the result.
         passes: of moving single codes afterwards.
     """
-    state = _Rounding(weight, fakequant.spread(step.double(), weight.shape[1], grid.block), grid)
-    near = fakequant.weight_codes(weight, step.double(), grid)
-    passed = state.pass_on(torch.linalg.cholesky(obs.invert(damped), upper=True), block)
+    step = step.double()
+    near = fakequant.weight_codes(weight, step, grid).T
+    # Columns are rows in here: whatever is done to one of them is done to numbers that lie side by side.
+    across, spread = weight.T.contiguous(), fakequant.spread(step, weight.shape[1], grid.block).T.contiguous()
+    upper = torch.linalg.cholesky(obs.invert(damped), upper=True)
+    passed = _Rounding(across, spread, grid).pass_on(upper, block)
+    codes = torch.cat([passed, near], 1)
+    both = _Rounding(torch.cat([across, across], 1), torch.cat([spread, spread], 1), grid)
     for _ in range(passes):
-        passed, near = (state.settle(codes, damped.matrix, block) for codes in (passed, near))
-    errors = [_errors(weight - codes * state.step, damped.matrix) for codes in (passed, near)]
-    return torch.where((errors[0] <= errors[1])[:, None], passed, near)
+        codes = both.settle(codes, damped.matrix, block)
+    passed, near = codes.chunk(2, 1)
+    errors = [_errors((across - codes * spread).T, damped.matrix) for codes in (passed, near)]
+    return torch.where(errors[0] <= errors[1], passed, near).T.contiguous()
 
 
 def _errors(lost: Tensor, matrix: Tensor) -> Tensor:
@@ -100,59 +106,54 @@ def _errors(lost: Tensor, matrix: Tensor) -> Tensor:
     return ((lost @ matrix) * lost).sum(1)
 
 
-@dataclass(frozen=True)
 class _Rounding:
-    """One weight and its steps, both [out, in] float64."""
+    """One weight and its steps, both [in, out] float64."""
 
-    weight: Tensor
-    step: Tensor
-    grid: Grid
+    def __init__(self, weight: Tensor, step: Tensor, grid: Grid) -> None:
+        self.weight, self.step, self.grid = weight, step, grid
+        self.zero = weight == 0
 
-    def column(self, values: Tensor, column: int, neighbor: Tensor | None) -> Tensor:
+    def column(self, values: Tensor, column: int, codes: Tensor) -> Tensor:
         """The nearest codes allowed for one column of values, given the codes of its neighbor."""
-        low = torch.full_like(values, self.grid.low)
-        high = torch.full_like(values, self.grid.high)
-        if neighbor is not None:
-            low = torch.maximum(low, -PAIR - neighbor.clamp(max=0))
-            high = torch.minimum(high, PAIR - neighbor.clamp(min=0))
-        scaled = (values / self.step[:, column]).clamp(low, high)  # bounds are codes themselves
-        wanted = fakequant.on_grid(scaled, floating=self.grid.floating)
-        return torch.where(self.weight[:, column] == 0, 0.0, wanted)
-
-    def neighbor(self, codes: Tensor, column: int) -> Tensor | None:
-        """The codes with which a column shares its bound."""
+        scaled = values / self.step[column]
         other = column ^ 1
-        return codes[:, other] if self.grid.paired and other < codes.shape[1] else None
+        if self.grid.paired and other < len(codes):
+            low = (-PAIR - codes[other].clamp(max=0)).clamp_(min=self.grid.low)
+            high = (PAIR - codes[other].clamp(min=0)).clamp_(max=self.grid.high)
+            scaled = scaled.clamp_(low, high)  # bounds are codes themselves
+        else:
+            scaled = scaled.clamp_(self.grid.low, self.grid.high)
+        wanted = fakequant.on_grid(scaled, floating=self.grid.floating)
+        return wanted.masked_fill_(self.zero[column], 0.0)
 
     def pass_on(self, upper: Tensor, block: int) -> Tensor:
         """Round from left to right; errors go to the columns on the right. `upper` is U of H^-1 = U^T U."""
         left = self.weight.clone()
         codes = torch.zeros_like(left)
-        inner = left.shape[1]
+        inner, diagonal = len(left), upper.diagonal().tolist()
         for start in range(0, inner, block):
             end = min(start + block, inner)
-            errors = torch.zeros(len(left), end - start, dtype=left.dtype)
+            errors = torch.zeros(end - start, left.shape[1], dtype=left.dtype)
             for j in range(start, end):
                 # The second of a pair finds the code of the first; the first finds zero.
-                codes[:, j] = self.column(left[:, j], j, self.neighbor(codes, j))
-                errors[:, j - start] = (left[:, j] - codes[:, j] * self.step[:, j]) / upper[j, j]
-                left[:, j + 1 : end].addr_(errors[:, j - start], upper[j, j + 1 : end], alpha=-1)
-            left[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
+                codes[j] = self.column(left[j], j, codes)
+                errors[j - start] = (left[j] - codes[j] * self.step[j]) / diagonal[j]
+                left[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j - start], alpha=-1)
+            left[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
         return codes
 
     def settle(self, codes: Tensor, matrix: Tensor, block: int) -> Tensor:
         """Move every code in turn to where it is best while the others stand still."""
         codes = codes.clone()
-        slope = (self.weight - codes * self.step) @ matrix  # what each column would like to gain
-        inner = codes.shape[1]
+        slope = matrix @ (self.weight - codes * self.step)  # what each column would like to gain
+        inner, diagonal = len(codes), matrix.diagonal().tolist()
         for start in range(0, inner, block):
             end = min(start + block, inner)
-            moves = torch.zeros(len(codes), end - start, dtype=codes.dtype)
+            moves = torch.zeros(end - start, codes.shape[1], dtype=codes.dtype)
             for j in range(start, end):
-                now = codes[:, j] * self.step[:, j]
-                wanted = self.column(now + slope[:, j] / matrix[j, j], j, self.neighbor(codes, j))
-                moves[:, j - start] = wanted * self.step[:, j] - now
-                codes[:, j] = wanted
-                slope[:, j:end].addr_(moves[:, j - start], matrix[j, j:end], alpha=-1)
-            slope[:, end:].addmm_(moves, matrix[start:end, end:], alpha=-1)
+                now = codes[j] * self.step[j]
+                codes[j] = self.column(now + slope[j] / diagonal[j], j, codes)
+                moves[j - start] = codes[j] * self.step[j] - now
+                slope[j:end].addr_(matrix[j, j:end], moves[j - start], alpha=-1)
+            slope[end:].addmm_(matrix[start:end, end:].T, moves, alpha=-1)
         return codes

@@ -135,19 +135,19 @@ def test_the_first_stage_is_the_published_recursion():
         left -= torch.outer(wrong, inverse[j])
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     upper = torch.linalg.cholesky(obs.invert(moment), upper=True)
-    state = gptq._Rounding(weight, step.double().expand(4, 10), grid)
-    assert torch.equal(state.pass_on(upper, 3), expected)
+    state = gptq._Rounding(weight.T, step.double().expand(4, 10).T, grid)
+    assert torch.equal(state.pass_on(upper, 3).T, expected)
 
 
 @pytest.mark.parametrize("grid", GRIDS_TRIED[1:])
 def test_moving_single_codes_never_makes_a_row_worse(grid):
     x, weight = problem(7)
     step, moment = fakequant.weight_step(weight, grid), damped(x)
-    state = gptq._Rounding(weight, fakequant.spread(step.double(), 48, grid.block), grid)
+    state = gptq._Rounding(weight.T, fakequant.spread(step.double(), 48, grid.block).T, grid)
     codes = fakequant.weight_codes(weight, step.double(), grid)
     before = row_errors(weight, codes, step, moment.matrix, grid)
     for _ in range(4):
-        codes = state.settle(codes, moment.matrix, 16)
+        codes = state.settle(codes.T, moment.matrix, 16).T
         after = row_errors(weight, codes, step, moment.matrix, grid)
         assert bool((after <= before * (1 + 1e-9)).all())
         before = after

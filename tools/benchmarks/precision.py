@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     runners = {name: OrtRunner(path, 1) for name, path in files.items()}
     inputs = {name: tensor.numpy() for name, tensor in example.items()}
     timed = bench.compare({name: runner.timed(inputs) for name, runner in runners.items()}, block_ms=20)
-    answers = {name: _answers(task, runner) for name, runner in runners.items()}
+    answers = _answers(task, runners)
     rows: list[Row] = []
     for name, found in answers.items():
         ratio = timed.ratio(name)
@@ -81,19 +81,21 @@ class Answers:
     apart: np.ndarray
 
 
-def _answers(task: Task, runner: OrtRunner) -> Answers:
-    """What a file says to every input of the test and the validation split."""
-    right, apart = [], []
+def _answers(task: Task, runners: Mapping[str, OrtRunner]) -> dict[str, Answers]:
+    """What files say to every input of the test and the validation split."""
+    right: dict[str, list[np.ndarray]] = {name: [] for name in runners}
+    apart: dict[str, list[np.ndarray]] = {name: [] for name in runners}
     for split in ("test", "validation"):
         for batch in task.batches(split, INPUTS):
+            assert batch.labels is not None
             feed = {name: value.numpy() for name, value in batch.inputs.items()}
-            found = torch.from_numpy(runner.infer(feed)[task.output_name])
             with torch.inference_mode():
                 dense = task.logits(task.model(**batch.inputs))
-            assert batch.labels is not None
-            right.append((found.argmax(-1) == batch.labels).numpy())
-            apart.append(quality.kl(found, dense).numpy())
-    return Answers(np.concatenate(right), np.concatenate(apart))
+            for name, runner in runners.items():
+                found = torch.from_numpy(runner.infer(feed)[task.output_name])
+                right[name].append((found.argmax(-1) == batch.labels).numpy())
+                apart[name].append(quality.kl(found, dense).numpy())
+    return {name: Answers(np.concatenate(right[name]), np.concatenate(apart[name])) for name in runners}
 
 
 def _paired(answers: Mapping[str, Answers], name: str) -> str:
@@ -121,17 +123,28 @@ def _ours(task: Task, batches: Sequence[Batch], dense: Path, out: Path, *, words
     seen = quantize.observe(task, weights, batches)
     files = {}
 
+    rounded: dict[tuple[str, str], quantize.Place] = {}
+
+    def round_one(weight: str, kind: Precision, *, nearest: bool) -> quantize.Place:
+        """A product with bytes of each run, whose codes are those of fixed ranges as well, or with 4 bits."""
+        layer = task.model.get_submodule(weight.removesuffix(".weight"))
+        how = "int4" if kind == "int4" else "int8-dynamic"
+        if nearest:
+            return quantize.Place(fakequant.nearest(layer.weight.detach(), how))
+        if (weight, how) not in rounded:
+            found, _ = quantize.round_linear(layer, how, seen[weight].second, seen[weight].mean)
+            rounded[weight, how] = found
+        return rounded[weight, how]
+
     def write(name: str, kind: Precision, rule: ranges.Rule = "mse", *, nearest: bool = False) -> None:
         graph = ir.load(dense)
         codes = {}
         for weight in weights:
-            layer = task.model.get_submodule(weight.removesuffix(".weight"))
-            span = ranges.span(seen[weight].histogram, rule) if kind == "int8-static" else None
-            if nearest:
-                codes[weight] = fakequant.nearest(layer.weight.detach(), kind, span)
-                continue
-            place, _ = quantize.round_linear(layer, kind, seen[weight].second, seen[weight].mean, span=span)
+            place = round_one(weight, kind, nearest=nearest)
             codes[weight] = place.quantized
+            if kind == "int8-static":
+                span = ranges.span(seen[weight].histogram, rule)
+                codes[weight] = fakequant.packed(kind, codes[weight].codes, codes[weight].step, span)
             if place.bias is not None:
                 bias = graph.graph.initializers[weight.removesuffix("weight") + "bias"]
                 bias.const_value = ir.tensor(place.bias.numpy(), name=bias.name)
