@@ -29,6 +29,7 @@ PAIRS = (
 TEXTS = ("text", "sentence", "content", "utterance", "query", "question", "review", "document")
 LABELS = ("label", "labels", "intent", "class", "category", "target", "sentiment", "quality", "y")
 SCORES = ("score", "similarity", "similarity_score", "label", "labels", "target")
+SHARD = re.compile(r"-\d+-of-\d+$")
 FEWEST_ROWS = 10  # below this, a tenth of the rows is no row
 LOOK = 1000  # rows that the search for a column looks at
 
@@ -94,9 +95,23 @@ def _order(table: Table, generator: np.random.Generator, *, shuffle: bool) -> Ta
 def _split_of(name: str) -> str | None:
     """The split that a file or directory name stands for, `train-00000-of-00002` included."""
     for split, words in SPLITS.items():
-        if re.fullmatch(rf"({'|'.join(words)})(-\d+-of-\d+)?", name.lower()):
+        if SHARD.sub("", name.lower()) in words:
             return split
     return None
+
+
+def _one_table(path: Path, split: str, items: Sequence[Path]) -> None:
+    """Refuse two files or folders of one split, unless they are parts of one table.
+
+    Raises:
+        CompressError: which they are.
+    """
+    tables = {SHARD.sub("", _stem(item)) if SHARD.search(_stem(item)) else item.name for item in items}
+    if len(tables) > 1:
+        raise CompressError(
+            f"{path} holds {' and '.join(item.name for item in items)}, and each says {split}; leave one of "
+            "them, or name the parts of one table alike (train-00000-of-00002)"
+        )
 
 
 def _stem(path: Path) -> str:
@@ -116,10 +131,17 @@ def _find(path: Path) -> dict[str, Table]:
     for item in files:
         split = _split_of(_stem(item))
         if split is not None:
+            _one_table(path, split, [*shards.get(split, []), item])
             shards.setdefault(split, []).append(item)
     if shards:
         return {split: _join([_whole(item) for item in items]) for split, items in shards.items()}
-    folders = {_split_of(item.name): item for item in sorted(path.iterdir()) if item.is_dir()}
+    folders: dict[str | None, Path] = {}
+    for item in sorted(path.iterdir()):
+        if item.is_dir():
+            split = _split_of(item.name)
+            if split is not None and split in folders:
+                _one_table(path, split, [folders[split], item])
+            folders[split] = item
     divided = {split: item for split, item in folders.items() if split is not None}
     if divided:
         return {split: _image_folder(item) for split, item in divided.items()}

@@ -121,6 +121,25 @@ def test_shards_are_joined(tmp_path):
     assert found.origin["calibration"] == "train-00000-of-00002.csv and 1 more, 15 of 16 rows"
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("dev.csv", "validation.csv"), ("dev.csv", "dev.tsv"), ("dev-00000-of-00001.csv", "val.csv")],
+)
+def test_two_tables_of_one_split_are_refused_not_joined(tmp_path, names):
+    write(tmp_path / "train.csv", 20)
+    for name in names:
+        write(tmp_path / name, 4)
+    with pytest.raises(CompressError, match=rf"holds {names[0]} and {names[1]}, and each says validation"):
+        read_splits(str(tmp_path))
+
+
+def test_two_image_folders_of_one_split_are_refused(tmp_path):
+    for name in ("train", "val", "valid"):
+        (tmp_path / name / "cat").mkdir(parents=True)
+    with pytest.raises(CompressError, match="holds val and valid, and each says validation"):
+        read_splits(str(tmp_path))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_image_folder_has_one_class_per_directory(tmp_path, nested):
     for split in ("train", "test") if nested else (".",):
