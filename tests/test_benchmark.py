@@ -4,11 +4,13 @@ import gzip
 import importlib
 import json
 import lzma
+import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from compress.core.sltrain import account, dense_account
@@ -98,17 +100,50 @@ def test_factors_alone_begin_with_a_product_that_varies_as_the_dense_weight(monk
     assert float(layer.left.grad.abs().max()) > 0 < float(layer.right.grad.abs().max())
 
 
+@pytest.mark.slow
+def test_precision_pairs_ours_with_theirs_on_inputs_that_nothing_has_seen(monkeypatch, tmp_path):
+    model = tiny.classifier(tmp_path / "model", num_hidden_layers=2, hidden_size=32, intermediate_size=64)
+    drawn = random.Random(0)
+    for split, count in (("train", 64), ("validation", 12), ("test", 20)):
+        lines = [
+            f"{' '.join(drawn.choices(tiny.WORDS, k=5))},{drawn.choice(('off', 'on'))}" for _ in range(count)
+        ]
+        (model / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+    rows = {row["how"]: row for row in run(monkeypatch, tmp_path, "precision", "--model", str(model))}
+    bench = tool(monkeypatch, "benchmarks.precision")
+    assert {row["n"] for row in rows.values()} == {32}
+    assert rows["float32"]["divergence"] < 1e-6 < rows["ours int8-static"]["divergence"]
+    for name, row in rows.items():
+        assert bool(row["ours_better_by"]) == name.startswith("onnxruntime")
+    for name in bench.OURS.values():
+        assert "MatMul" in str(rows[name]["products"]) or "QuantizeLinear" in str(rows[name]["products"])
+        assert rows[name]["file_mb"] < rows["float32"]["file_mb"]
+    # A range that is wrong shows: the ranges by other rules give other answers.
+    ranged = [row["divergence"] for name, row in rows.items() if name.startswith("ours int8-static")]
+    assert len(set(ranged)) >= 4
+
+
+def test_a_paired_difference_is_in_points_of_the_same_inputs(monkeypatch):
+    bench = tool(monkeypatch, "benchmarks.precision")
+    ours = bench.Answers(np.array([True] * 90 + [False] * 10), np.zeros(100))
+    theirs = bench.Answers(np.array([False] * 5 + [True] * 85 + [False] * 10), np.zeros(100))
+    answers = {bench.OURS["dynamic"]: ours, "onnxruntime dynamic default": theirs}
+    half = 1.96 * 100 * np.std([1] * 5 + [0] * 95, ddof=1) / 10
+    assert bench._paired(answers, "onnxruntime dynamic default") == f"5.00 [{5 - half:.2f}, {5 + half:.2f}]"
+    assert bench._paired(answers, bench.OURS["dynamic"]) == ""
+
+
 @pytest.fixture
 def cifar(tmp_path):
     """A directory with 300 random pictures to learn from and 60 held out, stored as CIFAR-10 is."""
     (tmp_path / "cifar10").mkdir()
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     labels = {}
     for name, file, count in (("train", "train_1", 300), ("test", "test", 60)):
-        pixels = random.integers(0, 256, (count, 3, 32, 32), np.uint8)
+        pixels = generator.integers(0, 256, (count, 3, 32, 32), np.uint8)
         with lzma.open(tmp_path / "cifar10" / f"{file}.xz", "wb", preset=0) as out:
             out.write(pixels.tobytes())
-        labels[name] = random.integers(0, 10, count)
+        labels[name] = generator.integers(0, 10, count)
     np.savez(tmp_path / "cifar10" / "labels.npz", **labels)
     return tmp_path
 
