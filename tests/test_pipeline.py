@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from compress import pipeline
 from compress.console import Quiet
@@ -14,6 +15,7 @@ from compress.export.cache import MASK, PAST
 from compress.export.runners import OrtRunner
 from compress.ir import Budget
 from compress.job import Stages
+from compress.quality import Batch, Task
 from compress.recipe import Bench, Calibration, Options, Recipe, Recovery, Search, Shapes
 from compress.report import read
 
@@ -97,3 +99,41 @@ def test_a_proof_that_begins_far_below_what_was_asked_is_timed_for_longer(monkey
     assert seen == lengths
     assert found == (first if len(lengths) == 1 else (2.04, 2.0))
     assert pipeline._proof_timing(SimpleNamespace(place=None), None, {}, asked) is None
+
+
+class Answers:
+    """A runner that answers the same to everything."""
+
+    def __init__(self, file, threads):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def infer(self, inputs):
+        return {"logits": np.array([[0.0, 1.0], [1.0, 0.0]])}
+
+
+class Pairs(Task):
+    def batches(self, split, size, limit=None):
+        yield Batch({}, torch.tensor([1, 1]))
+
+
+class Strict(Pairs):
+    def score(self, run, split="test", limit=None):
+        return float(super().score(run, split, limit) == 1)
+
+
+def test_a_score_of_a_users_own_stands_and_has_no_interval(monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline.proof.runners, "OrtRunner", Answers)
+    job = SimpleNamespace(task=Pairs(), stages=Stages(Quiet()))
+    found = pipeline.proof.judged(job, tmp_path / "model.onnx")
+    assert (found.score, found.outcomes.tolist()) == (0.5, [[1.0], [0.0]])
+    assert pipeline.proof._drop_interval(job, found, found) == (0.0, 0.0)
+    job.task = Strict()
+    found = pipeline.proof.judged(job, tmp_path / "model.onnx")
+    assert (found.score, found.outcomes) == (0.0, None)
+    assert pipeline.proof._drop_interval(job, found, found) is None
