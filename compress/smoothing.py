@@ -26,7 +26,7 @@ from compress.stream import normalizes
 from compress.task import Batch, Task
 from compress.trial import distance
 
-INTEGERS = ("int8", "int8-static", "int4")  # moves with one step for many channels
+INTEGERS = ("int8", "int8-static")  # moves that read all channels in one step
 SEEN = 16  # batches that say how loud channels are
 TRIED = 4  # inputs of a trial
 WIDEST = 2.0  # factor of a trial, and its inverse
@@ -76,14 +76,17 @@ class Smoothing(Document):
 def smoothed(job: Job) -> tuple[Job, list[str]]:
     """The job on a model that computes the same and is easier to round, and what is worth a note.
 
-    It is the same job where nothing is to gain, and without a move to integers.
+    It is the same job where nothing is to gain, and without a move to int8.
     """
     if not set(INTEGERS) & set(job.recipe.options.moves):
         return job, []
 
     def find() -> Smoothing:
         with job.stages("smooth"):
-            return Smoothing(spots=tuple(moved(job.task, job.sites, job.calibration[:SEEN])))
+            # Weights that may end on 4 bits cannot take what those on 8 bits can.
+            levels = smooth.FEW if "int4" in job.recipe.options.moves else smooth.LEVELS
+            spots = moved(job.task, job.sites, job.calibration[:SEEN], levels)
+        return Smoothing(spots=tuple(spots))
 
     found = artifact.saved(job.folder / "smoothing.json", Smoothing, job.key, find)
     if not found.spots:
@@ -98,8 +101,10 @@ def smoothed(job: Job) -> tuple[Job, list[str]]:
     ]
 
 
-def moved(task: Task, sites: Sequence[Site], batches: Sequence[Batch]) -> list[Spot]:
-    """What gains by being moved, with its factors; the model is as before.
+def moved(
+    task: Task, sites: Sequence[Site], batches: Sequence[Batch], levels: int = smooth.LEVELS
+) -> list[Spot]:
+    """What gains by being moved into weights of so many levels, with its factors; the model is as before.
 
     Values go first: their rows are among what reads a norm.
     """
@@ -116,7 +121,7 @@ def moved(task: Task, sites: Sequence[Site], batches: Sequence[Batch]) -> list[S
     found = []
     for spot, (largest, second) in zip(proven, seen, strict=True):
         readers = [part for name in spot.readers for part in _columns(model, spot, name)]
-        divide = smooth.factors(largest, second, readers)
+        divide = smooth.factors(largest, second, readers, levels)
         if not bool((divide == 1).all()) and holds(model, spot, divide, few):
             apply(model, spot, divide)
             found.append(spot.model_copy(update={"divide": tuple(divide.tolist())}))

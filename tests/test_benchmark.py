@@ -123,6 +123,27 @@ def test_precision_pairs_ours_with_theirs_on_inputs_that_nothing_has_seen(monkey
     assert len(set(ranged)) >= 4
 
 
+@pytest.mark.slow
+def test_smoothing_is_judged_on_blocks_that_were_not_calibrated_on(monkeypatch, tmp_path):
+    folder = tiny.decoder(
+        tmp_path / "stories260k", num_hidden_layers=2, hidden_size=32, intermediate_size=64,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    words = random.Random(0).choices(tiny.WORDS, k=128 * 40)
+    with gzip.open(folder / "tinystories_train_head.txt.gz", "wt", encoding="utf-8") as file:
+        file.write(" ".join(words))
+    rows = run(monkeypatch, tmp_path, "smoothing", "--data", str(tmp_path))
+    dense, rest = rows[0], rows[1:]
+    assert dense["n"] == 20 * 127  # half of the blocks, all tokens but each one's first
+    bench = tool(monkeypatch, "benchmarks.smoothed")
+    assert [row["what"] for row in rest] == [f"{kind}, {way}" for way in bench.WAYS for kind in bench.KINDS]
+    for row in rest:
+        assert row["lost"] == pytest.approx(row["perplexity"] - dense["perplexity"], abs=2e-4)
+        assert row["low"] <= row["lost"] <= row["high"]
+        assert 0 < row["divergence"] < 0.5
+    assert len({row["divergence"] for row in rest}) == len(rest)
+
+
 def test_a_paired_difference_is_in_points_of_the_same_inputs(monkeypatch):
     bench = tool(monkeypatch, "benchmarks.precision")
     ours = bench.Answers(np.array([True] * 90 + [False] * 10), np.zeros(100))

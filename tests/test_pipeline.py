@@ -55,17 +55,21 @@ def test_a_decoder_is_compiled_and_both_of_its_phases_are_told(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_budget_of_bytes_is_met_with_four_bits_that_have_learned(tmp_path):
+@pytest.mark.parametrize(
+    ("move", "form", "name"), [("int4", "int4", "int4"), ("int8", "int8-dynamic", "int8")]
+)
+def test_a_budget_of_bytes_is_met_with_few_bits_that_have_learned(tmp_path, move, form, name):
     asked = request(
         tmp_path, words=3000, size_mb=0.08, shapes=Shapes(batch=1, tokens=16),
-        options=Options(moves=("structure", "int4")), recovery=Recovery(mode="fast", epochs=1, samples=64),
+        options=Options(moves=("structure", move)), recovery=Recovery(mode="fast", epochs=1, samples=64),
     )  # fmt: skip
     found = pipeline.run(asked, Quiet())
-    assert "int4" in {site.option.precision for site in found.sites}
-    assert found.compressed.precision == "fp32 + int4" != found.baseline.precision == "fp32"
-    assert any("learning in int4" in warning for warning in found.warnings)
-    assert any(warning.startswith("Smoothing: for integers") for warning in found.warnings)
-    assert any(line.startswith("int4: ") for line in found.attribution)
+    assert form in {site.option.precision for site in found.sites}
+    assert found.compressed.precision == f"fp32 + {name}" != found.baseline.precision == "fp32"
+    assert any(f"learning in {form}" in warning for warning in found.warnings)
+    assert any(line.startswith(f"{form}: ") for line in found.attribution)
+    smoothed = any(warning.startswith("Smoothing: for integers") for warning in found.warnings)
+    assert smoothed == (move == "int8")
     # Codes that had not learned with the model would not give its answers.
     assert found.parity.max_abs_difference <= found.parity.tolerance
 

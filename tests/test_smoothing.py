@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from compress import analyze, quantize, smoothing
+from compress import analyze, artifact, quantize, smoothing
 from compress.console import Quiet
 from compress.core import fakequant, ranges
 from compress.ir import Budget
@@ -154,6 +154,17 @@ def test_a_job_is_smoothed_once_and_its_baseline_stays(request_of, monkeypatch):
     assert member[0].baseline is job
 
 
-def test_without_integers_nothing_is_moved(request_of):
-    job = prepare(request_of("structure", "lowrank"), Quiet())
+@pytest.mark.parametrize("move", ["lowrank", "int4"])
+def test_without_int8_nothing_is_moved(request_of, move):
+    job = prepare(request_of("structure", move), Quiet())
     assert smoothing.smoothed(job) == (job, [])
+
+
+def test_less_is_moved_into_weights_that_may_end_on_4_bits(request_of):
+    def most(*moves):
+        job = prepare(request_of(*moves), Quiet())
+        smoothing.smoothed(job)
+        found = artifact.stored_at(job.folder / "smoothing.json", smoothing.Smoothing, job.key)
+        return sum(max(spot.divide) / min(spot.divide) for spot in found.spots)
+
+    assert most("structure", "int8", "int4") < most("structure", "int8")

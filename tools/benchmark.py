@@ -7,6 +7,7 @@
     python tools/benchmark.py database --model DIR      time and memory of the candidates
     python tools/benchmark.py prediction --model DIR    predicted against measured time of random plans
     python tools/benchmark.py precision                 our 8 and 4 bits against onnxruntime's own quantizer
+    python tools/benchmark.py smoothing --data DATA     loud channels of a small decoder, moved or not
     python tools/benchmark.py blocks                    block-sparse products against their dense Gemm
     python tools/benchmark.py encoder                   an encoder with all its products in blocks
     python tools/benchmark.py pat --data DATA           the hidden width, pruned while tuning or before
@@ -15,7 +16,7 @@
 
 DIR is what `tools/finetune_sst2.py` or `tools/train_vit.py` wrote: a Hugging Face directory beside
 `train.csv`, `validation.csv` and `test.csv`, or `train.npz` and `dev.npz`.
-DATA holds public data sets in folders: `cifar10`, `tinyshakespeare`, `wikitext2`.
+DATA holds public data sets in folders: `cifar10`, `tinyshakespeare`, `wikitext2`, `stories260k`.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from benchmarks import blocks, candidates, compiled, gpusq, hidden_width, precision, sltrain
+from benchmarks import blocks, candidates, compiled, gpusq, hidden_width, precision, sltrain, smoothed
 from rich.console import Console
 from rich.table import Table
 
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "database": candidates.build_database,
     "prediction": candidates.prediction,
     "precision": precision.run,
+    "smoothing": smoothed.run,
     "blocks": blocks.run,
     "encoder": blocks.encoder,
     "pat": hidden_width.run,
@@ -66,7 +68,7 @@ def main() -> None:
         "--patterns", default=blocks.PATTERNS, help="comma list of block patterns, for blocks"
     )
     parser.add_argument(
-        "--data", type=Path, help="a directory with the data sets, for pat, sltrain and gpusq"
+        "--data", type=Path, help="a directory with the data sets, for pat, sltrain, gpusq and smoothing"
     )
     parser.add_argument("--dense-steps", type=int, help="from scratch, for pat (600) and gpusq (1500)")
     parser.add_argument(

@@ -21,16 +21,18 @@ from compress.errors import CompressError
 
 STRENGTHS = tuple(step / 20 for step in range(21))
 LEAST = 1e-5  # of the largest: channels below it are as good as silent
-LEVELS_IN, LEVELS = 255, 127  # steps of an input between its ends, of a weight from zero
+LEVELS_IN, LEVELS = 255, 127  # steps of an input between its ends, of a weight on 8 bits from zero
+FEW = 7  # of a weight on 4 bits
 
 
-def factors(largest: Tensor, second: Tensor, readers: Sequence[Tensor]) -> Tensor:
+def factors(largest: Tensor, second: Tensor, readers: Sequence[Tensor], levels: int = LEVELS) -> Tensor:
     """What each channel is divided by, [in]: `largest^a / weight^(1 - a)` for the best strength `a`.
 
     Args:
         largest: [in] the largest magnitude of every channel.
         second: [in] its mean square.
         readers: weights [out, in] that read the channels.
+        levels: of these weights; the fewer they are, the less loudness they can take.
 
     >>> factors(torch.tensor([1.0, 1.0]), torch.ones(2), [torch.ones(3, 2)]).tolist()
     [1.0, 1.0]
@@ -45,11 +47,13 @@ def factors(largest: Tensor, second: Tensor, readers: Sequence[Tensor]) -> Tenso
     for strength in STRENGTHS:
         raw = loud**strength / heavy ** (1 - strength)
         tried.append(raw / raw.log().mean().exp())
-    errors = [rounding_error(largest / one, second / one**2, [w * one for w in readers]) for one in tried]
+    errors = [
+        rounding_error(largest / one, second / one**2, [w * one for w in readers], levels) for one in tried
+    ]
     return tried[errors.index(min(errors))]
 
 
-def rounding_error(largest: Tensor, second: Tensor, readers: Sequence[Tensor]) -> float:
+def rounding_error(largest: Tensor, second: Tensor, readers: Sequence[Tensor], levels: int = LEVELS) -> float:
     """The mean squared output error that rounding is expected to add: `step^2 / 12` an element.
 
     One step for the whole input, one for every row of a weight.
@@ -58,7 +62,7 @@ def rounding_error(largest: Tensor, second: Tensor, readers: Sequence[Tensor]) -
     input_step = 2 * largest.max() / LEVELS_IN
     total = 0.0
     for weight in readers:
-        row_step = weight.double().abs().amax(1) / LEVELS
+        row_step = weight.double().abs().amax(1) / levels
         total += float(input_step.square() * weight.double().square().sum() / 12)
         total += float(row_step.square().sum() * second.sum() / 12)
     return total
