@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rate", type=float, default=6e-5)
-    parser.add_argument("--held-out", type=int, default=500, help="sentences to validate on")
+    parser.add_argument("--held-out", type=int, default=500, help="sentences to validate on, or 0")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     source = minilm_directory()
@@ -63,7 +63,9 @@ def main() -> None:
         label2id={"negative": 0, "positive": 1},
     )  # fmt: skip
     train, held = divided(read(arguments.data / "train.tsv.gz"), arguments.held_out)
-    splits = {"train": train, "validation": held, "test": read(arguments.data / "dev.tsv.gz")}
+    splits = {"train": train, "test": read(arguments.data / "dev.tsv.gz")}
+    if arguments.held_out:
+        splits["validation"] = held
     encoded = {
         name: (tokenizer(texts, truncation=True, max_length=128)["input_ids"], labels)
         for name, (texts, labels) in splits.items()
@@ -91,7 +93,7 @@ def main() -> None:
                 schedule.step()
             if step % 200 == 0:
                 print(f"step {step}, {time.perf_counter() - began:.0f} s", flush=True)
-        scores = [f"{name} {accuracy(model, *encoded[name]):.4f}" for name in ("validation", "test")]
+        scores = [f"{name} {accuracy(model, *encoded[name]):.4f}" for name in encoded if name != "train"]
         print(f"epoch {epoch + 1}: accuracy, {', '.join(scores)}", flush=True)
         model.save_pretrained(arguments.out)
         tokenizer.save_pretrained(arguments.out)
