@@ -75,15 +75,17 @@ def test_a_budget_of_bytes_is_met_with_few_bits_that_have_learned(tmp_path, move
 
 
 @pytest.mark.parametrize(
-    ("asked", "first", "lengths"),
+    ("asked", "first", "last", "lengths"),
     [
-        (2.0, (2.05, 1.97), [80]),
-        (2.0, (2.05, 1.95), [80, 160]),
-        (2.0, (1.95, 1.80), [80]),  # missed: another plan is needed, not another look
-        (0.0, (1.10, 0.90), [80]),  # no speedup was asked for
+        (2.0, (2.05, 1.97), False, [80]),
+        (2.0, (2.05, 1.95), False, [80, 160]),
+        (2.0, (1.95, 1.80), False, [80]),  # missed: another plan is needed, not another look
+        (2.0, (1.95, 1.80), True, [80, 160]),  # there is no other, and it reaches what was asked
+        (2.0, (1.95, 1.92), True, [80]),  # it is too slow without a doubt
+        (0.0, (1.10, 0.90), True, [80]),  # no speedup was asked for
     ],
 )
-def test_a_proof_that_begins_far_below_what_was_asked_is_timed_for_longer(monkeypatch, asked, first, lengths):
+def test_a_proof_that_is_too_uncertain_is_timed_for_longer(monkeypatch, asked, first, last, lengths):
     seen = []
 
     def compare(job, place, model, file, *, blocks):
@@ -99,10 +101,10 @@ def test_a_proof_that_begins_far_below_what_was_asked_is_timed_for_longer(monkey
     job = SimpleNamespace(
         place="here", file=None, recipe=SimpleNamespace(bench=Bench(blocks=40)), stages=Stages(Quiet())
     )
-    found = pipeline._proof_timing(job, None, {}, asked)
+    found = pipeline._proof_timing(job, None, {}, asked, last=last)
     assert seen == lengths
     assert found == (first if len(lengths) == 1 else (2.04, 2.0))
-    assert pipeline._proof_timing(SimpleNamespace(place=None), None, {}, asked) is None
+    assert pipeline._proof_timing(SimpleNamespace(place=None), None, {}, asked, last=last) is None
 
 
 class Answers:
