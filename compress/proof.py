@@ -176,7 +176,8 @@ def judged(job: Job, file: Path) -> Judged:
         def answer(inputs: dict[str, NDArray[np.generic]]) -> NDArray[np.generic]:
             return runner.infer(inputs)[name]
 
-        if type(job.task).score is not Task.score:  # of a user's own, which need not be made of outcomes
+        # A score of a user's own need not be made of outcomes.
+        if getattr(job.task.score, "__func__", None) is not Task.score:
             return Judged(job.task.score(answer), None)
         outcomes = job.task.outcomes(answer)
         return Judged(job.task.scored(outcomes), outcomes)

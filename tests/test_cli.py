@@ -503,6 +503,8 @@ def started(words, **environment):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
+        # Whoever runs the tests in the background has Ctrl-C ignored, and what is started there inherits it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process
