@@ -95,9 +95,11 @@ def smoothed(job: Job) -> tuple[Job, list[str]]:
     for spot in found.spots:
         apply(model, spot, torch.tensor(spot.divide, dtype=torch.float64))
     inside = sum(spot.readers == (site.writer,) for spot in found.spots for site in job.sites)
+    counts = {"normalizations": len(found.spots) - inside, "sites": inside}
+    places = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
     return job.on(model), [
-        f"Smoothing: for integers, loud channels of {len(found.spots) - inside} normalizations and {inside} "
-        "sites moved into the weights that read them; the model computes the same"
+        f"Smoothing: for integers, loud channels of {places} moved into the weights that read them; the "
+        "model computes the same"
     ]
 
 
