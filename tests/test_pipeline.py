@@ -81,6 +81,8 @@ def test_a_budget_of_bytes_is_met_with_few_bits_that_have_learned(tmp_path, move
         (2.0, (2.05, 1.95), False, [80, 160]),
         (2.0, (1.95, 1.80), False, [80]),  # missed: another plan is needed, not another look
         (2.0, (1.95, 1.80), True, [80, 160]),  # there is no other, and it reaches what was asked
+        (2.0, (2.05, 1.97), True, [80, 160]),  # nor is a hit within its error believed sooner than a miss
+        (2.0, (2.05, 2.01), True, [80]),
         (2.0, (1.95, 1.92), True, [80]),  # it is too slow without a doubt
         (0.0, (1.10, 0.90), True, [80]),  # no speedup was asked for
     ],
