@@ -21,6 +21,6 @@ def load(directory: str | Path, factory: "Callable[[], nn.Module] | None" = None
     Raises:
         CompressError: a file is missing, damaged, or does not fit the others.
     """
-    from compress import store  # torch is loaded when a model is, not before
+    from compress.export import huggingface
 
-    return store.read(Path(directory), factory)
+    return huggingface.read(Path(directory), factory)

@@ -76,7 +76,7 @@ class Recovery(Document):
     """How quality is won back after pruning, by distilling from the dense model; time does not change.
 
     What a plan runs on integers or as factors learns in that form: through rounding, as factors. Where
-    it also removes something, it learns in floats first, and its floats are the teacher then (`staged`).
+    it also removes something, it learns in floats first, and its floats are the teacher then (`two_stage`).
     `mode` "fast" tunes for one course of `epochs`; "full" goes on with further courses, each from the
     best weights so far, until one no longer raises the score on the validation split, `courses` at most.
     After a course that made every epoch worse the next one has a fifth of the `rate`, in "fast" as well.

@@ -14,17 +14,19 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from compress import bench
-from compress.artifact import digest
-from compress.cost import Table
-from compress.energy import Meter, Rapl
+from compress.artifacts import digest
+from compress.cost.energy import Meter, Rapl
+from compress.cost.latency_table import Table
 from compress.errors import CompressError
-from compress.export import blocks, cuda, modules, products, runners, verify
-from compress.export.chains import Written, unmeasured
-from compress.export.cuda import Change, CudaRunner
-from compress.export.device import TOLERANCES, Nvml
-from compress.export.runners import Array, OrtRunner
+from compress.export import parity
+from compress.export.backends import onnxruntime, torch_cuda, torch_kernels
+from compress.export.backends.onnxruntime import Array, OrtRunner
+from compress.export.backends.torch_cuda import Change, CudaRunner
+from compress.export.microbench import site_timing, torch_chain
+from compress.export.microbench.onnx_chain import Written, unmeasured
 from compress.ir import Site
+from compress.measure import timing
+from compress.measure.verify_on_device import TOLERANCES, Nvml
 from compress.profiles import Profile
 
 OVER_CACHE = 2.0  # weights of a chain, in sizes of the GPU's cache
@@ -84,7 +86,7 @@ class Place:
     @property
     def provider(self) -> str:
         """What onnxruntime calls the device."""
-        return runners.CUDA if self.on_gpu else runners.CPU
+        return onnxruntime.CUDA if self.on_gpu else onnxruntime.CPU
 
     @property
     def by_file(self) -> bool:
@@ -162,8 +164,8 @@ class Place:
             return []
         allowed = max(TOLERANCES[self.precision], rounding)
         name = next(iter(runner.infer(batches[0])))
-        with runners.TorchRunner(expected, logits, name) as reference:
-            found = verify.parity(reference, runner, batches, relative=allowed)
+        with onnxruntime.TorchRunner(expected, logits, name) as reference:
+            found = parity.parity(reference, runner, batches, relative=allowed)
         what = f"torch model in {self.precision} ({self.runtime}), not the ONNX file"
         if self.by_file:
             what = f"ONNX file in onnxruntime's {self.provider} ({self.precision})"
@@ -181,12 +183,12 @@ class Place:
             facts["gpu"] = facts.pop("provider")
         return {key: value for key, value in facts.items() if key != "version"}
 
-    def rig(self, written: Written = unmeasured) -> blocks.Rig:
+    def rig(self, written: Written = unmeasured) -> site_timing.Rig:
         """How chains of single sites are run here; `written` says how files hold products in blocks."""
         if not self.on_gpu:
-            return blocks.on_processor(self.threads, written=written)
-        make = blocks.in_onnxruntime(self.threads, self.provider) if self.by_file else self._chain
-        return blocks.Rig(
+            return site_timing.on_processor(self.threads, written=written)
+        make = site_timing.in_onnxruntime(self.threads, self.provider) if self.by_file else self._chain
+        return site_timing.Rig(
             make,
             time.perf_counter,
             least_mb=2 * OVER_CACHE * self.profile.cache_mb,  # float32 megabytes, of a model in half of it
@@ -196,7 +198,7 @@ class Place:
     def empty_table(self) -> Table:
         """A table of this machine, runtime and precision without any rows."""
         if not self.on_gpu:
-            return blocks.empty_table(self.threads)
+            return site_timing.empty_table(self.threads)
         return Table(
             fingerprint=self.fingerprint,
             runtime=self.runtime,
@@ -210,9 +212,9 @@ class Place:
     def fingerprint(self) -> str:
         """A short hash of what decides speed here."""
         if not self.on_gpu:
-            return bench.fingerprint()
-        driver = cuda.conditions().get("driver", "") if self.device.startswith("cuda") else ""
-        return digest(cuda.gpu(), self.facts()["version"], driver, self.graphs)[:16]
+            return timing.fingerprint()
+        driver = torch_cuda.conditions().get("driver", "") if self.device.startswith("cuda") else ""
+        return digest(torch_cuda.gpu(), self.facts()["version"], driver, self.graphs)[:16]
 
     def meter(self) -> Meter:
         """The energy counter of what runs: the GPU's own, or the processor's."""
@@ -220,47 +222,49 @@ class Place:
 
     def facts(self) -> dict[str, Fact]:
         """Runtime, version, provider and, on a GPU, driver, clock and temperature at this moment."""
-        found = cuda.gpu() if self.device.startswith("cuda") else None
+        found = torch_cuda.gpu() if self.device.startswith("cuda") else None
         if self.by_file:
-            of_gpu = {} if found is None else {"gpu": found.name, "cuda": found.cuda, **cuda.conditions()}
-            return {**runners.facts(), "provider": self.provider, "threads": self.threads, **of_gpu}
+            of_gpu = (
+                {} if found is None else {"gpu": found.name, "cuda": found.cuda, **torch_cuda.conditions()}
+            )
+            return {**onnxruntime.facts(), "provider": self.provider, "threads": self.threads, **of_gpu}
         return {
             "runtime": self.runtime,
             "version": torch.__version__,
             "provider": self.device if found is None else found.name,
             "cuda": None if found is None else found.cuda,
             "cuda_graph": "on" if self.graphs else "off",
-            **(cuda.conditions() if found is not None else {}),
+            **(torch_cuda.conditions() if found is not None else {}),
         }
 
-    def _chain(self, site: Site, units: int, copies: int, form: str) -> bench.Runner:
+    def _chain(self, site: Site, units: int, copies: int, form: str) -> timing.Runner:
         """A chain of one site on the GPU with its products in a form, as a call that waits for it.
 
         Raises:
             CompressError: torch or the GPU has no such product, or none of that size.
         """
-        dtype = cuda.DTYPES[self.precision]
+        dtype = torch_cuda.DTYPES[self.precision]
         x, mask = (
-            None if part is None else part.to(self.device, dtype) for part in modules.inputs(site, units)
+            None if part is None else part.to(self.device, dtype) for part in torch_chain.inputs(site, units)
         )
-        chain = modules.Chain(site, units, copies).to(self.device, dtype).eval()
+        chain = torch_chain.Chain(site, units, copies).to(self.device, dtype).eval()
 
         def forward() -> object:
             with torch.inference_mode():
                 return chain(x, mask)
 
         try:
-            if form != "dense" and units and (left := products.convert(chain, form)):
+            if form != "dense" and units and (left := torch_kernels.convert(chain, form)):
                 raise CompressError(f"{site.name}: {form} does not fit {left[0]} at {units} units")
             forward()
         except (RuntimeError, NotImplementedError) as error:
             words = str(error).splitlines()[0][:200]
             raise CompressError(f"{site.name}: torch cannot run {form} here: {words}") from error
-        launch = cuda.captured(forward) if self.graphs and self.device.startswith("cuda") else forward
+        launch = torch_cuda.captured(forward) if self.graphs and self.device.startswith("cuda") else forward
 
         def call() -> None:
             launch()
-            cuda.wait(self.device)
+            torch_cuda.wait(self.device)
 
         return call
 
@@ -272,8 +276,8 @@ def place_of(profile: Profile, threads: int) -> Place | None:
     """Where a target can be timed on this machine, None when it is another device."""
     if profile.measured_here:
         return Place(profile, "onnxruntime", "cpu", threads)
-    if not cuda.at_hand(profile):
+    if not torch_cuda.at_hand(profile):
         return None
-    if runners.starts(runners.CUDA):
+    if onnxruntime.starts(onnxruntime.CUDA):
         return Place(profile, "onnxruntime", "cuda", threads, graphs=False)
-    return Place(profile, cuda.RUNTIME, "cuda", threads)
+    return Place(profile, torch_cuda.RUNTIME, "cuda", threads)

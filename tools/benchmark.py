@@ -30,7 +30,8 @@ from benchmarks import blocks, candidates, compiled, gpusq, hidden_width, precis
 from rich.console import Console
 from rich.table import Table
 
-from compress import artifact, bench
+from compress import artifacts
+from compress.measure import timing
 
 BENCHMARKS = {
     "demo": compiled.demo,
@@ -76,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, help="for sltrain (1) and gpusq (2)")
     parser.add_argument("--batch", type=int, default=64, help="inputs a step, for pat and gpusq")
-    parser.add_argument("--threads", type=int, default=bench.physical_cores())
+    parser.add_argument("--threads", type=int, default=timing.physical_cores())
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -90,10 +91,10 @@ def main() -> None:
     document = {
         "benchmark": arguments.benchmark,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": bench.environment(),
+        "environment": timing.environment(),
         "rows": rows,
     }
-    artifact.write_text(arguments.json, json.dumps(document, indent=1) + "\n")
+    artifacts.write_text(arguments.json, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,15 +49,18 @@ def write(folder: Path) -> list[Path]:
     import torch
     from transformers import logging
 
-    from compress import store, surgery, task
-    from compress.analyze import find_sites
-    from compress.export import decoder, onnx
+    from compress.export import huggingface
+    from compress.export.onnx import decoder
+    from compress.export.onnx import writer as onnx_writer
+    from compress.sites import prune
+    from compress.sites.discovery import find_sites
+    from compress.tasks import loading
 
     sys.path.insert(0, str(ROOT / "tests"))
-    import families
+    from support import families
 
     logging.set_verbosity_error()
-    demo = task.load_task(None, None)
+    demo = loading.load_task(None, None)
     models = {"demo": (demo.model, demo.example(2, 9))}
     models |= {name: families.build(name) for name in ("roberta", "vit", *DECODERS)}
     places = []
@@ -69,17 +72,17 @@ def write(folder: Path) -> list[Path]:
             site.name: 0 if site.name in gone else max(1, site.units // (1 + place % 3))
             for place, site in enumerate(sites)
         }
-        removals = {key: surgery.Removal(kept=torch.arange(count)) for key, count in units.items()}
-        smaller = surgery.shrink(model, sites, removals)
+        removals = {key: prune.Removal(kept=torch.arange(count)) for key, count in units.items()}
+        smaller = prune.shrink(model, sites, removals)
         place = folder / name
-        store.save(smaller, sites, units, place)
+        huggingface.save(smaller, sites, units, place)
         with torch.inference_mode():
             answer = smaller(**example)
         output = "logits" if "logits" in answer else "last_hidden_state"
         if name in DECODERS:
             decoder.export(smaller, place / "model.onnx", output_name=output)
         else:
-            onnx.export(smaller, example, place / "model.onnx", output_name=output)
+            onnx_writer.export(smaller, example, place / "model.onnx", output_name=output)
         inputs = {key: value.tolist() for key, value in example.items()}
         (place / "expected.json").write_text(
             json.dumps({"inputs": inputs, "output": output, "values": answer[output].tolist()})
@@ -101,8 +104,8 @@ def load(place: Path) -> dict[str, object]:
     autos = [name for name in words["auto_map"] if hasattr(optimum, f"ORT{name.removeprefix('Auto')}")]
     kind = "AutoModel" if "AutoModel" in words["auto_map"] else autos[0]
     optimum_name = "ORTModelForFeatureExtraction" if kind == "AutoModel" else f"ORT{kind[4:]}"
-    from compress.export.cache import PAST, POSITIONS
-    from compress.export.runners import OrtRunner
+    from compress.export.backends.onnxruntime import OrtRunner
+    from compress.export.onnx.kv_cache import PAST, POSITIONS
 
     with OrtRunner(place / "model.onnx", 1) as runner:
         names = [name for name in runner.inputs() if not name.startswith(PAST) and name != POSITIONS]

@@ -33,17 +33,24 @@ import torch
 import transformers
 from torch import nn
 
-from compress import analyze, bench, cost, energy, forms, profiles, surgery
-from compress.cost import Table
+from compress import profiles
+from compress.cost import energy, latency_table
+from compress.cost.latency_table import Table
 from compress.errors import CompressError
-from compress.export import blocks, cuda, onnx, place, products, runners
-from compress.export.cache import IDS, MASK
-from compress.export.cuda import CudaRunner
-from compress.export.device import Nvml
-from compress.modeling import CACHES
-from compress.pricing import FORM_LEVELS
-from compress.surgery import Removal
-from compress.task import Batch, Task
+from compress.export import place
+from compress.export.backends import onnxruntime, torch_cuda, torch_kernels
+from compress.export.backends.torch_cuda import CudaRunner
+from compress.export.microbench import site_timing
+from compress.export.onnx import writer
+from compress.export.onnx.kv_cache import IDS, MASK
+from compress.measure import timing
+from compress.measure.verify_on_device import Nvml
+from compress.methods import apply
+from compress.pipeline.pricing import FORM_LEVELS
+from compress.sites import discovery, prune
+from compress.sites.modeling import CACHES
+from compress.sites.prune import Removal
+from compress.tasks.loading import Batch, Task
 
 FORMS = ("2:4", "int8-dynamic", "fp8", "block:64x64@0.5")
 MOVES = {"structure": ["structure"], "forms": ["2:4", "int8", "fp8", "block"]}
@@ -129,7 +136,7 @@ def here(device: str) -> Callable[[profiles.Profile, int], place.Place | None]:
     """What says where a target is timed: torch on the GPU at hand or, to try it, on the processor."""
     if device == "cuda":
         return lambda profile, threads: (
-            place.Place(profile, cuda.RUNTIME, "cuda", threads) if cuda.at_hand(profile) else None
+            place.Place(profile, torch_cuda.RUNTIME, "cuda", threads) if torch_cuda.at_hand(profile) else None
         )
     return lambda profile, threads: place.Place(profile, "torch-cpu", "cpu", threads, graphs=False)
 
@@ -143,17 +150,17 @@ def tables(options: argparse.Namespace, document: dict) -> list[dict]:
         example = task.example(options.batch, tokens_of(options))
         inputs = {key: value.numpy() for key, value in example.items()}
         suited = spot.suited(task.model, task.logits, "logits", inputs)
-        sites = {site.shape: site for site in analyze.find_sites(task.model, example).sites}
+        sites = {site.shape: site for site in discovery.find_sites(task.model, example).sites}
         wanted = {}
         for shape, site in sites.items():
             align = spot.profile.align_units if site.kind == "ffn" else 1
-            levels = cost.grid(site, align)
-            wanted[shape] = blocks.sample(levels)
-            for form in forms.of(site, MOVES["forms"], spot.profile, in_torch=True):
-                fitting = forms.levels(site, form, levels, in_torch=True)
-                wanted[cost.row_key(site, form)] = blocks.sample(fitting, FORM_LEVELS)
-        measure = partial(blocks.measure, list(sites.values()), rig=suited.rig())
-        table = cost.obtain(suited.empty_table(), wanted, measure)
+            levels = latency_table.grid(site, align)
+            wanted[shape] = site_timing.sample(levels)
+            for form in apply.of(site, MOVES["forms"], spot.profile, in_torch=True):
+                fitting = apply.levels(site, form, levels, in_torch=True)
+                wanted[latency_table.row_key(site, form)] = site_timing.sample(fitting, FORM_LEVELS)
+        measure = partial(site_timing.measure, list(sites.values()), rig=suited.rig())
+        table = latency_table.obtain(suited.empty_table(), wanted, measure)
         before = document["table"]
         document["table"] = (
             table if before is None else Table.model_validate(before).merged(table.rows)
@@ -187,7 +194,8 @@ def tokens_of(options: argparse.Namespace) -> int:
 
 def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
     """`compress --speedup 2x` on both models, by structure and by forms, through its own pipeline."""
-    from compress import console, job, pipeline
+    from compress.cli import console
+    from compress.pipeline import compilation, job
     from compress.recipe import Recipe
 
     job.place_of = lambda profile, threads: spot_of(options)
@@ -210,7 +218,7 @@ def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
             )
             began = time.perf_counter()
             try:
-                found = pipeline.run(recipe, console.Quiet())
+                found = compilation.run(recipe, console.Quiet())
             except CompressError as error:
                 asked = {"model": name, "moves": moves, "asked": options.speedup}
                 rows.append({**asked, "error": str(error)})
@@ -246,7 +254,7 @@ def layers(options: argparse.Namespace, _: dict) -> list[dict]:
     rows = []
     for (out, inner), count in itertools.product(shapes, counts):
         torch.manual_seed(0)
-        dtype = cuda.DTYPES[options.precision]
+        dtype = torch_cuda.DTYPES[options.precision]
         dense = nn.Linear(inner, out).to(options.device, dtype).eval()
         x = torch.randn(count, inner, device=options.device, dtype=dtype)
         row = {"out": out, "in": inner, "rows": count}
@@ -281,7 +289,7 @@ def in_all_forms(
 def formed(layer: nn.Linear, form: str) -> nn.Module:
     """A copy of a layer in another form."""
     box = nn.Sequential(copy.deepcopy(layer))
-    if products.convert(box, form):
+    if torch_kernels.convert(box, form):
         raise CompressError(f"{form} does not fit {tuple(layer.weight.shape)}")
     return box
 
@@ -293,11 +301,11 @@ def repeated(layer: nn.Module, x: torch.Tensor, device: str, graphs: bool) -> Ca
         with torch.inference_mode():
             return [layer(x) for _ in range(REPEATS)]
 
-    launch = cuda.captured(forward) if graphs else forward
+    launch = torch_cuda.captured(forward) if graphs else forward
 
     def call() -> None:
         launch()
-        cuda.wait(device)
+        torch_cuda.wait(device)
 
     call()
     return call
@@ -305,7 +313,7 @@ def repeated(layer: nn.Module, x: torch.Tensor, device: str, graphs: bool) -> Ca
 
 def timed(calls: dict, options: argparse.Namespace, parts: int = 1) -> dict[str, object]:
     """Milliseconds of the first call and the speedups of all others, with their intervals."""
-    found = bench.compare(calls, blocks=30, block_ms=1.0 if options.quick else 10.0)
+    found = timing.compare(calls, blocks=30, block_ms=1.0 if options.quick else 10.0)
     first = next(iter(calls))
     ratios = {name: found.ratio(name) for name in calls if name != first}
     return {
@@ -322,7 +330,7 @@ def runner(task: Synthetic, options: argparse.Namespace, form: str | None, *, gr
 
     def change(model: nn.Module) -> nn.Module:
         if form is not None:
-            products.convert(model, form)
+            torch_kernels.convert(model, form)
         return model
 
     return CudaRunner(
@@ -352,9 +360,9 @@ def models(options: argparse.Namespace, _: dict) -> list[dict]:
 
 def halved(model: nn.Module, example: dict[str, torch.Tensor]) -> nn.Module:
     """The model with the first half of every site's units."""
-    sites = analyze.find_sites(model, example).sites
+    sites = discovery.find_sites(model, example).sites
     removals = {site.name: Removal(kept=torch.arange(max(1, site.units // 2))) for site in sites}
-    return surgery.shrink(model, sites, removals)
+    return prune.shrink(model, sites, removals)
 
 
 def energies(options: argparse.Namespace, _: dict) -> list[dict]:
@@ -374,7 +382,7 @@ def energies(options: argparse.Namespace, _: dict) -> list[dict]:
                     if options.device == "cuda":
                         used = energy.measure_energy(run, meter=meter, seconds=1.0 if options.quick else 5.0)
                     row["device_ms"] = float(sorted(loaded.device_ms(inputs, 20))[10])
-                    row["conditions"] = cuda.conditions() if options.device == "cuda" else {}
+                    row["conditions"] = torch_cuda.conditions() if options.device == "cuda" else {}
                     row["energy"] = "no counter" if used is None else used.model_dump()
             except (CompressError, RuntimeError) as error:
                 row["error"] = str(error).splitlines()[0][:200]
@@ -406,7 +414,7 @@ def decode(options: argparse.Namespace, _: dict) -> list[dict]:
     example = {"input_ids": torch.ones(1, 8, dtype=torch.long)}
     rows, halves = [], {"dense": dense, "half": halved(dense, example)}
     for label, model in halves.items():
-        placed = copy.deepcopy(model).to(options.device, cuda.DTYPES[options.precision]).eval()
+        placed = copy.deepcopy(model).to(options.device, torch_cuda.DTYPES[options.precision]).eval()
         rows.append({"what": label, **decoded(placed, batch, context, steps, options)})
         del placed
     prompt = {name: torch.ones(batch, context, dtype=torch.long).numpy() for name in (IDS, MASK)}
@@ -422,8 +430,8 @@ def decode(options: argparse.Namespace, _: dict) -> list[dict]:
 
 def files(options: argparse.Namespace, _: dict) -> list[dict]:
     """Both models, dense and halved, as ONNX files in onnxruntime: on the GPU where its provider starts."""
-    provider = runners.CUDA if options.device == "cuda" else runners.CPU
-    if not runners.starts(provider):
+    provider = onnxruntime.CUDA if options.device == "cuda" else onnxruntime.CPU
+    if not onnxruntime.starts(provider):
         return [{"provider": provider, "not": "onnxruntime here does not have it, or cannot start it"}]
     rows = []
     for name, factory in MODELS.items():
@@ -434,8 +442,8 @@ def files(options: argparse.Namespace, _: dict) -> list[dict]:
             calls = {}
             for label, model in (("dense", task.model), ("half", halved(task.model, example))):
                 path = Path(folder) / f"{label}.onnx"
-                onnx.export(model, example, path, output_name="logits", logits=task.logits)
-                loaded = stack.enter_context(runners.OrtRunner(path, 1, provider))
+                writer.export(model, example, path, output_name="logits", logits=task.logits)
+                loaded = stack.enter_context(onnxruntime.OrtRunner(path, 1, provider))
                 calls[label] = loaded.timed(inputs)
             rows.append({"model": name, "provider": provider, **timed(calls, options)})
     return rows
@@ -455,16 +463,16 @@ def decoded(
         torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
         model(input_ids=ids[:, :8], use_cache=True)
-        cuda.wait(options.device)
+        torch_cuda.wait(options.device)
         began = time.perf_counter()
         past = _cache(model(input_ids=ids, use_cache=True, logits_to_keep=1))
-        cuda.wait(options.device)
+        torch_cuda.wait(options.device)
         first_ms = 1e3 * (time.perf_counter() - began)
         began = time.perf_counter()
         name = next(name for name in CACHES if name in inspect.signature(model.forward).parameters)
         for _ in range(steps):
             past = _cache(model(input_ids=ids[:, :1], use_cache=True, **{name: past}))
-        cuda.wait(options.device)
+        torch_cuda.wait(options.device)
         token_ms = 1e3 * (time.perf_counter() - began) / steps
     cache = sum(part.nbytes for layer in past.layers for part in (layer.keys, layer.values))
     return {
@@ -491,7 +499,7 @@ PARTS = {
 
 def described(options: argparse.Namespace) -> dict[str, object]:
     """The head of the document: what was measured where, when and how."""
-    found = cuda.gpu() if options.device == "cuda" else None
+    found = torch_cuda.gpu() if options.device == "cuda" else None
     what = (
         "the processor, to try the script: no figure here says anything of a GPU"
         if found is None
@@ -504,8 +512,8 @@ def described(options: argparse.Namespace) -> dict[str, object]:
         "target": options.target,
         "device": options.device,
         "gpu": None if found is None else found.model_dump(),
-        "environment": bench.environment(),
-        "conditions": {"before": cuda.conditions() if found is not None else {}},
+        "environment": timing.environment(),
+        "conditions": {"before": torch_cuda.conditions() if found is not None else {}},
         "table": None,
     }
 
@@ -520,18 +528,18 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", help="the GPU at hand unless given")
     parser.add_argument("--speedup", type=float, default=2.0, help="of `compile`")
     parser.add_argument("--batch", type=int, default=1, help="of `compile` and `energy`")
-    parser.add_argument("--precision", default="fp16", choices=tuple(cuda.DTYPES))
+    parser.add_argument("--precision", default="fp16", choices=tuple(torch_cuda.DTYPES))
     parser.add_argument("--no-graphs", dest="graphs", action="store_false")
     parser.add_argument("--part", action="append", choices=tuple(PARTS), help="only these; all unless given")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(words)
     options.graphs = options.graphs and options.device == "cuda"
-    if options.device == "cuda" and cuda.gpu() is None:
+    if options.device == "cuda" and torch_cuda.gpu() is None:
         parser.error("torch sees no CUDA device; --device cpu --quick tries the script without one")
     if options.target is None:
-        found = cuda.target_at_hand()
+        found = torch_cuda.target_at_hand()
         if options.device == "cuda" and found is None:
-            parser.error(f"no profile describes {cuda.gpu().name}; name the nearest with --target")
+            parser.error(f"no profile describes {torch_cuda.gpu().name}; name the nearest with --target")
         options.target = "h100" if found is None else found.name
     return options
 
@@ -544,7 +552,7 @@ def main(words: list[str] | None = None) -> int:
     global QUICK
     QUICK = options.quick
     if options.quick:
-        blocks.CYCLES = (3, 6)
+        site_timing.CYCLES = (3, 6)
     document, failed = described(options), []
     if options.part and options.out.is_file():  # parts may come from several calls
         earlier = json.loads(options.out.read_text(encoding="utf-8"))
@@ -560,7 +568,7 @@ def main(words: list[str] | None = None) -> int:
             f"{name}: {'FAILED' if name in failed else 'done'} in {time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        document["conditions"]["after"] = cuda.conditions() if options.device == "cuda" else {}
+        document["conditions"]["after"] = torch_cuda.conditions() if options.device == "cuda" else {}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0

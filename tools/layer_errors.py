@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from train_demo import minilm_directory
 from transformers import AutoModel, AutoTokenizer
 
-from compress import artifact, bench
+from compress import artifacts
 from compress.core import block, lowrank, nm, support
+from compress.measure import timing
 
 Row = dict[str, object]
 Moments = tuple[Tensor, Tensor]
@@ -198,10 +199,10 @@ def main() -> None:
     document = {
         "benchmark": "layer errors",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": bench.environment(),
+        "environment": timing.environment(),
         "rows": rows,
     }
-    artifact.write_text(arguments.json, json.dumps(document, indent=1) + "\n")
+    artifacts.write_text(arguments.json, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

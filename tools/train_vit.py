@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 
-from compress.quality import Batch
+from compress.tasks.task import Batch
 
 RATE = 1e-3
 HELD = 4000

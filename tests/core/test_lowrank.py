@@ -1,10 +1,10 @@
 import itertools
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from core.samples import layer, moments, near, variance
+from support import oracles
+from support.samples import layer, moments, near, variance
 
 from compress.core import lowrank, support
 from compress.errors import CompressError

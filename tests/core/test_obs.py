@@ -2,9 +2,9 @@ import itertools
 import math
 
 import numpy as np
-import oracles
 import pytest
 import torch
+from support import oracles
 
 from compress.core import obs, scores
 from compress.errors import CompressError

@@ -1,8 +1,8 @@
 import itertools
 
-import oracles
 import pytest
 import torch
+from support import oracles
 
 from compress.core import scores
 

@@ -7,18 +7,22 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from classifier import wide
-from outputs import write_model
-from sites import ffn, heads
+from support.classifier import wide
+from support.outputs import write_model
+from support.sites import ffn, heads
 from torch import nn
 
-from compress import cost, profiles
-from compress.energy import Rapl
+from compress import profiles
+from compress.cost import latency_table
+from compress.cost.energy import Rapl
 from compress.errors import CompressError
-from compress.export import blocks, cuda, place, runners
-from compress.export.cuda import CudaRunner
-from compress.export.device import Nvml
+from compress.export import place
+from compress.export.backends import onnxruntime as ort_backend
+from compress.export.backends import torch_cuda
+from compress.export.backends.torch_cuda import CudaRunner
+from compress.export.microbench import site_timing
 from compress.export.place import Place, place_of
+from compress.measure.verify_on_device import Nvml
 
 H100 = profiles.load("h100")
 
@@ -27,7 +31,7 @@ def on_a(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     facts = SimpleNamespace(name=name, major=9, minor=0, multi_processor_count=132, total_memory=8e10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
-    monkeypatch.setattr(cuda, "conditions", lambda: {"driver": "580.1", "gpu_mhz": 1980})
+    monkeypatch.setattr(torch_cuda, "conditions", lambda: {"driver": "580.1", "gpu_mhz": 1980})
 
 
 @pytest.fixture
@@ -97,7 +101,7 @@ def test_a_gpu_is_timed_in_onnxruntime_where_its_cuda_provider_starts(monkeypatc
         "tf32",
         "NVIDIA H100 80GB HBM3",
     )
-    torch_there = Place(H100, cuda.RUNTIME, "cuda", 1)
+    torch_there = Place(H100, torch_cuda.RUNTIME, "cuda", 1)
     assert table.fingerprint != torch_there.empty_table().fingerprint
     assert place_of(profiles.load("cpu"), 1).provider == "CPUExecutionProvider"
 
@@ -109,7 +113,7 @@ def test_a_provider_that_is_named_but_does_not_start_leaves_the_gpu_to_torch(mon
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     assert place_of(H100, 1).runtime == "torch-cuda"
-    assert not runners.starts("CUDAExecutionProvider")
+    assert not ort_backend.starts("CUDAExecutionProvider")
 
 
 def test_a_file_on_a_gpu_is_bound_there_and_every_run_is_waited_for(monkeypatch, with_cuda, tmp_path):
@@ -129,7 +133,7 @@ def test_a_file_on_a_gpu_is_bound_there_and_every_run_is_waited_for(monkeypatch,
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     with pytest.raises(CompressError, match="names CUDAExecutionProvider but could not start it"):
-        runners.OrtRunner(file, threads=1, provider="CUDAExecutionProvider")
+        ort_backend.OrtRunner(file, threads=1, provider="CUDAExecutionProvider")
 
 
 def test_chains_on_a_gpu_in_onnxruntime_are_files_that_its_provider_runs(monkeypatch, with_cuda):
@@ -137,7 +141,7 @@ def test_chains_on_a_gpu_in_onnxruntime_are_files_that_its_provider_runs(monkeyp
     rig = place_of(H100, 1).rig()
     assert rig.least_mb > 0
     with_cuda.made.clear()
-    rows = blocks.measure([ffn()], {ffn().shape: [6]}, seconds=0.0, rig=rig)
+    rows = site_timing.measure([ffn()], {ffn().shape: [6]}, seconds=0.0, rig=rig)
     assert set(rows[ffn().shape]) == {12, 6}
     assert with_cuda.made == 3 * [["CUDAExecutionProvider"]]
     assert with_cuda.waits
@@ -172,9 +176,11 @@ def test_a_table_names_the_gpu_the_versions_and_the_precision(monkeypatch):
     assert table.versions["driver"] == "580.1"
     assert table.versions["version"] == torch.__version__
     first = table.fingerprint
-    monkeypatch.setattr(cuda, "conditions", lambda: {"driver": "590.2"})
+    monkeypatch.setattr(torch_cuda, "conditions", lambda: {"driver": "590.2"})
     assert here.empty_table().fingerprint != first
-    assert cost.cache_path(table) != cost.cache_path(place_of(profiles.load("cpu"), 1).empty_table())
+    assert latency_table.cache_path(table) != latency_table.cache_path(
+        place_of(profiles.load("cpu"), 1).empty_table()
+    )
 
 
 def test_each_place_has_its_own_counter():
@@ -195,7 +201,7 @@ def test_the_model_is_timed_on_a_gpu_in_the_targets_precision_and_no_file_is_rea
 
 @pytest.mark.parametrize("site", [ffn(), heads(causal=True)])
 def test_chains_of_a_site_are_timed_in_torch(site):
-    rows = blocks.measure([site], {site.shape: [2]}, seconds=0.0, rig=tried().rig())
+    rows = site_timing.measure([site], {site.shape: [2]}, seconds=0.0, rig=tried().rig())
     assert set(rows[site.shape]) == {site.units, 2}
     assert all(ms > 0 for ms in rows[site.shape].values())
 
@@ -211,24 +217,29 @@ def test_chains_of_a_site_are_timed_in_torch(site):
 def test_chains_of_a_form_are_timed_in_torch_where_it_fits(form):
     _, sites = wide()
     for site in sites[:2]:
-        key = cost.row_key(site, form)
-        rows = blocks.measure([site], {key: [site.units]}, seconds=0.0, rig=tried().rig())
+        key = latency_table.row_key(site, form)
+        rows = site_timing.measure([site], {key: [site.units]}, seconds=0.0, rig=tried().rig())
         assert set(rows[key]) == {site.units}
         assert rows[key][site.units] > 0
-    assert blocks.measure([ffn()], {cost.row_key(ffn(), "2:4"): [12]}, seconds=0.0, rig=tried().rig()) == {}
+    assert (
+        site_timing.measure(
+            [ffn()], {latency_table.row_key(ffn(), "2:4"): [12]}, seconds=0.0, rig=tried().rig()
+        )
+        == {}
+    )
 
 
 def test_every_product_of_a_chain_runs_in_the_form(monkeypatch):
     _, sites = wide()
     converted = []
-    convert = place.products.convert
+    convert = place.torch_kernels.convert
     monkeypatch.setattr(
-        place.products, "convert", lambda chain, form: converted.append(form) or convert(chain, form)
+        place.torch_kernels, "convert", lambda chain, form: converted.append(form) or convert(chain, form)
     )
     seen = []
-    forward = place.products.Int8Linear.forward
+    forward = place.torch_kernels.Int8Linear.forward
     monkeypatch.setattr(
-        place.products.Int8Linear, "forward", lambda self, x: seen.append(x.shape) or forward(self, x)
+        place.torch_kernels.Int8Linear, "forward", lambda self, x: seen.append(x.shape) or forward(self, x)
     )
     site = next(site for site in sites if site.kind == "ffn")
     tried().rig().make(site, 64, 3, "int8-dynamic")()
@@ -245,7 +256,7 @@ def test_a_product_that_torch_does_not_have_is_told_with_its_words(monkeypatch):
     def without(self, x):
         raise NotImplementedError("no kernel for this GPU\nand a long story")
 
-    monkeypatch.setattr(place.products.Int8Linear, "forward", without)
+    monkeypatch.setattr(place.torch_kernels.Int8Linear, "forward", without)
     with pytest.raises(CompressError, match=r"torch cannot run int8-dynamic here: no kernel for this GPU$"):
         tried().rig().make(sites[0], 2, 1, "int8-dynamic")
 
@@ -253,20 +264,20 @@ def test_a_product_that_torch_does_not_have_is_told_with_its_words(monkeypatch):
 def test_a_gpus_chains_do_not_fit_into_its_cache():
     site = ffn()
     rig = tried().rig()
-    copies = blocks._copies(site, rig.least_mb)
-    assert copies == blocks.MOST_COPIES  # a tiny site: as many as there may be
+    copies = site_timing._copies(site, rig.least_mb)
+    assert copies == site_timing.MOST_COPIES  # a tiny site: as many as there may be
     wide = site.model_copy(
         update={"matmuls": tuple(m.model_copy(update={"out": 3072, "inner": 3072, "out_per_unit": 0,
                                                        "inner_per_unit": 0}) for m in site.matmuls)}
     )  # fmt: skip
-    copies = blocks._copies(wide, rig.least_mb)
-    half_mb = copies * blocks.weights_mb(wide, wide.units) / 2
+    copies = site_timing._copies(wide, rig.least_mb)
+    half_mb = copies * site_timing.weights_mb(wide, wide.units) / 2
     assert 2 * H100.cache_mb <= half_mb <= 3 * H100.cache_mb
 
 
 def test_a_shape_that_cannot_be_timed_alone_is_left_to_the_estimate():
     odd = heads().model_copy(update={"tokens": 3})
-    assert blocks.measure([odd], {odd.shape: [2]}, seconds=0.0, rig=tried().rig()) == {}
+    assert site_timing.measure([odd], {odd.shape: [2]}, seconds=0.0, rig=tried().rig()) == {}
 
 
 def test_facts_of_a_gpu_say_how_it_ran(monkeypatch):

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from compress import bench
-from compress.export import layouts, onnx, runners, sparse
-from compress.export.blocks import clock_for
-from compress.export.lowering import Lowered, lower
-from compress.export.sparse import Blocks
+from compress.export.backends import onnxruntime
+from compress.export.microbench import block_layouts
+from compress.export.microbench.site_timing import clock_for
+from compress.export.onnx import block_sparse, writer
+from compress.export.onnx.block_sparse import Blocks
+from compress.export.onnx.linear_lowering import Lowered, lower
+from compress.measure import timing
 
 Row = dict[str, object]
 PATTERNS = ",".join(
@@ -30,17 +32,18 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
         wide, inner = (int(number) for number in size.split("x"))
         for tokens in arguments.rows:
             for pattern in arguments.patterns.split(","):
-                rows += _layouts(layouts.shape_of(tokens, wide, inner, pattern), pattern)
+                rows += _layouts(block_layouts.shape_of(tokens, wide, inner, pattern), pattern)
                 print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
-def _layouts(shape: layouts.Shape, pattern: str) -> list[Row]:
+def _layouts(shape: block_layouts.Shape, pattern: str) -> list[Row]:
     """All layouts of one shape, the fastest last."""
     runners = {
-        layout: layouts.runner(layouts.product(shape, layout, 1), shape, 1) for layout in shape.layouts
+        layout: block_layouts.runner(block_layouts.product(shape, layout, 1), shape, 1)
+        for layout in shape.layouts
     }
-    found = bench.compare(runners, blocks=30, block_ms=1.0, clock=clock_for(1))
+    found = timing.compare(runners, blocks=30, block_ms=1.0, clock=clock_for(1))
     ratios = {layout: found.ratio(layout) for layout in shape.layouts[1:]}
     return [
         {
@@ -49,7 +52,7 @@ def _layouts(shape: layouts.Shape, pattern: str) -> list[Row]:
             "pattern": pattern,
             "density": round(shape.kept * shape.width / shape.inner, 4),
             "layout": layout,
-            "dense_ms": round(found.latency(layouts.DENSE).p50, 3),
+            "dense_ms": round(found.latency(block_layouts.DENSE).p50, 3),
             "speedup": round(ratio.value, 2),
             "low": round(ratio.low, 2),
             "high": round(ratio.high, 2),
@@ -83,10 +86,10 @@ def encoder(arguments: argparse.Namespace, out: Path) -> list[Row]:
 
 def _largest(weight: torch.nn.Parameter, pattern: str) -> Blocks:
     """Keep the blocks of the largest norm in every group, in place; equally many in each."""
-    height, width, _ = sparse.parsed(pattern)
+    height, width, _ = block_sparse.parsed(pattern)
     size, inner = weight.shape
     norms = weight.detach().reshape(size // height, height, inner // width, width).square().sum((1, 3))
-    count = layouts.shape_of(1, size, inner, pattern).kept
+    count = block_layouts.shape_of(1, size, inner, pattern).kept
     places = norms.topk(count).indices.sort().values.tolist()
     blocks = Blocks(height, width, tuple(map(tuple, places)))
     weight.data.mul_(torch.from_numpy(blocks.mask(size, inner)))
@@ -102,18 +105,19 @@ def _whole(
     out: Path,
 ) -> list[Row]:
     """One row: the encoder in blocks against the dense file, one sentence of so many tokens."""
-    shapes = {layouts.shape_of(tokens, *masked.get_parameter(name).shape, pattern) for name in kept}
-    timed = layouts.table(shapes)
-    choose = layouts.chooser({shape: layouts.best(timed, shape)[0] for shape in shapes})
+    shapes = {block_layouts.shape_of(tokens, *masked.get_parameter(name).shape, pattern) for name in kept}
+    timed = block_layouts.table(shapes)
+    choose = block_layouts.chooser({shape: block_layouts.best(timed, shape)[0] for shape in shapes})
     wanted = {
-        name: layouts.lowering(masked.get_parameter(name).detach().numpy(), pattern, choose) for name in kept
+        name: block_layouts.lowering(masked.get_parameter(name).detach().numpy(), pattern, choose)
+        for name in kept
     }
     ids = torch.randint(1000, 30000, (1, tokens))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     files = out / "dense.onnx", out / "blocks.onnx"
-    onnx.export(dense, inputs, files[0], output_name="last_hidden_state")
+    writer.export(dense, inputs, files[0], output_name="last_hidden_state")
     report: dict[str, Lowered] = {}
-    onnx.export(
+    writer.export(
         masked,
         inputs,
         files[1],
@@ -121,12 +125,12 @@ def _whole(
         lower=lambda graph: report.update(lower(graph, wanted)),
     )
     arrays = {name: value.numpy() for name, value in inputs.items()}
-    with runners.OrtRunner(files[0], 1) as first, runners.OrtRunner(files[1], 1) as second:
+    with onnxruntime.OrtRunner(files[0], 1) as first, onnxruntime.OrtRunner(files[1], 1) as second:
         with torch.no_grad():
             expected = masked(**inputs).last_hidden_state.numpy()
         apart = float(np.abs(second.infer(arrays)["last_hidden_state"] - expected).max())
         calls = {"dense": first.timed(arrays), "blocks": second.timed(arrays)}
-        found = bench.compare(calls, blocks=40, block_ms=40.0, clock=clock_for(1))
+        found = timing.compare(calls, blocks=40, block_ms=40.0, clock=clock_for(1))
     ratio = found.ratio("blocks")
     return [
         {

@@ -14,13 +14,18 @@ import torch
 from benchmarks.compiled import Plain, recipe_of
 from transformers import BertConfig, BertForSequenceClassification
 
-from compress import analyze, bench, calibrate, choosing, cost, database, pipeline, surgery
+from compress.calibration import activation_statistics
 from compress.core import obs
+from compress.cost import latency_table
 from compress.ir import Option, Site
-from compress.job import Job, prepare
-from compress.loop import Timing
-from compress.pricing import price
-from compress.task import Batch, Task
+from compress.measure import timing
+from compress.methods import candidate_store
+from compress.pipeline import compilation, plan_search
+from compress.pipeline.job import Job, prepare
+from compress.pipeline.pricing import price
+from compress.search.closed_loop import Timing
+from compress.sites import discovery, prune
+from compress.tasks.loading import Batch, Task
 
 Row = dict[str, object]
 
@@ -51,11 +56,11 @@ def _small(arguments: argparse.Namespace, out: Path) -> list[Row]:
 
 def _bert_base(arguments: argparse.Namespace, out: Path) -> list[Row]:
     """A BERT-base-shaped model at random weights and inputs: 12 layers, 768 hidden, 3072 neurons."""
-    torch.set_num_threads(bench.physical_cores())
+    torch.set_num_threads(timing.physical_cores())
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(num_labels=2)).eval()
     task = Shaped(model)
-    found = analyze.find_sites(model, task.example(1, 32))
+    found = discovery.find_sites(model, task.example(1, 32))
     return [
         _built(
             "BERT-base-shaped, random weights",
@@ -90,13 +95,13 @@ class Shaped(Task):
 def _built(what: str, task: Task, sites: Sequence[Site], batches: Sequence[Batch], out: Path) -> Row:
     """One row: statistics, then all candidates of every site at the levels of a CPU."""
     began = time.perf_counter()
-    calibrate.collect(task, sites, batches, out / "statistics")
+    activation_statistics.collect(task, sites, batches, out / "statistics")
     calibrated = time.perf_counter()
     options = {
-        site.name: [Option(units=units) for units in cost.grid(site, 8) if units < site.units]
+        site.name: [Option(units=units) for units in latency_table.grid(site, 8) if units < site.units]
         for site in sites
     }
-    database.build(task.model, sites, out / "statistics", options, out / "candidates")
+    candidate_store.build(task.model, sites, out / "statistics", options, out / "candidates")
     return {
         "what": what,
         "sites": len(sites),
@@ -112,10 +117,10 @@ def _one_at_a_time(arguments: argparse.Namespace, out: Path) -> list[Row]:
     job = _job(arguments, out)
     index = next(number for number, site in enumerate(job.sites) if site.kind == "ffn")
     site = job.sites[index]
-    moments = calibrate.read(out / "small" / "statistics", index)
-    weight = surgery.writer_columns(job.task.model, site).double()
+    moments = activation_statistics.read(out / "small" / "statistics", index)
+    weight = prune.writer_columns(job.task.model, site).double()
     centered = moments.second - torch.outer(moments.mean, moments.mean)
-    levels = [units for units in cost.grid(site, 8) if 0 < units < site.units]
+    levels = [units for units in latency_table.grid(site, 8) if 0 < units < site.units]
     ratios, gaps = [], []
     for _ in range(3):
         began = time.perf_counter()
@@ -171,7 +176,7 @@ def _damage(dense: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor, secon
 
 
 def _job(arguments: argparse.Namespace, out: Path) -> Job:
-    torch.set_num_threads(bench.physical_cores())
+    torch.set_num_threads(timing.physical_cores())
     return prepare(recipe_of(arguments, out / "job", 2.0, shapes={"tokens": arguments.tokens}), Plain())
 
 
@@ -181,8 +186,8 @@ def prediction(arguments: argparse.Namespace, out: Path) -> list[Row]:
     recipe = recipe_of(arguments, out / "prediction", 2.0, shapes={"tokens": arguments.tokens})
     job = prepare(recipe, Plain())
     costs = price(job)
-    menus = choosing.menus_of(job, costs, choosing.candidates(job, costs))
-    act = pipeline.time_plan(job)
+    menus = plan_search.menus_of(job, costs, plan_search.candidates(job, costs))
+    act = compilation.time_plan(job)
     random = np.random.default_rng(0)
     for number in range(10):
         choices = tuple(int(random.integers(0, len(row))) for row in menus.options)

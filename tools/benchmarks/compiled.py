@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from compress import gradual, pipeline
 from compress.errors import CompressError
+from compress.pipeline import compilation, family_compilation
 from compress.recipe import Recipe, read
-from compress.report import Report
+from compress.report.schema import Report
 
 Row = dict[str, object]
 METHODS: dict[str, dict[str, object]] = {
@@ -73,7 +73,7 @@ def demo(arguments: argparse.Namespace, out: Path) -> list[Row]:
     for repeat in range(arguments.repeats):
         for speedup in (1.5, 2.0, 3.0):
             began = time.perf_counter()
-            report = pipeline.run(recipe_of(arguments, out / f"{repeat}-{speedup}", speedup), Plain())
+            report = compilation.run(recipe_of(arguments, out / f"{repeat}-{speedup}", speedup), Plain())
             rows.append(_outcome("ZipLM + search", speedup, report) | {"run": repeat + 1})
             rows[-1]["seconds"] = round(time.perf_counter() - began, 1)
     return rows
@@ -103,7 +103,7 @@ def families(arguments: argparse.Namespace, out: Path) -> list[Row]:
             options=tables.get("options", {}),
             shapes={"tokens": arguments.tokens},
         ).model_copy(update={"speedups": tuple(arguments.speedups)})
-        found = gradual.run(recipe, Plain())
+        found = family_compilation.run(recipe, Plain())
         for one in found.members:
             assert one.interval95 is not None
             rows.append(
@@ -143,7 +143,7 @@ def _compared(arguments: argparse.Namespace, out: Path, known: dict[str, dict[st
             )
             began = time.perf_counter()
             try:
-                rows.append(_outcome(name, speedup, pipeline.run(recipe, Plain())))
+                rows.append(_outcome(name, speedup, compilation.run(recipe, Plain())))
             except CompressError as error:
                 rows.append({"method": name, "asked": speedup, "status": str(error).splitlines()[0]})
             rows[-1]["seconds"] = round(time.perf_counter() - began, 1)

@@ -24,13 +24,14 @@ import torch
 from benchmarks import hidden_width
 from torch import Tensor, nn
 
-from compress import distill, quantize, staged, tune
-from compress.analyze import find_sites
 from compress.core import fakequant, nm, ranges
 from compress.core.fakequant import Quantized
 from compress.core.support import NM, prepare
-from compress.quality import Batch, Task, kl
+from compress.methods import quantized_layers
 from compress.recipe import Recovery
+from compress.sites.discovery import find_sites
+from compress.tasks.task import Batch, Task, kl
+from compress.training import distillation, trainer, two_stage
 
 Row = dict[str, object]
 DENSE_STEPS = 1500
@@ -145,7 +146,7 @@ def zeros_of(net: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
 
 def pruned(task: Pictures, names: Sequence[str]) -> nn.Module:
     """A copy at 2:4, each layer solved for what it reads in the model."""
-    seen = quantize.observe(task, names, task.known[:OBSERVED])
+    seen = quantized_layers.observe(task, names, task.known[:OBSERVED])
     made = copy.deepcopy(task.model)
     for name in names:
         layer = made.get_submodule(name.removesuffix(".weight"))
@@ -157,15 +158,15 @@ def pruned(task: Pictures, names: Sequence[str]) -> nn.Module:
 
 def rounded(task: Pictures, names: Sequence[str], *, learn: bool) -> nn.Module:
     """A copy on 8 bits, a step for every row of a weight and a range for every input; zeros stay zeros."""
-    seen = quantize.observe(task, names, task.known[:OBSERVED])
+    seen = quantized_layers.observe(task, names, task.known[:OBSERVED])
     made = copy.deepcopy(task.model)
     places = {}
     for name in names:
         span = ranges.span(seen[name].histogram, "mse")
-        places[name] = quantize.Place(
+        places[name] = quantized_layers.Place(
             fakequant.nearest(made.get_parameter(name).detach(), "int8-static", span)
         )
-    quantize.insert(made, places, learn=learn)
+    quantized_layers.insert(made, places, learn=learn)
     return made.eval()
 
 
@@ -180,29 +181,29 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.names = products(self.dense)
-        self.at = distill.places(self.dense, find_sites(self.dense, self.known[0].inputs).sites)
+        self.at = distillation.places(self.dense, find_sites(self.dense, self.known[0].inputs).sites)
 
-    def lesson(self, teacher: nn.Module, wanted: Recovery, folder: Path) -> tune.Lesson:
+    def lesson(self, teacher: nn.Module, wanted: Recovery, folder: Path) -> trainer.Lesson:
         """What one model teaches; its answers are kept in a folder, if at all."""
         folder.mkdir(parents=True, exist_ok=True)
         task = Pictures(teacher, self.known)
-        told = distill.Teacher(task, teacher, self.at, folder, wanted.cache_mb)
-        return tune.Lesson(task, told, lambda: self.known, len(self.known), wanted)
+        told = distillation.Teacher(task, teacher, self.at, folder, wanted.cache_mb)
+        return trainer.Lesson(task, told, lambda: self.known, len(self.known), wanted)
 
     def prune(self, sparse: nn.Module, wanted: Recovery) -> tuple[nn.Module, tuple[float, ...]]:
         """The 2:4 model taught by the dense one, and how much each late layer counts from now on."""
         made = copy.deepcopy(sparse)
         lesson = self.lesson(self.dense, wanted.model_copy(update={"rate": RATE}), self.folder / "dense")
-        tune.tune(tune.Run(made, lesson, zeros=zeros_of(made, self.names)), lambda _: 0.0)
-        return made, distill.aware(lesson.apart(made))
+        trainer.tune(trainer.Run(made, lesson, zeros=zeros_of(made, self.names)), lambda _: 0.0)
+        return made, distillation.aware(lesson.apart(made))
 
     def quantize(self, sparse: nn.Module, wanted: Recovery, factors: tuple[float, ...]) -> nn.Module:
         """The 2:4 model on 8 bits, taught by the 2:4 model: weights, steps and ranges learn."""
         made = rounded(Pictures(sparse, self.known), self.names, learn=True)
-        wanted = staged.second(wanted.model_copy(update={"rate": RATE, "cache_mb": 0}))
+        wanted = two_stage.second(wanted.model_copy(update={"rate": RATE, "cache_mb": 0}))
         lesson = self.lesson(sparse, wanted, self.folder / "sparse")
-        run = tune.Run(made, lesson, zeros=zeros_of(sparse, self.names), factors=factors)
-        tune.tune(run, lambda _: 0.0)
+        run = trainer.Run(made, lesson, zeros=zeros_of(sparse, self.names), factors=factors)
+        trainer.tune(run, lambda _: 0.0)
         return made
 
 
@@ -237,7 +238,7 @@ def untuned(task: Pictures, sparse: nn.Module, names: Sequence[str], held: Held)
         for name, made in ((words, net), (f"{words}, int8", bits)):
             scores = held.judge(made)
             plain = copy.deepcopy(made)
-            size = counted(plain, names, quantize.settle(plain), sparse=is_sparse)
+            size = counted(plain, names, quantized_layers.settle(plain), sparse=is_sparse)
             rows.append({"what": name, **scores, **size.against(full)})
             print(rows[-1], file=sys.stderr, flush=True)
     weights = sum(out * inner for out, inner in DEIT_B)
@@ -257,7 +258,7 @@ def tuned(stages: Stages, sparse: nn.Module, held: Held, seed: int) -> Iterator[
         factors = () if terms == "no factors" else factors
         made = stages.quantize(first, wanted, factors)
         scores = held.judge(made)
-        size = counted(made, stages.names, quantize.settle(made), sparse=True)
+        size = counted(made, stages.names, quantized_layers.settle(made), sparse=True)
         row: Row = {"what": terms, "seed": seed, "accuracy_2:4": held.judge(first)["accuracy"]}
         row |= {**scores, **size.against(full), "factors": [round(each, 2) for each in factors]}
         yield row | {"seconds": round(time.perf_counter() - began, 1)}

@@ -22,11 +22,13 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress import bench, pat, residual
-from compress.export import runners
-from compress.export.onnx import export
-from compress.quality import Batch
-from compress.stream import Stream
+from compress.export.backends import onnxruntime
+from compress.export.onnx.writer import export
+from compress.measure import timing
+from compress.methods import hidden_width
+from compress.sites.residual_stream import Stream
+from compress.tasks.task import Batch
+from compress.training import pruning_aware
 
 Row = dict[str, object]
 REMOVED = 0.25
@@ -45,7 +47,7 @@ class Lesson:
     model: nn.Module
     example: dict[str, Tensor]
     batches: Callable[[int], Iterator[Batch]]
-    loss: pat.Loss
+    loss: pruning_aware.Loss
     score: Callable[[nn.Module], float]
 
 
@@ -128,11 +130,11 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
         began = time.perf_counter()
         steps = arguments.dense_steps or DENSE_STEPS
         fit(lesson.model, lesson, lesson.batches(1000), steps, RATE)
-        stream = residual.find_stream(lesson.model, lesson.example)
+        stream = hidden_width.find_stream(lesson.model, lesson.example)
         sample = [batch for batch, _ in zip(lesson.batches(2000), range(MOMENTS), strict=False)]
-        second = residual.moments(lesson.model, stream, sample)
+        second = hidden_width.moments(lesson.model, stream, sample)
         width = round((1 - REMOVED) * stream.width)
-        cut = residual.narrow(lesson.model, stream, second, width)
+        cut = hidden_width.narrow(lesson.model, stream, second, width)
         for name, model in (("dense", lesson.model), ("cut by PCA, not tuned", cut)):
             rows.append(_row(lesson, name, None, lesson.score(model), began))
         for seed in range(arguments.repeats):
@@ -146,9 +148,11 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
 
 def fit(model: nn.Module, lesson: Lesson, batches: Iterator[Batch], steps: int, rate: float) -> None:
     """Plain training of all weights, with the schedule of pruning-aware tuning."""
-    settings = pat.Settings(steps=steps, learning_rate=rate)
+    settings = pruning_aware.Settings(steps=steps, learning_rate=rate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=settings.decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pat.rate_at(step, settings))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: pruning_aware.rate_at(step, settings)
+    )
     model.train()
     for _ in range(steps):
         value = lesson.loss(model, next(batches))
@@ -171,16 +175,16 @@ def afterwards(
     lesson: Lesson, stream: Stream, second: Tensor, width: int, seed: int, steps: int
 ) -> nn.Module:
     """Prune, then tune."""
-    model = residual.narrow(lesson.model, stream, second, width)
+    model = hidden_width.narrow(lesson.model, stream, second, width)
     fit(model, lesson, lesson.batches(seed), steps, TUNED_RATE)
     return model
 
 
 def aware(lesson: Lesson, stream: Stream, second: Tensor, width: int, seed: int, steps: int) -> nn.Module:
     """Prune while tuning."""
-    settings = pat.Settings(steps=steps, learning_rate=TUNED_RATE, seed=seed)
-    pruner = pat.Pruner(lesson.model, stream, second, width, settings)
-    return pat.tune(pruner, lesson.batches(seed), lesson.loss)
+    settings = pruning_aware.Settings(steps=steps, learning_rate=TUNED_RATE, seed=seed)
+    pruner = pruning_aware.Pruner(lesson.model, stream, second, width, settings)
+    return pruning_aware.tune(pruner, lesson.batches(seed), lesson.loss)
 
 
 METHODS = {"dense, tuned as long": dense, "prune, then tune": afterwards, "PAT": aware}
@@ -223,16 +227,16 @@ def speeds(out: Path) -> list[Row]:
     rows: list[Row] = []
     for name, (model, example) in shapes.items():
         model.eval()
-        stream = residual.find_stream(model, example)
+        stream = hidden_width.find_stream(model, example)
         width = round((1 - REMOVED) * stream.width)
-        narrow = residual.narrow(model, stream, torch.eye(stream.width), width)
+        narrow = hidden_width.narrow(model, stream, torch.eye(stream.width), width)
         files = {}
         for key, module in (("dense", model), ("narrow", narrow)):
             files[key] = out / f"{len(rows)}-{key}.onnx"
             export(module, example, files[key], output_name="logits")
         inputs = {key: value.numpy() for key, value in example.items()}
-        calls = {key: runners.OrtRunner(file, 1).timed(inputs) for key, file in files.items()}
-        ratio = bench.compare(calls, blocks=30, threads=1).ratio("narrow")
+        calls = {key: onnxruntime.OrtRunner(file, 1).timed(inputs) for key, file in files.items()}
+        ratio = timing.compare(calls, blocks=30, threads=1).ratio("narrow")
         rows.append(
             {
                 "model": name, "method": f"{stream.width} -> {width}", "speedup": round(ratio.value, 3),

@@ -14,13 +14,17 @@ import torch
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from compress import analyze, bench, quality, quantize, smoothing
 from compress.core import fakequant, ranges
 from compress.core.fakequant import Precision
-from compress.export import quantized
-from compress.export.onnx import export, save
-from compress.export.runners import OrtRunner
-from compress.task import Batch, Task, load_task
+from compress.export.backends.onnxruntime import OrtRunner
+from compress.export.onnx import quantized
+from compress.export.onnx.writer import export, save
+from compress.measure import timing
+from compress.methods import quantized_layers
+from compress.pipeline import smoothquant
+from compress.sites import discovery
+from compress.tasks import task as task_module
+from compress.tasks.loading import Batch, Task, load_task
 
 Row = dict[str, object]
 OURS = {"dynamic": "ours int8-dynamic, smoothed", "static": "ours int8-static, smoothed"}
@@ -43,15 +47,15 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     files |= _ours(task, batches, files["float32"], out, words="")
     calm = copy.copy(task)
     calm.model = copy.deepcopy(task.model)
-    for spot in smoothing.moved(task, analyze.find_sites(task.model, example).sites, batches):
-        smoothing.apply(calm.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
+    for spot in smoothquant.moved(task, discovery.find_sites(task.model, example).sites, batches):
+        smoothquant.apply(calm.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
     path = out / "calm.onnx"
     export(calm.model, example, path, output_name=task.output_name, logits=task.logits)
     files |= _ours(calm, batches, path, out, words=", smoothed")
     files |= _theirs(task, batches, files["float32"], out)
     runners = {name: OrtRunner(path, 1) for name, path in files.items()}
     inputs = {name: tensor.numpy() for name, tensor in example.items()}
-    timed = bench.compare({name: runner.timed(inputs) for name, runner in runners.items()}, block_ms=20)
+    timed = timing.compare({name: runner.timed(inputs) for name, runner in runners.items()}, block_ms=20)
     answers = _answers(task, runners)
     rows: list[Row] = []
     for name, found in answers.items():
@@ -94,7 +98,7 @@ def _answers(task: Task, runners: Mapping[str, OrtRunner]) -> dict[str, Answers]
             for name, runner in runners.items():
                 found = torch.from_numpy(runner.infer(feed)[task.output_name])
                 right[name].append((found.argmax(-1) == batch.labels).numpy())
-                apart[name].append(quality.kl(found, dense).numpy())
+                apart[name].append(task_module.kl(found, dense).numpy())
     return {name: Answers(np.concatenate(right[name]), np.concatenate(apart[name])) for name in runners}
 
 
@@ -120,19 +124,19 @@ def _ours(task: Task, batches: Sequence[Batch], dense: Path, out: Path, *, words
     Those are rounding to the nearest, and other rules for the range of an input.
     """
     weights = quantized.product_weights(ir.load(dense))
-    seen = quantize.observe(task, weights, batches)
+    seen = quantized_layers.observe(task, weights, batches)
     files = {}
 
-    rounded: dict[tuple[str, str], quantize.Place] = {}
+    rounded: dict[tuple[str, str], quantized_layers.Place] = {}
 
-    def round_one(weight: str, kind: Precision, *, nearest: bool) -> quantize.Place:
+    def round_one(weight: str, kind: Precision, *, nearest: bool) -> quantized_layers.Place:
         """A product with bytes of each run, whose codes are those of fixed ranges as well, or with 4 bits."""
         layer = task.model.get_submodule(weight.removesuffix(".weight"))
         how = "int4" if kind == "int4" else "int8-dynamic"
         if nearest:
-            return quantize.Place(fakequant.nearest(layer.weight.detach(), how))
+            return quantized_layers.Place(fakequant.nearest(layer.weight.detach(), how))
         if (weight, how) not in rounded:
-            found, _ = quantize.round_linear(layer, how, seen[weight].second, seen[weight].mean)
+            found, _ = quantized_layers.round_linear(layer, how, seen[weight].second, seen[weight].mean)
             rounded[weight, how] = found
         return rounded[weight, how]
 

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress import sltrain
 from compress.core.sltrain import account
+from compress.training import sltrain_layers
 
 Row = dict[str, object]
 STEPS = 500
@@ -118,7 +118,7 @@ def thin(net: nn.Module, *, same_parameters: bool) -> None:
 
 def mixed(net: nn.Module, seed: int) -> None:
     """Sparse plus low rank, in place."""
-    sltrain.convert(net, products(net), rank=RANK, density=DENSITY, alpha=ALPHA, seed=seed)
+    sltrain_layers.convert(net, products(net), rank=RANK, density=DENSITY, alpha=ALPHA, seed=seed)
 
 
 METHODS: dict[str, Callable[[nn.Module, int], None]] = {
@@ -209,7 +209,7 @@ def megabytes(net: nn.Module, optimizer: torch.optim.Optimizer, windows: Tensor)
         "gradients": _bytes(value.grad for value in net.parameters()),
         "optimizer": _bytes(states),
     }
-    layers = [part for part in net.modules() if isinstance(part, sltrain.SparseLowRank)]
+    layers = [part for part in net.modules() if isinstance(part, sltrain_layers.SparseLowRank)]
     temporary = max(
         (account(len(x.left), x.right.shape[1], RANK, DENSITY).temporary_bytes for x in layers), default=0
     )

@@ -11,11 +11,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compress import analyze, quality, quantize, smoothing
 from compress.core import ranges, smooth
 from compress.core.fakequant import Precision
-from compress.quality import Batch, Task, lost_between
-from compress.texts import TextGeneration
+from compress.methods import quantized_layers
+from compress.pipeline import smoothquant
+from compress.sites import discovery
+from compress.tasks import task as task_module
+from compress.tasks.task import Batch, Task, lost_between
+from compress.tasks.text import TextGeneration
 
 Row = dict[str, object]
 TOKENS = 128  # of a block
@@ -40,7 +43,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     """Every product of the sites on integers: perplexity, what was lost of it, divergence."""
     task = Stories(arguments.data / "stories260k")
     seen = list(task.batches("calibration", 16))
-    sites = analyze.find_sites(task.model, seen[0].inputs).sites
+    sites = discovery.find_sites(task.model, seen[0].inputs).sites
     names = [matmul.weight for site in sites for matmul in site.matmuls]
     dense = task.outcomes(_run(task, task.model))
     rows: list[Row] = [
@@ -49,8 +52,8 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     for way, levels in WAYS.items():
         calm = copy.copy(task)
         calm.model = copy.deepcopy(task.model)
-        for spot in smoothing.moved(task, sites, seen, levels) if levels else ():
-            smoothing.apply(calm.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
+        for spot in smoothquant.moved(task, sites, seen, levels) if levels else ():
+            smoothquant.apply(calm.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
         for kind in KINDS:
             model = _rounded(calm, names, seen, kind)
             found = task.outcomes(_run(task, model))
@@ -70,18 +73,20 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
 
 def _rounded(task: Task, names: Sequence[str], batches: Sequence[Batch], kind: Precision) -> nn.Module:
     """A copy of the model whose products of these weights compute in a precision."""
-    seen = quantize.observe(task, names, batches)
+    seen = quantized_layers.observe(task, names, batches)
     places = {}
     for name in names:
         layer = task.model.get_submodule(name.removesuffix(".weight"))
         span = ranges.span(seen[name].histogram, "mse") if kind == "int8-static" else None
-        places[name], _ = quantize.round_linear(layer, kind, seen[name].second, seen[name].mean, span=span)
+        places[name], _ = quantized_layers.round_linear(
+            layer, kind, seen[name].second, seen[name].mean, span=span
+        )
     model = copy.deepcopy(task.model)
-    quantize.insert(model, places)
+    quantized_layers.insert(model, places)
     return model
 
 
-def _run(task: Task, model: nn.Module) -> quality.Run:
+def _run(task: Task, model: nn.Module) -> task_module.Run:
     """A torch model as scores are asked of it."""
 
     def run(inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -98,6 +103,6 @@ def _divergence(task: Task, model: nn.Module) -> float:
     with torch.inference_mode():
         for batch in task.batches("test", 16):
             answers = [task.logits(one(**batch.inputs)) for one in (model, task.model)]
-            total += float(quality.kl(*answers).sum())
+            total += float(task_module.kl(*answers).sum())
             count += batch.inputs["input_ids"].numel()
     return total / count

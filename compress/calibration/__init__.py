@@ -1,0 +1,1 @@
+"""Statistics of activations and saliencies, collected on calibration data."""

@@ -1,0 +1,256 @@
+"""What a site should cost on a device that is not at hand, from the facts of its profile.
+
+The roofline adds up the operators that a site runs. Each takes the longer of its arithmetic and its
+memory traffic, plus a launch. Arithmetic runs at the peak only where whole tiles fill the whole device,
+and traffic that does not shrink with the site (its input and output) stays, so a narrow site gains less
+than its share of the work. How far off it is, `compress.cost.published_latencies` says.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from compress.errors import CompressError
+from compress.ir import Option, Site
+from compress.profiles import Profile
+
+PLAIN = Option()
+BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
+# Rows, columns and relative speed of the output tiles that a GPU library chooses from: a larger tile
+# reuses more of what it loads, a smaller one wastes less of a narrow matrix.
+TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 64, 0.65), (64, 32, 0.4))
+
+STALLED = 0.35  # of the power above idle while a GPU waits for launches: an order of magnitude, no source
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The few numbers that no data sheet states; `descend` fits them to times that are known.
+
+    Attributes:
+        compute: share of the peak that a large aligned product sustains.
+        bandwidth: share of the memory bandwidth that a large transfer sustains.
+        launches: factor on the profile's cost of a launch.
+        misaligned: slowdown of a product on tensor cores when a width is not aligned; fitted, with the
+            launches of the GPUs' profiles, to ZipLM's tables (`compress.cost.published_latencies`).
+    """
+
+    compute: float = 0.85
+    bandwidth: float = 0.8
+    launches: float = 1.0
+    misaligned: float = 1.68
+
+
+DEFAULT = Constants()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operator: `batch` products `rows x inner @ inner x out`, or none, and what it moves.
+
+    `precision` is that of its operands where it is not the model's.
+    """
+
+    moved_bytes: float
+    batch: int = 1
+    rows: int = 0
+    out: int = 0
+    inner: int = 0
+    precision: str = ""
+
+
+def product(batch: int, rows: int, out: int, inner: int, width_bytes: float, precision: str = "") -> Kernel:
+    """A (batched) matrix product that reads both sides, in their own precision, and writes its result."""
+    read_bytes = BYTES[precision] if precision else width_bytes
+    moved = batch * ((rows * inner + inner * out) * read_bytes + rows * out * width_bytes)
+    return Kernel(moved, batch, rows, out, inner, precision)
+
+
+def kernels(
+    site: Site, units: int, width_bytes: float, *, fused: bool, option: Option = PLAIN
+) -> list[Kernel]:
+    """What a site runs at `units` in the form of an option; nothing when it is dropped.
+
+    A pattern that the device executes shortens what is summed over; a rank adds two thin products. In a
+    lower precision the products read less, once what they read was rounded, and all else stays as it is.
+
+    With `fused` (TensorRT) biases, activations and the inside of attention cost no traffic of their
+    own; otherwise every elementwise operator reads and writes its tensor.
+    """
+    if units == 0:
+        return []
+    found: list[Kernel] = []
+    low = "" if option.precision == PLAIN.precision else option.precision.split("-")[0]
+    read: set[tuple[int, bool]] = set()  # readers share their input
+    for matmul in site.matmuls:
+        out, inner = matmul.features(units)
+        found.append(product(1, matmul.rows, out, max(1, round(inner * option.density)), width_bytes, low))
+        source = (inner, bool(matmul.out_per_unit))
+        if low and not fused and source not in read:
+            found.append(Kernel(matmul.rows * inner * (width_bytes + BYTES[low])))
+        read.add(source)
+        if option.rank:
+            found.append(product(1, matmul.rows, option.rank, inner, width_bytes))
+            found.append(product(1, matmul.rows, out, option.rank, width_bytes))
+        if matmul.bias and not fused:
+            found.append(Kernel(2 * matmul.rows * out * width_bytes))
+    if site.kind == "heads" and site.head_dim:
+        found += _attention(site, units, width_bytes, fused=fused)
+    elif not fused:
+        hidden = sum(m.rows * m.features(units)[0] for m in site.matmuls if m.out_per_unit)
+        if site.activation:
+            found.append(Kernel(2 * hidden / (2 if site.gated else 1) * width_bytes))
+        if site.gated:
+            found.append(Kernel(1.5 * hidden * width_bytes))
+    return found
+
+
+def _attention(site: Site, units: int, width_bytes: float, *, fused: bool) -> list[Kernel]:
+    """Scores, softmax and context of all kept heads."""
+    heads, tokens, width = site.batch * units * site.queries, site.tokens, site.head_dim
+    seen = site.past + tokens
+    scores = product(heads, tokens, seen, width, width_bytes)
+    context = product(heads, tokens, width, seen, width_bytes)
+    features, held = heads * tokens * width * width_bytes, heads * seen * width * width_bytes
+    # The cache is copied to where one more token fits; a group of queries shares it.
+    copies = [Kernel(2 * held / site.queries) for _ in ("k", "v") if site.past]
+    if fused:  # one kernel that keeps the scores on chip
+        return [Kernel(2 * (features + held), 2 * heads, tokens, seen, width), *copies]
+    square = heads * tokens * seen * width_bytes
+    passes = [Kernel(2 * square) for _ in ("scale", "mask", "softmax")]
+    transposes = [Kernel(2 * features) for _ in ("q", "k", "v", "context")]
+    return [scores, *passes, context, *transposes, *copies]
+
+
+def kernel_ms(
+    kernel: Kernel,
+    profile: Profile,
+    precision: str,
+    constants: Constants = DEFAULT,
+    *,
+    share: float = 1.0,
+) -> float:
+    """Time of one operator on a share of the processors: arithmetic or traffic, plus its launch."""
+    precision = kernel.precision or precision
+    peak = _peak(profile, precision) * 1e9 * constants.compute * share  # flop per millisecond
+    bandwidth = profile.bandwidth_gb_s * 1e6 * constants.bandwidth  # bytes per millisecond
+    launch = profile.launch_us * 1e-3 * constants.launches
+    return max(_work(kernel, profile, precision, constants) / peak, kernel.moved_bytes / bandwidth) + launch
+
+
+def _peak(profile: Profile, precision: str) -> float:
+    if precision not in profile.peak_tflops:
+        raise CompressError(
+            f"{profile.name} states no peak for {precision!r}; known: {', '.join(profile.peak_tflops)}"
+        )
+    return profile.peak_tflops[precision]
+
+
+def _work(kernel: Kernel, profile: Profile, precision: str, constants: Constants) -> float:
+    """Floating-point operations, counting lanes and processors that idle as if they had worked."""
+    if not kernel.rows:
+        return 0.0
+    if profile.kind == "cpu":
+        out = math.ceil(kernel.out / profile.align_units) * profile.align_units
+        return 2.0 * kernel.batch * kernel.rows * out * kernel.inner
+    waves = []
+    for tile_rows, tile_columns, speed in TILES:
+        tiles = kernel.batch * math.ceil(kernel.rows / tile_rows) * math.ceil(kernel.out / tile_columns)
+        full = math.ceil(tiles / profile.processors) * profile.processors
+        waves.append(2.0 * full * tile_rows * tile_columns * kernel.inner / speed)
+    # Loads of 16 bytes need widths of 16 bytes; without tensor cores nothing depends on it.
+    lanes = int(16 / BYTES[precision.split()[0]])
+    aligned = precision == "fp32" or not (kernel.out % lanes or kernel.inner % lanes)
+    return min(waves) * (1.0 if aligned else constants.misaligned)
+
+
+def roofline(
+    site: Site,
+    units: int,
+    profile: Profile,
+    precision: str | None = None,
+    *,
+    threads: int | None = None,
+    fused: bool | None = None,
+    constants: Constants = DEFAULT,
+    option: Option = PLAIN,
+) -> float:
+    """Estimated milliseconds that a site adds to the model at `units`.
+
+    Args:
+        site: the site, at the shape of its example inputs.
+        units: units kept, 0 for a dropped site.
+        profile: the device.
+        precision: of the model; the profile's baseline when None.
+        threads: cores used on a CPU; all when None.
+        fused: whether elementwise operators disappear; by default they do in TensorRT.
+        constants: what no data sheet states.
+        option: its pattern, rank and precision; its units are not read.
+    """
+    precision = precision or profile.baseline_precision
+    fused = profile.runtime == "tensorrt" if fused is None else fused
+    share = min(1.0, (threads or profile.processors) / profile.processors) if profile.kind == "cpu" else 1.0
+    _peak(profile, precision)
+    width_bytes = BYTES[precision.split()[0]]
+    return sum(
+        kernel_ms(kernel, profile, precision, constants, share=share)
+        for kernel in kernels(site, units, width_bytes, fused=fused, option=option)
+    )
+
+
+def most_above_idle_w(profile: Profile, threads: int | None = None) -> float | None:
+    """Power above idle at full load, of the busy cores on a CPU; None where the profile states none."""
+    if profile.idle_w is None or profile.load_w is None:
+        return None
+    share = min(1.0, (threads or profile.processors) / profile.processors) if profile.kind == "cpu" else 1.0
+    return (profile.load_w - profile.idle_w) * share
+
+
+def above_idle_w(
+    site: Site,
+    units: int,
+    profile: Profile,
+    precision: str | None = None,
+    *,
+    threads: int | None = None,
+    constants: Constants = DEFAULT,
+) -> float | None:
+    """Mean power above idle while a site runs: full while a GPU computes or moves data, less while it waits.
+
+    A processor that waits spins, so it draws the same all the time. None where the profile states no power.
+    """
+    most = most_above_idle_w(profile, threads)
+    if most is None or profile.kind == "cpu":
+        return most
+    precision = precision or profile.baseline_precision
+    run = kernels(site, units, BYTES[precision.split()[0]], fused=profile.runtime == "tensorrt")
+    total = sum(kernel_ms(kernel, profile, precision, constants) for kernel in run)
+    waiting = len(run) * profile.launch_us * 1e-3 * constants.launches
+    return most * (1 - (1 - STALLED) * waiting / total) if total else 0.0
+
+
+def descend(off: Callable[[Constants], float], names: Iterable[str]) -> Constants:
+    """The constants at which `off` is least; one of `names` at a time is moved by a factor.
+
+    Coarse factors come first. Shares of a peak stay below 1, a slowdown above it.
+    """
+    free = tuple(names)
+    best, least = DEFAULT, off(DEFAULT)
+    for factor in (2.0, 1.25, 1.06, 1.015):
+        improved = True
+        while improved:
+            improved = False
+            for trial in (_moved(best, name, move) for move in (factor, 1 / factor) for name in free):
+                found = off(trial)
+                if found < least * (1 - 1e-6):
+                    best, least, improved = trial, found, True
+    return best
+
+
+def _moved(constants: Constants, name: str, factor: float) -> Constants:
+    value = getattr(constants, name) * factor
+    if name in ("compute", "bandwidth"):
+        value = min(1.0, value)
+    if name == "misaligned":
+        value = max(1.0, value)
+    return replace(constants, **{name: value})

@@ -1,0 +1,1 @@
+"""Several processes: collectives, sharded parameters, their environment."""

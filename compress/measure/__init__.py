@@ -1,0 +1,1 @@
+"""Timing on this machine and the statistics of what was measured."""

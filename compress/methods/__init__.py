@@ -1,0 +1,1 @@
+"""How a site may be compressed: pruning, sparsity, low rank, quantization."""

@@ -1,0 +1,61 @@
+"""The forms of a plan's sites in an exported file: blocks, low rank and integers."""
+
+from collections.abc import Iterable, Mapping
+
+import onnx_ir as ir
+import torch
+
+from compress.core import lowrank
+from compress.core.fakequant import Quantized
+from compress.export.microbench.onnx_chain import Choose, Written, unmeasured
+from compress.export.onnx import block_sparse, linear_lowering, quantized
+from compress.export.onnx.linear_lowering import Lowering
+from compress.ir import Option, Site
+from compress.sites.prune import Removal, readers
+
+
+def lower(
+    graph: ir.Model,
+    sites: Iterable[Site],
+    removals: Mapping[str, Removal],
+    written: Written = unmeasured,
+) -> None:
+    """Write the products of every site in the form that its removal states, in place.
+
+    Args:
+        graph: as `export.onnx.writer` writes it, of the model shrunk by the same removals.
+        sites: those of the original model.
+        removals: by site name; those without a form change nothing.
+        written: the layout of a site's products in blocks.
+    """
+    products: dict[str, Lowering] = {}
+    codes: dict[str, Quantized] = {}
+    for site in sites:
+        removal = removals.get(site.name)
+        if removal is None or removal.form == "dense" or not len(removal.kept):
+            continue
+        option = Option.of(removal.form, None)
+        codes |= removal.codes
+        if option.pattern.startswith("block:") or option.rank:
+            for name in (site.writer, *readers(site)):
+                products[name] = _lowering(graph, name, option, removal, written(site))
+    if products:
+        linear_lowering.lower(graph, products)
+    if codes:
+        quantized.lower(graph, codes)
+
+
+def _lowering(graph: ir.Model, name: str, option: Option, removal: Removal, choose: Choose) -> Lowering:
+    """How one product of a finished model is written."""
+    weight = block_sparse.values(graph.graph.initializers[name])
+    left = right = rest = None
+    if option.rank:
+        factors = removal.factors[name]
+        left, right = (part.numpy() for part in factors)
+        if option.pattern != "dense":
+            rest = lowrank.apart(torch.from_numpy(weight), *factors).numpy()
+    if option.pattern == "dense":
+        return Lowering(left=left, right=right)
+    out, inner = weight.shape
+    blocks = block_sparse.find(weight if rest is None else rest, *option.block)
+    return Lowering(blocks, choose(out, inner, blocks), left=left, right=right, sparse=rest)

@@ -1,0 +1,1 @@
+"""The stages of a compilation, each a function of a `Job`."""

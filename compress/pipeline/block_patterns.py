@@ -1,0 +1,145 @@
+"""The block patterns that a site is offered, and the layouts its products are written in, by measurement.
+
+What blocks gain is decided by their shape as much as by their number: tall ones read their inputs once for
+more outputs, fine ones lose less of the weight. So every product of a job is timed once in a few shapes and
+all layouts that hold them (`export.microbench.block_layouts`). For each density a site gets
+the finest blocks that come near the fastest, and its files are
+written in the layouts that were fastest: those that its price was timed in.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from pydantic import Field
+
+from compress import artifacts
+from compress.export.microbench import block_layouts
+from compress.export.microbench.block_layouts import Shape
+from compress.export.microbench.onnx_chain import Choose
+from compress.export.place import Place
+from compress.ir import Document, Option, Site
+from compress.methods import apply
+from compress.pipeline.job import Job
+
+SHAPES = ("64x32", "64x64", "128x32", "128x64")
+DENSITIES = (0.5, 0.25)
+NEAR = 0.9  # of the fastest shape's gain is enough for a finer one
+TRUE = 0.25  # a density may be off by this share of it where it meets few blocks
+
+
+class Fastest(Document):
+    """One product in one pattern: its fastest layout, and how many times faster than dense it is there."""
+
+    rows: int
+    out: int
+    inner: int
+    pattern: str
+    layout: str
+    speedup: float
+
+    @property
+    def shape(self) -> Shape:
+        """What was timed."""
+        return block_layouts.shape_of(self.rows, self.out, self.inner, self.pattern)
+
+
+class Offer(Document):
+    """The patterns that a site is offered, and all that were timed of its products."""
+
+    patterns: tuple[str, ...]
+    products: tuple[Fastest, ...]
+
+
+class Patterns(Document):
+    """What blocks do on the target, by `Site.shape`; nothing where that cannot be measured here."""
+
+    sites: dict[str, Offer] = Field(default_factory=dict)
+
+    def offered(self, site: Site) -> tuple[str, ...] | None:
+        """The block patterns that a site may take; None where nothing was measured."""
+        known = self.sites.get(site.shape)
+        return None if known is None else known.patterns
+
+    def written(self, site: Site) -> Choose:
+        """The layout of a site's products in blocks, in the file that is timed and in that which ships."""
+        known = self.sites.get(site.shape)
+        return block_layouts.chooser(
+            {} if known is None else {one.shape: one.layout for one in known.products}
+        )
+
+
+def of(job: Job) -> Patterns:
+    """The patterns of a job: timed once on a machine, then read from its table."""
+    place = job.place
+    if place is None or place.on_gpu or "block" not in job.recipe.options.moves:
+        return Patterns()
+    made_from = artifacts.digest(place.fingerprint, place.threads, sorted({site.shape for site in job.sites}))
+    return artifacts.saved(job.folder / "patterns.json", Patterns, made_from, lambda: _measured(job, place))
+
+
+def _measured(job: Job, place: Place) -> Patterns:
+    """Every product of every site in every pattern that fits it."""
+    able = [site for site in job.sites if apply.of(site, ("block",), job.profile)]
+    wanted = {site.shape: fitting(site) for site in able}
+    shapes = {shape for found in wanted.values() for own in found.values() for shape in own}
+    with job.stages("time blocks") as tick:
+        table = block_layouts.table(sorted(shapes), place.threads, tick)
+    best = {shape: block_layouts.best(table, shape) for shape in shapes}
+    sites = {}
+    for key, found in wanted.items():
+        gains = {pattern: _gain([(shape, best[shape][1]) for shape in own]) for pattern, own in found.items()}
+        products = [
+            Fastest(
+                rows=shape.rows, out=shape.out, inner=shape.inner, pattern=pattern,
+                layout=best[shape][0], speedup=round(best[shape][1], 4),
+            )
+            for pattern, own in found.items()
+            for shape in sorted(set(own))
+        ]  # fmt: skip
+        sites[key] = Offer(patterns=offered(gains), products=tuple(products))
+    return Patterns(sites=sites)
+
+
+def fitting(site: Site) -> dict[str, list[Shape]]:
+    """The products of a site, at the most units that fit, by pattern; without those that fit nowhere.
+
+    A pattern that keeps quite another share of a product than it says is left out too.
+    """
+    found = {}
+    for density in DENSITIES:
+        for size in SHAPES:
+            pattern = f"block:{size}@{density}"
+            units = apply.levels(site, pattern, [site.units])
+            shapes = [
+                block_layouts.shape_of(matmul.rows, *matmul.features(most), pattern)
+                for most in units
+                for matmul in site.matmuls
+            ]
+            if shapes and all(abs(s.kept * s.width / s.inner - density) <= TRUE * density for s in shapes):
+                found[pattern] = shapes
+    return found
+
+
+def offered(gains: dict[str, float]) -> tuple[str, ...]:
+    """Of each density the pattern with the smallest blocks that gains nearly what the fastest does.
+
+    >>> offered({"block:32x32@0.5": 1.2, "block:64x32@0.5": 1.7, "block:128x64@0.5": 1.8})
+    ('block:64x32@0.5',)
+    """
+    chosen = {}
+    for density in dict.fromkeys(Option(pattern=pattern).density for pattern in gains):
+        own = {pattern: gain for pattern, gain in gains.items() if Option(pattern=pattern).density == density}
+        near = [pattern for pattern, gain in own.items() if gain >= NEAR * max(own.values())]
+        chosen[density] = min(near, key=lambda pattern: (_weights(pattern), -own[pattern]))
+    return tuple(chosen.values())
+
+
+def _weights(pattern: str) -> int:
+    """Weights of one block."""
+    rows, columns = Option(pattern=pattern).block
+    return rows * columns
+
+
+def _gain(products: Iterable[tuple[Shape, float]]) -> float:
+    """The speedup of several products together, each weighed by its dense size."""
+    sizes: Sequence[tuple[int, float]] = [(shape.out * shape.inner, gain) for shape, gain in products]
+    return sum(size for size, _ in sizes) / sum(size / gain for size, gain in sizes)

@@ -1,0 +1,220 @@
+"""What every stage of a compilation needs: the request, the model, its sites, and where results go."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from compress import artifacts, profiles
+from compress.distributed import collectives
+from compress.errors import CompressError
+from compress.export.backends.onnxruntime import Array
+from compress.export.onnx import decoder
+from compress.export.place import Place, place_of
+from compress.ir import Site
+from compress.recipe import Recipe, to_toml
+from compress.report.schema import Stage
+from compress.sites import discovery
+from compress.sites.discovery import Sites
+from compress.tasks.loading import Batch, Task, load_task
+
+Tick = Callable[[int, int], None]
+
+
+class Progress(Protocol):
+    """Where a compilation says what it is doing; the command line draws it."""
+
+    def stage(self, name: str) -> AbstractContextManager[Tick]:
+        """A stage begins; the callback takes work done and work in all."""
+
+    def say(self, line: str) -> None:
+        """One line worth reading even without a terminal."""
+
+
+@dataclass
+class Stages:
+    """The stages run so far and their seconds, for the report."""
+
+    progress: Progress
+    seconds: list[Stage] = field(default_factory=list)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Tick]:
+        """Run one stage under its name."""
+        began = time.perf_counter()
+        with self.progress.stage(name) as tick:
+            yield tick
+        self.seconds.append(Stage(name=name, seconds=round(time.perf_counter() - began, 3)))
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """What a job's model has lost of the one that was asked about: channels of its residual stream.
+
+    Attributes:
+        wide: the job on the model that was asked about.
+        site: the residual stream of that model.
+        units: channels that are left.
+        error: share of what flowed through the stream that is gone.
+        down: [units, site.units] from a hidden state to the one that stands for it.
+        stated: whether the model's configuration says the new width, so that loading need not be told.
+    """
+
+    wide: "Job"
+    site: Site
+    units: int
+    error: float
+    down: Tensor
+    stated: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation. `model_key` names the model and shapes, `key` also data and options.
+
+    `sites` are at the shape of the phase that was asked for, so that they cost what a run of it costs.
+    `narrowed` says what the model lacks where it is a narrower one than was asked about; `origin` is the
+    job on that one where another model of its shapes has taken its place.
+    """
+
+    recipe: Recipe
+    task: Task
+    profile: profiles.Profile
+    folder: Path
+    stages: Stages
+    model_key: str
+    key: str
+    found: Sites
+    sites: tuple[Site, ...]
+    calibration: tuple[Batch, ...]
+    narrowed: Narrowed | None = None
+    origin: "Job | None" = None
+
+    @property
+    def baseline(self) -> "Job":
+        """The job on the model that everything is compared with."""
+        before = self.origin if self.narrowed is None else self.narrowed.wide
+        return self if before is None else before.baseline
+
+    @cached_property
+    def place(self) -> Place | None:
+        """Where on this machine time is measured, None when the target is another device."""
+        found = place_of(self.profile, self.recipe.bench.threads)
+        if found is None:
+            return None
+        steps = self.recipe.shapes.phase == "decode"
+        task = self.task
+        return found.suited(task.model, task.logits, task.output_name, self.prompt, steps=steps)
+
+    @property
+    def prompt(self) -> dict[str, Array]:
+        """The inputs that are timed, as arrays."""
+        example = self.task.example(self.recipe.shapes.batch, self.recipe.shapes.tokens)
+        return {name: tensor.numpy() for name, tensor in example.items()}
+
+    @property
+    def here(self) -> bool:
+        """Whether the target is this machine or its GPU, so that time is measured and not looked up."""
+        return self.place is not None
+
+    @property
+    def file(self) -> Path:
+        """The file that ships."""
+        return Path(self.recipe.out) / "model.onnx"
+
+    @property
+    def decodes(self) -> bool:
+        """Whether files of this job hold a key-value cache, and two phases are timed."""
+        return decodes(self.task)
+
+    @property
+    def asked(self) -> float | None:
+        """The speedup that was asked for, None for a budget of another kind."""
+        return self.recipe.budget.speedup
+
+    def on(self, model: nn.Module) -> "Job":
+        """The same job with another model of the same shapes in the place of the dense one."""
+        task = copy.copy(self.task)
+        task.model = model
+        return replace(self, task=task, key=artifacts.digest(self.key, *fingerprint(model)), origin=self)
+
+
+def prepare(recipe: Recipe, progress: Progress) -> Job:
+    """Load the model and its data, and find the sites.
+
+    Raises:
+        CompressError: the target, output folder, model or data cannot be used, or nothing in the
+            model can be compressed.
+    """
+    profile = profiles.load(recipe.target)
+    folder = artifacts.claim(Path(recipe.out))
+    stages = Stages(progress)
+    with stages("load"):
+        collectives.call("load", {"recipe": recipe.model_dump(mode="json")})
+        task, batches = load(recipe)
+    model_key = artifacts.digest(*fingerprint(task.model), recipe.shapes)
+    if recipe.shapes.phase == "decode" and not decodes(task):
+        raise CompressError(
+            f"--phase decode asks for the time of a token after others, but {task.name} with "
+            f"{type(task.model).__name__} has no key-value cache to decode with; leave out --phase"
+        )
+    example = task.example(recipe.shapes.batch, recipe.shapes.tokens)
+    with stages("find sites"):
+        found = artifacts.saved(
+            folder / "sites.json", Sites, model_key, lambda: discovery.find_sites(task.model, example)
+        )
+    sites = tuple(site for site in found.sites if site.kind in recipe.options.kinds)
+    if not sites:
+        reasons = [f"{skip.place}: {skip.reason}" for skip in found.skipped[:5]]
+        nothing = "The traced program holds no attention and no feed-forward pair."
+        raise CompressError(
+            f"no place to compress was found among kinds {', '.join(recipe.options.kinds)}.\n"
+            f"  {found.fallback or '; '.join(reasons) or nothing}\n"
+            "  `compress inspect MODEL` lists what was looked at."
+        )
+    if recipe.shapes.phase == "decode":
+        sites = tuple(site.step() for site in sites)
+    seen = [content(batch) for batch in batches]
+    key = artifacts.digest(model_key, recipe.calibration, recipe.options, *seen)
+    artifacts.write_text(folder / "recipe.toml", to_toml(recipe))
+    return Job(recipe, task, profile, folder, stages, model_key, key, found, sites, batches)
+
+
+def load(recipe: Recipe) -> tuple[Task, tuple[Batch, ...]]:
+    """A recipe's task and its calibration inputs; of several processes, each loads its own."""
+    with collectives.working():
+        task = load_task(
+            recipe.model,
+            recipe.data,
+            test=recipe.test,
+            task=recipe.task,
+            text=recipe.text,
+            label=recipe.label,
+            tokens=recipe.shapes.tokens if recipe.task == "text-generation" else None,
+        )
+        wanted = recipe.calibration
+        return task, tuple(task.batches("calibration", wanted.batch, wanted.samples))
+
+
+def decodes(task: Task) -> bool:
+    """Whether the files of a task hold a key-value cache."""
+    return task.name == "text-generation" and decoder.takes_cache(task.model)
+
+
+def fingerprint(model: nn.Module) -> list[bytes | str]:
+    """The names and contents of the model's tensors."""
+    parts: list[bytes | str] = [type(model).__name__]
+    for name, tensor in model.state_dict().items():
+        parts += [name, str(tuple(tensor.shape)), tensor.detach().contiguous().numpy().tobytes()]
+    return parts
+
+
+def content(batch: Batch) -> str:
+    """A hash of one batch as the model receives it."""
+    return artifacts.digest(*[t.contiguous().numpy().tobytes() for t in batch.inputs.values()])

@@ -1,0 +1,280 @@
+"""What every option of every site takes on the target: costs.json, measured here or estimated."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+from torch import nn
+
+from compress import artifacts, profiles
+from compress.cost import latency_table, roofline
+from compress.cost.latency_table import Rows, Table
+from compress.export.backends import onnxruntime, torch_cuda
+from compress.export.microbench import site_timing
+from compress.export.place import Place
+from compress.ir import Document, Option, Site, Source, Whole
+from compress.measure import timing
+from compress.methods import apply
+from compress.pipeline import block_patterns, model_files, whole_model
+from compress.pipeline.block_patterns import Patterns
+from compress.pipeline.job import Job
+from compress.profiles import Profile
+
+SIZE = "size_mb"
+FORM_LEVELS = 6  # widths timed in a form; between them its time is a line
+PAYS = 0.97  # of the plain site's time or bytes, above which a form is not worth its damage
+STORED = "fp32"  # of plain weights in a file
+
+
+class Costs(Document):
+    """Latencies in milliseconds on the target at the recipe's shapes.
+
+    `rows[site][form][units]` is the time that a site adds to a small model, `whole` makes of their sum
+    the time of the model: both measured when `source` says so. Only what pays is in `rows`;
+    `gains[site][form]` is the speedup of the uncut site in every form that was looked at; `untimed` are
+    the forms that were to be timed here, and could not be at any site.
+    """
+
+    whole: Whole
+    rows: dict[str, dict[str, dict[int, float]]]
+    gains: dict[str, dict[str, float]] = Field(default_factory=dict)
+    untimed: tuple[str, ...] = ()
+    source: Source
+
+    @property
+    def dense_ms(self) -> float:
+        """Time of the dense model."""
+        return self.whole.dense_ms
+
+    @property
+    def fixed_ms(self) -> float:
+        """Time that lies outside every site."""
+        return self.whole.fixed_ms
+
+    def latency_ms(self, site: Site, option: Option) -> float:
+        """What the site takes with the option."""
+        return self.rows[site.name][option.form][site.units if option.units is None else option.units]
+
+    def options(self, site: Site) -> tuple[Option, ...]:
+        """Everything that a site may become, the dense one first."""
+        return tuple(
+            Option.of(form, None if units == site.units else units)
+            for form, row in self.rows[site.name].items()
+            for units in sorted(row, reverse=True)
+        )
+
+
+def price(job: Job) -> Costs:
+    """The costs of a job, measured on this machine or looked up for another one."""
+    export_dense(job)
+    found = block_patterns.of(job)
+    levels = wanted_levels(job, found)
+    place = job.place
+    machine = job.profile.name if place is None else place.fingerprint
+    sized = job.recipe.budget.name == SIZE
+    made_from = artifacts.digest(job.model_key, machine, job.recipe.bench.threads, levels, sized, found)
+    return artifacts.saved(
+        job.folder / "costs.json",
+        Costs,
+        made_from,
+        lambda: _estimated(job, levels) if place is None else _measured(job, place, levels, found),
+    )
+
+
+def export_dense(job: Job) -> Path:
+    """The dense model as a file: the baseline of every comparison."""
+    path = job.folder / "dense.onnx"
+    stamp = job.folder / "dense.json"
+    if path.is_file() and _stamp(path, job.model_key) == _read(stamp):
+        return path
+    with job.stages("export dense"):
+        model_files.write(job, job.task.model, path)
+    artifacts.write_text(stamp, json.dumps(_stamp(path, job.model_key)))
+    return path
+
+
+def _stamp(path: Path, key: str) -> dict[str, str]:
+    return {"made_from": key, "sha256": onnxruntime.sha256(path)}
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def wanted_levels(job: Job, found: Patterns) -> dict[str, dict[str, list[int]]]:
+    """Units to price by site and form, dense first; `found` says which blocks are offered."""
+    return {site.name: _levels(job, site, found.offered(site)) for site in job.sites}
+
+
+def _levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[str, list[int]]:
+    """Those of one site; the recipe's fractions replace the grid."""
+    options = job.recipe.options
+    fractions = options.units
+    align = job.profile.align_units if site.kind == "ffn" else 1
+    if fractions is None:
+        levels = latency_table.grid(site, align)
+    else:
+        levels = sorted({site.units, *(round(f * site.units) for f in fractions)}, reverse=True)
+    droppable = site.drop is not None and options.drop
+    levels = [units for units in levels if units > 0 or droppable]
+    if "structure" not in options.moves:
+        levels = levels[:1]
+    wanted = {"dense": levels}
+    in_torch = job.place is not None and not job.place.by_file
+    for form in apply.of(site, options.moves, job.profile, offered, in_torch=in_torch):
+        wanted[form] = apply.levels(site, form, levels, in_torch=in_torch)
+    return wanted
+
+
+def table_of(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns) -> Table:
+    """This machine's table; widths between the timed ones are interpolated."""
+    sites = {site.shape: site for site in job.sites}
+    wanted = {
+        latency_table.row_key(site, form): site_timing.sample(
+            units, site_timing.LEVELS if form == "dense" else FORM_LEVELS
+        )
+        for site in job.sites
+        for form, units in levels[site.name].items()
+    }
+
+    def measure(missing: dict[str, list[int]]) -> Rows:
+        with job.stages("time sites") as tick:
+            rig = place.rig(found.written)
+            return site_timing.measure(
+                list(sites.values()), missing, threads=place.threads, progress=tick, rig=rig
+            )
+
+    return latency_table.obtain(place.empty_table(), wanted, measure)
+
+
+def _measured(
+    job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns
+) -> Costs:
+    """Times on this machine: a table of sites, brought to the level of whole models."""
+    timing.check_threads(place.threads)
+    table = table_of(job, place, levels, found)
+    alone = {
+        site.name: {
+            form: {
+                units: latency_table.price(
+                    site,
+                    Option.of(form, units),
+                    profile=job.profile,
+                    table=table,
+                    precision=place.precision,
+                    threads=place.threads,
+                ).latency_ms
+                for units in row
+            }
+            for form, row in levels[site.name].items()
+            if form == "dense" or latency_table.row_key(site, form) in table.rows
+        }
+        for site in job.sites
+    }
+    factor, whole = whole_model.measure(job, place, {name: rows["dense"] for name, rows in alone.items()})
+    wanted = {form for row in levels.values() for form, units in row.items() if units}
+    timed = {form for row in alone.values() for form in row}
+    costs = _costs(job, alone, factor, whole, "measured")
+    return costs.model_copy(update={"untimed": tuple(sorted(wanted - timed))})
+
+
+def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
+    """The costs without what does not pay: a form that is no faster than the plain site at its units.
+
+    A form may fit only between the units that structure offers: the plain site's time is interpolated there.
+    Under a size budget a form that is no smaller in the file either, since time is not what is short.
+    """
+    sized = job.recipe.budget.name == SIZE
+    rows: dict[str, dict[str, dict[int, float]]] = {}
+    gains: dict[str, dict[str, float]] = {}
+    for site in job.sites:
+        plain = alone[site.name]["dense"]
+        known, times = zip(*sorted(plain.items()), strict=True)
+        kept = {"dense": latency_table.thin({units: ms * factor for units, ms in plain.items()})}
+        gains[site.name] = {}
+        for form, row in alone[site.name].items():
+            if form == "dense" or not row:
+                continue
+            against = {units: float(np.interp(units, known, times)) for units in row}
+            gains[site.name][form] = against[max(row)] / row[max(row)]
+            paying = {
+                units: ms * factor
+                for units, ms in row.items()
+                if ms < PAYS * against[units] or (sized and _smaller(site, form, units))
+            }
+            if paying:
+                kept[form] = latency_table.thin(paying)
+        rows[site.name] = kept
+    return Costs(whole=whole, rows=rows, gains=gains, source=source)
+
+
+def _smaller(site: Site, form: str, units: int) -> bool:
+    """Whether a form takes fewer bytes in a file; zeros of 2:4 are written out like any number."""
+    option = Option.of(form, units)
+    plain = latency_table.weight_bytes(site, Option(units=units), STORED)
+    return option.pattern != "2:4" and latency_table.weight_bytes(site, option, STORED) < PAYS * plain
+
+
+def shipped(profile: Profile) -> Table | None:
+    """The table of sites that was measured on such a device and ships with its profile."""
+    for origin in (profile.runtime, torch_cuda.RUNTIME):
+        stored = profiles.measured(profile.name, origin)
+        if stored is not None:
+            return Table.model_validate(stored["table"])
+    return None
+
+
+def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
+    """Times for a device that is not here: from its shipped table where that knows a shape, else roofline."""
+    profile = job.profile
+    # A table knows the shapes of one width; two widths are compared by one way of estimating.
+    table = shipped(profile) if job.narrowed is None else None
+    threads = 1 if table is None else table.threads
+    alone = {
+        site.name: {
+            form: {
+                units: latency_table.price(
+                    site, Option.of(form, units), profile=profile, table=table, threads=threads
+                ).latency_ms
+                for units in row
+            }
+            for form, row in levels[site.name].items()
+        }
+        for site in job.sites
+    }
+    inside = sum(alone[site.name]["dense"][site.units] for site in job.sites)
+    whole_ms = inside + _outside_ms(job)
+    whole = Whole(inside_ms=(inside,), whole_ms=(whole_ms,))
+    if job.narrowed is not None:
+        wide = job.baseline
+        dense_ms = sum(roofline.roofline(s, s.units, profile, threads=threads) for s in wide.sites)
+        dense_ms += _outside_ms(wide)
+        whole = Whole(inside_ms=(inside,), whole_ms=(dense_ms,))
+        if dense_ms > whole_ms:
+            slower = inside * dense_ms / whole_ms
+            whole = Whole(inside_ms=(slower, inside), whole_ms=(dense_ms, whole_ms))
+    return _costs(job, alone, 1.0, whole, "estimated")
+
+
+def _outside_ms(job: Job) -> float:
+    """A rough estimate of what lies outside every site: norms and sums, and the model's other products.
+
+    Two operators follow every site; embedding tables are looked up and cost next to nothing.
+    """
+    inside = {m.weight for site in job.found.sites for m in site.matmuls}
+    tables = {id(m.weight) for m in job.task.model.modules() if isinstance(m, nn.Embedding)}
+    rows = max(m.rows for site in job.sites for m in site.matmuls)
+    flops = weight_bytes = 0.0
+    for name, value in job.task.model.named_parameters():
+        if value.ndim == 2 and name not in inside and id(value) not in tables:
+            flops += 2 * rows * value.numel()
+            weight_bytes += value.numel() * roofline.BYTES[job.profile.baseline_precision]
+    profile = job.profile
+    peak = profile.peak_tflops[profile.baseline_precision]
+    busy_ms = max(flops / (peak * 1e9), weight_bytes / (profile.bandwidth_gb_s * 1e6))
+    return busy_ms + profile.launch_us * 1e-3 * (2 * len(job.found.sites) + 10)

@@ -1,0 +1,148 @@
+"""Recovery of a narrow plan by pruning-aware tuning: the width falls while the model learns.
+
+A plan that was searched at a narrow width has lost all other directions at once. Here the dense model
+loses the plan's units alone, its writers are solved again, and the width goes little by little while the
+model is distilled (`pruning_aware`). What comes out has the shapes of the plan's model, so neither the graph
+nor its time changes; the weights are taken where the judge of recovery likes them better, and plain
+distillation goes on from the better ones.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compress import artifacts
+from compress.core.units import index_of
+from compress.errors import CompressError
+from compress.methods import hidden_width
+from compress.methods.sequential_refit import refit
+from compress.pipeline import recovery
+from compress.pipeline.job import Job, fingerprint
+from compress.sites import prune
+from compress.sites.prune import Removal
+from compress.tasks.sampler import shuffled
+from compress.tasks.task import Batch
+from compress.training import distillation, pruning_aware
+from compress.training.distillation import Place
+
+FILE = "aware.safetensors"
+
+
+def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list[str]:
+    """Give a narrow plan's `model` the weights of pruning-aware tuning, where they are better; notes.
+
+    Where it cannot be done (a pattern, codes or factors stand for weights of the narrow model; or the
+    stream is not found again once units are gone) the note says so, and `model` stays.
+    """
+    less = job.narrowed
+    if less is None:
+        return []
+    formed = [name for name, one in removals.items() if one.form != "dense"]
+    if formed:
+        return [f"No pruning-aware tuning: {formed[0]} runs as {removals[formed[0]].form}."]
+    path, made_from = job.folder / FILE, artifacts.digest(job.key, job.recipe.recovery, *fingerprint(model))
+    weights = _stored(path, made_from)
+    if weights is None:
+        try:
+            weights = _tuned(job, less.units, removals)
+        except CompressError as error:
+            return [f"No pruning-aware tuning: {error}"]
+        whole = {name: value.contiguous().clone() for name, value in weights.items()}
+        save_file(whole, path, metadata={"made_from": made_from})
+    judge = recovery.Judge(job)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first = judge(model)
+    model.load_state_dict(weights)
+    second = judge(model)
+    said = f"Pruning-aware tuning: {judge.name} {judge.worded(first)} -> {judge.worded(second)}"
+    if second >= first:
+        return [said]
+    model.load_state_dict(before)
+    return [f"{said}, so it was not used"]
+
+
+def _tuned(job: Job, units: int, removals: Mapping[str, Removal]) -> dict[str, Tensor]:
+    """The weights of the plan's model, tuned while the width fell to `units`."""
+    wide, wanted = job.baseline, job.recipe.recovery
+    cut = cut_wide(wide, removals)
+    for module in cut.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.requires_grad_(False)
+    shapes = job.recipe.shapes
+    stream = hidden_width.find_stream(cut, job.task.example(shapes.batch, shapes.tokens))
+    second = hidden_width.moments(cut, stream, job.calibration)
+    count = sum(1 for _ in _batches(job))
+    settings = pruning_aware.Settings(
+        steps=wanted.epochs * count,
+        learning_rate=wanted.rate,
+        warmup=min(wanted.warmup, 0.99),
+        decay=wanted.decay,
+        clip=wanted.clip,
+        seed=wanted.seed,
+    )
+    pruner = pruning_aware.Pruner(cut, stream, second, units, settings)
+    at = distillation.places(wide.task.model, wide.sites)
+    inside = tuple(Place(f"model.{place.name}", place.output) for place in at)
+
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
+        net.eval()  # as in all of recovery, the teacher speaks without noise
+        with torch.no_grad():
+            goal = distillation.answers(job.task, wide.task.model, batch, at)
+        said = distillation.answers(job.task, net, batch, inside)
+        return distillation.loss(job.task, batch, said, goal, wanted)
+
+    with job.stages("pruning-aware tuning") as tick:
+        merged = pruning_aware.tune(pruner, _epochs(job), loss, tick)
+    return merged.state_dict()
+
+
+def cut_wide(wide: Job, removals: Mapping[str, Removal]) -> nn.Module:
+    """The dense model without the units of a plan, its writers solved again at the whole width."""
+    dense = wide.task.model
+    start: dict[str, Removal] = {}
+    for site in wide.sites:
+        if site.name in removals:
+            kept = removals[site.name].kept
+            columns, bias = prune.writer_columns(dense, site), prune.products(dense, site).bias
+            stay = columns[:, index_of(site.column, kept)].clone()
+            start[site.name] = Removal(kept, stay, torch.zeros(len(stay)) if bias is None else bias)
+    wanted = wide.recipe.calibration
+    with wide.stages("refit at the whole width") as tick:
+        better = refit(
+            dense,
+            wide.sites,
+            start,
+            wide.calibration,
+            damping=wanted.damping,
+            memory_mb=wanted.memory_mb,
+            progress=tick,
+        )
+    return prune.shrink(dense, wide.sites, better)
+
+
+def _batches(job: Job) -> Iterator[Batch]:
+    wanted = job.recipe.recovery
+    return job.task.batches("calibration", wanted.batch, wanted.samples)
+
+
+def _epochs(job: Job) -> Iterator[Batch]:
+    """The batches of every epoch, each in an order of its own."""
+    wanted = job.recipe.recovery
+    for epoch in range(wanted.epochs):
+        for _, batch in shuffled(_batches(job), (wanted.seed, epoch)):
+            yield batch
+
+
+def _stored(path: Path, made_from: str) -> dict[str, Tensor] | None:
+    """Weights that were tuned before, None when there are none of the same."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.metadata()["made_from"] != made_from:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError):
+        return None

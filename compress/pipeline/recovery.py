@@ -1,0 +1,387 @@
+"""Winning quality back after pruning: the shrunk model is tuned on the job's data, judged on unseen inputs.
+
+The graph is final before this begins, so the measured time stays what it was. Products learn in the forms
+in which they run: integers through their rounding, thin factors as factors, zeros of a pattern as zeros.
+A plan that both removes something and runs on integers learns in two stages (`two_stage`).
+"""
+
+import copy
+import itertools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compress import artifacts
+from compress.distributed import collectives
+from compress.ir import Site
+from compress.methods import candidate_store, quantized_layers, training_layers
+from compress.pipeline.job import Job, Tick, content, fingerprint
+from compress.recipe import Recovery
+from compress.report.formatting import digits, duration
+from compress.search import objective
+from compress.sites import prune
+from compress.sites.prune import Removal
+from compress.tasks.loading import Batch, Task
+from compress.tasks.loading import Run as Answering
+from compress.training import distillation, sltrain_layers, trainer, two_stage
+from compress.training.distillation import Teacher
+from compress.training.trainer import Lesson, Run
+
+NEARNESS = 512  # inputs that judge a student by its divergence; the dense answers are held in memory
+ANSWERS = "answers"
+CHECKPOINT = "recovery.safetensors"
+FLOATS = "recovery-floats.safetensors"  # of the first stage, where there are two
+
+
+def recover(
+    job: Job, model: nn.Module, removals: Mapping[str, Removal]
+) -> tuple[dict[str, Removal], list[str]]:
+    """Tune a shrunk model in place, as the recipe's `[recovery]` says.
+
+    Gives the removals with the codes and factors that were learned, and what is worth a note.
+
+    Args:
+        job: gives the dense model, the data and the settings.
+        model: what `prune.shrink` gave for `removals`.
+        removals: by site name.
+    """
+    wanted = job.recipe.recovery
+    if wanted.mode == "none":
+        return dict(removals), []
+    if collectives.size() > 1:
+        _call(job, removals)
+    with collectives.working():
+        data = artifacts.digest(job.key, *map(_content, lessons(job.task, wanted)))
+        alone = wanted.model_copy(update={"shard": False})  # where numbers are does not change them
+        judge = Judge(job)
+        desk = Desk(
+            job.task,
+            job.sites,
+            judge,
+            lambda words: job.stages(f"recover ({wanted.mode}){words}"),
+            job.stages.progress.say,
+            job.folder / ANSWERS,
+            job.folder,
+            artifacts.digest(data, alone, *fingerprint(model), *training_layers.fingerprint(removals)),
+            artifacts.digest(data, collectives.size()),
+        )
+        down = None if job.narrowed is None else job.narrowed.down
+        found = learn(desk, wanted, model, removals, dense=job.baseline.task.model, down=down)
+    shutil.rmtree(job.folder / ANSWERS)
+    forms = sorted({one.form for one in removals.values()} - {"dense"})
+    forms += ["sparse plus low-rank updates"] if wanted.adapter == "sltrain" else []
+    return found.removals, [_said(found, judge, wanted.mode, forms)]
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where and before whom students are tuned, whatever they are.
+
+    Attributes:
+        task: gives the data.
+        sites: of the dense model.
+        judge: larger is better.
+        stage: begins a piece of work under a name that is added to the usual one.
+        say: takes how long it will last.
+        answers: a folder in which this process keeps what teachers say.
+        checkpoints: a folder for files that are written now and then, or None.
+        made_from: a hash of student, teacher, data and settings; such a checkpoint is taken up.
+        data: a hash of the dense teacher, the data, and the number of processes that share it.
+    """
+
+    task: Task
+    sites: Sequence[Site]
+    judge: Callable[[nn.Module], float]
+    stage: Callable[[str], AbstractContextManager[Tick]]
+    say: Callable[[str], None]
+    answers: Path
+    checkpoints: Path | None = None
+    made_from: str = ""
+    data: str = ""
+
+    def teacher(
+        self, model: nn.Module, at: Sequence[distillation.Place], wanted: Recovery, place: Path, data: str
+    ) -> Teacher:
+        """A model that teaches; what it says is kept in `place`, where it belongs to `data`."""
+        room = wanted.cache_mb / collectives.size()
+        return Teacher(self.task, model, at, artifacts.folder(place, data), room)
+
+    def begin(
+        self,
+        model: nn.Module,
+        removals: Mapping[str, Removal],
+        lesson: Lesson,
+        file: str,
+        made_from: str,
+        factors: tuple[float, ...] = (),
+    ) -> Run:
+        """A student in the forms of its removals, at the beginning or where a checkpoint left it."""
+        zeros = self.dressed(model, removals, lesson.wanted)
+        path = None if self.checkpoints is None else self.checkpoints / file
+        return Run(model, lesson, zeros=zeros, checkpoint=path, made_from=made_from, factors=factors)
+
+    def dressed(
+        self, model: nn.Module, removals: Mapping[str, Removal], wanted: Recovery
+    ) -> dict[str, Tensor]:
+        """Let a model learn in the forms of its removals, and as updates where that is wanted; its zeros."""
+        zeros = training_layers.insert(model, self.sites, removals)
+        if wanted.adapter == "none":
+            return zeros
+        return sltrain_layers.adapt(model, zeros, rank=wanted.rank, density=wanted.density, seed=wanted.seed)
+
+    def settled(self, model: nn.Module, removals: Mapping[str, Removal]) -> dict[str, Removal]:
+        """The removals as learned; the model is plain again."""
+        sltrain_layers.fold(model)
+        return training_layers.settle(model, self.sites, removals)
+
+    def judged(self, model: nn.Module) -> float:
+        """The first process's score of a model, in all of them."""
+        score = 0.0 if collectives.rank() else self.judge(model)
+        return float(collectives.told({"score": score}).words["score"])
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What tuning left: removals with learned codes and factors, and the scores before and after it.
+
+    `epochs` are those of each stage. Where not `used`, model and removals are what they were.
+    """
+
+    removals: dict[str, Removal]
+    before: float
+    after: float
+    epochs: tuple[int, ...]
+    used: bool = True
+
+
+def learn(
+    desk: Desk,
+    wanted: Recovery,
+    model: nn.Module,
+    removals: Mapping[str, Removal],
+    *,
+    dense: nn.Module,
+    down: Tensor | None = None,
+) -> Learned:
+    """Tune a shrunk model in place, in two stages where its plan both removes and runs on integers.
+
+    Of several processes each calls this with the same model and data; the first one's judge, progress and
+    checkpoints count.
+
+    Args:
+        desk: where.
+        wanted: the settings.
+        model: what `prune.shrink` gave for `removals`.
+        removals: by site name.
+        dense: the teacher.
+        down: what of the teacher's hidden states a narrower student can have.
+    """
+    collectives.alike("training data", collectives.contents(lessons(desk.task, wanted)))
+    collectives.spread(dense)
+    collectives.spread(model)
+    at = distillation.places(dense, desk.sites)
+    teacher = desk.teacher(dense, at, wanted, desk.answers / "dense", desk.data)
+    count = sum(1 for _ in lessons(desk.task, wanted))
+    lesson = Lesson(desk.task, teacher, lambda: lessons(desk.task, wanted), count, wanted, down)
+    if wanted.staged and two_stage.applies(desk.sites, removals, narrow=down is not None):
+        return _in_stages(desk, lesson, model, removals)
+    with desk.stage("") as tick:
+        run = desk.begin(model, removals, lesson, CHECKPOINT, desk.made_from)
+        if not run.finished:
+            desk.say(f"recovery: {_announced(lesson, _forecast_s(run))}; {_holding(run)}")
+        scores = trainer.tune(run, desk.judge, tick)
+        found = desk.settled(model, removals)
+    return Learned(found, scores[0], max(scores), (run.state.epochs,))
+
+
+def _in_stages(desk: Desk, lesson: Lesson, model: nn.Module, removals: Mapping[str, Removal]) -> Learned:
+    """The dense model teaches the plan in floats, which teaches it on integers; kept if it is no worse."""
+    sparse = prune.shrink(desk.task.model, desk.sites, two_stage.floats(removals))
+    collectives.spread(sparse)
+    with desk.stage(", floats") as tick:
+        plain = two_stage.floats(removals)
+        run = desk.begin(sparse, plain, lesson, FLOATS, desk.made_from)
+        if not run.finished:
+            desk.say(f"{_announced_both(desk, run, model, removals)}; {_holding(run)}")
+        trainer.tune(run, desk.judge, tick)
+        epochs, factors = run.state.epochs, lesson.factors(sparse)
+        plain = desk.settled(sparse, plain)
+        lesson.teacher.forget()
+    with desk.stage(", integers") as tick:
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        first = desk.judged(quantized_layers.emulated(model, desk.sites, removals))
+        model.load_state_dict(sparse.state_dict())
+        plan = {name: replace(one, factors=plain[name].factors) for name, one in removals.items()}
+        codes = _rounded(desk, lesson, model, plan)
+        made_from = artifacts.digest(
+            desk.made_from, factors, *fingerprint(model), *training_layers.fingerprint(codes)
+        )
+        shared = artifacts.digest(made_from, collectives.size())
+        taught = _second(desk, lesson, sparse, desk.answers / "sparse", shared)
+        run = desk.begin(model, codes, taught, CHECKPOINT, made_from, factors)
+        if not run.finished:
+            desk.say(f"recovery on integers: {_announced(taught, _forecast_s(run))}; {_holding(run)}")
+        last = max(trainer.tune(run, desk.judge, tick))
+        found = desk.settled(model, codes)
+    if last < first:
+        model.load_state_dict(before)
+        found = dict(removals)
+    return Learned(found, first, last, (epochs, run.state.epochs), used=last >= first)
+
+
+def _rounded(desk: Desk, lesson: Lesson, model: nn.Module, plan: Mapping[str, Removal]) -> dict[str, Removal]:
+    """What the first process rounds, in all of them."""
+    made = dict(plan)
+    if not collectives.rank():
+        seen = list(itertools.islice(lesson.batches(), two_stage.SEEN))
+        made = two_stage.rounded(desk.task, model, desk.sites, plan, seen)
+    told = collectives.told({}, _tensors(made)).tensors
+    collectives.spread(model)
+    return {
+        name: candidate_store.unpacked(candidate_store.below(told, f"{name}/"), one.form)
+        for name, one in plan.items()
+    }
+
+
+def _second(desk: Desk, lesson: Lesson, sparse: nn.Module, place: Path, data: str) -> Lesson:
+    """What the float model teaches the one on integers, which is no narrower."""
+    wanted = two_stage.second(lesson.wanted)
+    teacher = desk.teacher(sparse, lesson.teacher.at, wanted, place, data)
+    return replace(lesson, teacher=teacher, wanted=wanted, down=None)
+
+
+def lessons(task: Task, wanted: Recovery) -> Iterator[Batch]:
+    """The inputs that are learned from, the same every time."""
+    return task.batches("calibration", wanted.batch, wanted.samples)
+
+
+def _call(job: Job, removals: Mapping[str, Removal]) -> None:
+    """Tell the other processes what is to be tuned; they hold the dense model."""
+    words = {
+        "recovery": job.recipe.recovery.model_dump(mode="json"),
+        "sites": [site.model_dump(mode="json") for site in job.sites],
+        "forms": {name: one.form for name, one in removals.items()},
+    }
+    collectives.call("recover", words, _tensors(removals))
+
+
+def _tensors(removals: Mapping[str, Removal]) -> dict[str, Tensor]:
+    """Everything that removals hold, by site and part."""
+    return {
+        f"{name}/{part}": value
+        for name, one in removals.items()
+        for part, value in candidate_store.packed(one).items()
+    }
+
+
+def _content(batch: Batch) -> str:
+    """A hash of inputs and labels."""
+    labels = b"" if batch.labels is None else batch.labels.contiguous().numpy().tobytes()
+    return artifacts.digest(content(batch), labels)
+
+
+def _announced(lesson: Lesson, seconds: float) -> str:
+    """How long a course will take, before it begins."""
+    wanted, steps = lesson.wanted, lesson.wanted.epochs * lesson.count
+    course = f"{wanted.epochs} epochs, {steps:,} steps, about {duration(seconds)} (estimate)"
+    if wanted.mode == "fast":
+        return f"{course}; as much again, more calmly, if that makes it worse"
+    return f"at most {wanted.courses} courses of {course}; it ends when the score stops rising"
+
+
+def _announced_both(desk: Desk, run: Run, model: nn.Module, removals: Mapping[str, Removal]) -> str:
+    """How long both stages will take; the second is tried with the student and the teacher of now.
+
+    In shards the second is not tried, because it would be whole: it is announced when it begins.
+    """
+    lesson, first = run.lesson, _forecast_s(run)
+    if run.held.apart:
+        return f"recovery in floats, then on integers; in floats {_announced(lesson, first)}"
+    student = copy.deepcopy(model)
+    desk.dressed(student, removals, lesson.wanted)
+    with tempfile.TemporaryDirectory(prefix="compress-") as place:
+        second = _second(desk, lesson, run.model, Path(place), "")
+        seconds = first, trainer.forecast_s(student, second)
+    each = [_announced(*one) for one in zip((lesson, second), seconds, strict=True)]
+    total = duration(sum(seconds))
+    return f"recovery, {total} in all (estimate): in floats {each[0]}; then on integers {each[1]}"
+
+
+def _forecast_s(run: Run) -> float:
+    """Seconds that a course of a run will take."""
+    return trainer.forecast_s(run.held.model, run.lesson)
+
+
+def _holding(run: Run) -> str:
+    """What a run holds in memory from step to step."""
+    where = f" in each of {collectives.size()} processes" if run.held.apart else ""
+    return f"weights, gradients and moments take {digits(run.held_bytes / 1e6)} MB{where}"
+
+
+def _said(found: Learned, judge: "Judge", mode: str, forms: Sequence[str]) -> str:
+    before, after = (judge.worded(score) for score in (found.before, found.after))
+    epochs = " + ".join(map(str, found.epochs))
+    learned = f", learning in {', '.join(forms)}" if forms else ""
+    stages = ", taught by its own floats" if len(found.epochs) > 1 else ""
+    unused = "" if found.used else ", so it was not used"
+    return f"Recovery ({mode}, {epochs} epochs{learned}{stages}): {judge.name} {before} -> {after}{unused}"
+
+
+class Judge:
+    """How good a student is on the validation split: the task's score, or nearness to the dense model.
+
+    Larger is better. Without labels the divergence from the dense model stands in for the score;
+    without a validation split every student is as good as any other.
+    """
+
+    def __init__(self, job: Job) -> None:
+        """Look at what the validation split holds."""
+        self._task, self._limit = job.task, job.recipe.recovery.validation
+        self._batches: list[Batch] = []
+        self._dense: list[Tensor] = []
+        first = next(iter(job.task.batches("validation", 1, 1)), None)
+        self.empty = first is None
+        self.scored = first is not None and first.labels is not None and job.task.labelled
+        if not self.empty and not self.scored:
+            self._batches = list(job.task.batches("validation", job.recipe.recovery.batch, NEARNESS))
+            self._dense = objective.logits(job.task, job.baseline.task.model, self._batches)
+
+    @property
+    def name(self) -> str:
+        """What is judged, in words."""
+        if self.empty:
+            return "not judged, for want of validation data"
+        return f"validation {self._task.metric if self.scored else 'divergence from dense'}"
+
+    def worded(self, score: float) -> str:
+        """A score as it is usually written: not negated."""
+        return f"{score if self.scored and self._task.higher_is_better else abs(score):.4g}"
+
+    def __call__(self, model: nn.Module) -> float:
+        """Larger is better; weights that learn through rounding are rounded once for all inputs."""
+        if self.empty:
+            return 0.0
+        with quantized_layers.held(model):
+            if not self.scored:
+                return -objective.divergence(self._task, model, self._batches, self._dense)
+            found = self._task.score(self._run(model), "validation", self._limit)
+        return found if self._task.higher_is_better else -found
+
+    def _run(self, model: nn.Module) -> Answering:
+        """The model as scores are asked of it."""
+
+        @torch.inference_mode()
+        def run(inputs: dict[str, NDArray[Any]]) -> NDArray[Any]:
+            tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+            answer: NDArray[Any] = self._task.logits(model(**tensors)).numpy()
+            return answer
+
+        return run

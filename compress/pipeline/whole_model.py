@@ -1,0 +1,107 @@
+"""How far a table of single sites is from the whole model: the model at four sizes, timed in turn.
+
+A site that is timed alone has the caches to itself, and a table may come from a day when the machine
+was faster. What the table says of widths relative to each other is therefore kept, and its level is
+taken from whole models with every site at the same share of its units.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from compress.export.place import Place
+from compress.ir import Whole
+from compress.measure import timing
+from compress.pipeline import model_files
+from compress.pipeline.job import Job
+from compress.sites import prune
+from compress.sites.prune import Removal
+
+SHARES = (1.0, 0.5, 0.25, 0.0)
+Prices = Mapping[str, Mapping[int, float]]
+
+
+def fit(whole_ms: Sequence[float], alone_ms: Sequence[float]) -> tuple[float, Whole]:
+    """What the times of sites alone are multiplied by, and what makes of their sum the model's time.
+
+    The factor is that of the smallest models, where the sites' times simply add up; what larger models
+    take beyond that is in the curve.
+
+    Args:
+        whole_ms: time of the whole model, dense first, then ever smaller ones.
+        alone_ms: the sum over the same model's sites of what each takes alone, falling.
+
+    >>> fit([11.0, 5.0, 1.0], [4.0, 2.0, 0.0])
+    (2.0, Whole(inside_ms=(8.0, 4.0, 0.0), whole_ms=(11.0, 5.0, 1.0)))
+    """
+    factor = 1.0
+    if len(whole_ms) > 1:
+        factor = (whole_ms[-2] - whole_ms[-1]) / (alone_ms[-2] - alone_ms[-1])
+    return factor, Whole(inside_ms=tuple(factor * ms for ms in alone_ms), whole_ms=tuple(whole_ms))
+
+
+def measure(job: Job, place: Place, prices: Prices) -> tuple[float, Whole]:
+    """Time the dense model and smaller ones here, and fit their sums of `prices[site][units]`.
+
+    The dense model of a narrow job is wider, and no price is about it: it counts as this job's uncut model
+    with sites that are slower by as much as it is.
+    """
+    sizes: list[dict[str, int]] = []
+    for share in SHARES:
+        size = {site.name: _nearest(prices[site.name], share * site.units) for site in job.sites}
+        if not sizes or _alone_ms(prices, size) < _alone_ms(prices, sizes[-1]):
+            sizes.append(size)
+    whole_ms = _times(job, place, sizes)
+    alone_ms = [_alone_ms(prices, size) for size in sizes]
+    if job.narrowed is not None:
+        alone_ms = [alone_ms[0] * max(1.0, whole_ms[0] / whole_ms[1]), *alone_ms]
+    falling = [0]
+    for number, ms in enumerate(whole_ms):
+        if ms < whole_ms[falling[-1]]:
+            falling.append(number)
+    return fit([whole_ms[k] for k in falling], [alone_ms[k] for k in falling])
+
+
+def _nearest(row: Mapping[int, float], units: float) -> int:
+    return min(row, key=lambda known: (abs(known - units), known))
+
+
+def _alone_ms(prices: Prices, size: Mapping[str, int]) -> float:
+    return sum(prices[name][units] for name, units in size.items())
+
+
+def _times(job: Job, place: Place, sizes: Sequence[Mapping[str, int]]) -> list[float]:
+    """Milliseconds of the dense model, whose file is there, and of this job's at every size.
+
+    The first size leaves everything in place, which is the dense model itself unless the job is narrow.
+    """
+    threads = job.recipe.bench.threads
+    uncut = [job] if job.narrowed is None else [job.baseline, job]
+    models, written = [one.task.model for one in uncut], [one.folder / "dense.onnx" for one in uncut]
+    with job.stages("export sizes") as tick:
+        for number, size in enumerate(sizes[1:], 1):
+            removals = {
+                site.name: Removal(kept=torch.arange(size[site.name]))
+                for site in job.sites
+                if size[site.name] < site.units
+            }
+            models.append(prune.shrink(job.task.model, job.sites, removals))
+            written.append(job.folder / f"size{number}.onnx")
+            if place.by_file:
+                model_files.write(job, models[-1], written[-1])
+            tick(number, len(sizes) - 1)
+    with ExitStack() as stack:
+        calls = {}
+        for number, (model, file) in enumerate(zip(models, written, strict=True)):
+            calls[str(number)] = model_files.timed(
+                job, stack.enter_context(model_files.opened(job, place, model, file))
+            )
+        tick = stack.enter_context(job.stages("time sizes"))
+        found = timing.compare(
+            calls, blocks=30, block_ms=job.recipe.bench.block_ms, threads=threads, progress=tick
+        )
+    for file in written[len(uncut) :]:
+        file.unlink(missing_ok=True)
+    dense_ms = found.latency("0").p50
+    return [dense_ms, *(dense_ms / found.ratio(str(number)).value for number in range(1, len(written)))]

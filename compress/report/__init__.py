@@ -1,0 +1,1 @@
+"""The results of a compilation as JSON, HTML, Markdown and one line."""

@@ -1,0 +1,108 @@
+"""The loss of the model stitched from stored candidates, for every choice the search proposes."""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress.ir import Option, Site
+from compress.methods import candidate_store, quantized_layers
+from compress.sites import prune
+from compress.sites.prune import Removal
+from compress.tasks.loading import Batch, Task
+
+
+class Stitched:
+    """How far the model stitched from stored candidates is from the dense one.
+
+    Only the products of sites that changed since the last call are swapped; the shape of the model
+    never changes, because a unit whose writer columns are zero is gone (a masked model).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        sites: Sequence[Site],
+        directory: Path,
+        menus: Sequence[Sequence[Option]],
+        batches: Sequence[Batch],
+        dense: nn.Module | None = None,
+    ) -> None:
+        """Keep a copy of the model and the dense logits of `batches`.
+
+        Args:
+            task: gives the model, its logits and the divergence between two of them.
+            sites: in the order of every choice.
+            directory: where `candidate_store.build` stored the candidates.
+            menus: the options of every site.
+            batches: the calibration inputs that judge every choice.
+            dense: what the loss is measured from, where it is not the task's own model.
+        """
+        self._task = task
+        self._sites = sites
+        self._directory = directory
+        self._menus = menus
+        self._batches = batches
+        self._dense = list(logits(task, dense or task.model, batches))
+        self._model = copy.deepcopy(task.model).eval()
+        self._original = [prune.products(self._model, site) for site in sites]
+        self._now = tuple(options.index(Option()) for options in menus)
+
+    def removal(self, index: int, option: int) -> Removal | None:
+        """The stored candidate of one site, None for the dense option."""
+        wanted = self._menus[index][option]
+        if wanted == Option():
+            return None
+        return candidate_store.removal(self._directory, index, wanted)
+
+    def __call__(self, choices: Sequence[int]) -> float:
+        """The mean divergence from the dense model over the batches; deterministic."""
+        for index, (site, option) in enumerate(zip(self._sites, choices, strict=True)):
+            if option == self._now[index]:
+                continue
+            removal = self.removal(index, option)
+            self._unstitch(index)
+            if removal is not None:
+                prune.stitch(self._model, site, removal)
+                quantized_layers.insert(
+                    self._model, quantized_layers.places(self._model, site, removal, masked=True)
+                )
+        self._now = tuple(choices)
+        return self.of(self._model)
+
+    def _unstitch(self, index: int) -> None:
+        """Put a site back as it was in the dense model."""
+        original = self._original[index]
+        quantized_layers.remove(self._model, original.weights)
+        prune.restore(self._model, self._sites[index], original)
+
+    def of(self, model: nn.Module) -> float:
+        """The mean divergence of any model with the same outputs."""
+        return divergence(self._task, model, self._batches, self._dense)
+
+
+@torch.inference_mode()
+def logits(task: Task, model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+    """The quality-carrying output of `model` for every batch."""
+    return [task.logits(model(**batch.inputs)) for batch in batches]
+
+
+@torch.inference_mode()
+def divergence(
+    task: Task,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    dense: Sequence[Tensor],
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Mean divergence of `model` from dense logits over samples; batches weigh by their size."""
+    total, samples = 0.0, 0
+    for done, (batch, goal) in enumerate(zip(batches, dense, strict=True), 1):
+        size = len(goal)
+        total += size * float(task.divergence(task.logits(model(**batch.inputs)), goal, batch))
+        samples += size
+        if progress is not None:
+            progress(done, len(batches))
+    return total / samples

@@ -1,0 +1,1 @@
+"""Where a model can be compressed: found in its graph, pruned, expanded."""

@@ -1,0 +1,194 @@
+"""The fallback for models that cannot be traced: linear layers known by their names.
+
+Everything found here passes the same trial as what is found in a traced program; a name that
+deceives costs a site, never a wrong result.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.ir import Matmul, Site, Slice
+from compress.sites.grouping import named_activation
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Producers and writer of one site, relative to the module that holds them; `parts` when fused."""
+
+    producers: tuple[str, ...]
+    writer: str
+    parts: int = 1
+
+
+HEADS = (
+    Pattern(("self.query", "self.key", "self.value"), "output.dense"),
+    Pattern(("attention.query", "attention.key", "attention.value"), "output.dense"),
+    Pattern(("q_lin", "k_lin", "v_lin"), "out_lin"),
+    Pattern(("q_proj", "k_proj", "v_proj"), "o_proj"),
+    Pattern(("q_proj", "k_proj", "v_proj"), "out_proj"),
+    Pattern(("q", "k", "v"), "o"),
+    Pattern(("c_attn",), "c_proj", 3),
+    Pattern(("qkv_proj",), "o_proj", 3),
+    Pattern(("qkv",), "proj", 3),
+)
+FFN = (
+    Pattern(("intermediate.dense",), "output.dense"),
+    Pattern(("lin1",), "lin2"),
+    Pattern(("gate_proj", "up_proj"), "down_proj"),
+    Pattern(("gate_up_proj",), "down_proj", 2),
+    Pattern(("wi_0", "wi_1"), "wo"),
+    Pattern(("wi",), "wo"),
+    Pattern(("c_fc",), "c_proj"),
+    Pattern(("fc1",), "fc2"),
+)
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+GROUP_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+
+
+def named_sites(model: nn.Module, example: dict[str, Tensor], batch: int) -> list[tuple[Site, str]]:
+    """Sites without counts and drop, each with a key of its structure, in the order of the modules."""
+    seen = _watch(model, example)
+    found: list[tuple[Site, str]] = []
+    taken: set[str] = set()
+    for place, module in model.named_modules():
+        for patterns in (HEADS, FFN):
+            for pattern in patterns:
+                names = [f"{place}.{name}".lstrip(".") for name in (*pattern.producers, pattern.writer)]
+                if taken.isdisjoint(names) and all(name in seen for name in names):
+                    units = _groups(module) if patterns is HEADS else _width(model, names[-1])[1]
+                    site = _site(model, names, pattern.parts, units, patterns is HEADS, seen, batch)
+                    if site is not None:
+                        taken |= set(names)
+                        found.append((site, f"{pattern}"))
+    return found
+
+
+def _watch(model: nn.Module, example: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input and output of every linear layer on the example, by name."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+
+            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                seen[name] = (args[0], output)
+
+            handles.append(module.register_forward_hook(hook))
+    try:
+        model(**example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _width(model: nn.Module, name: str) -> tuple[int, int]:
+    """`(out, inner)` of a linear layer."""
+    module = model.get_submodule(name)
+    out, inner = module.get_parameter("weight").shape
+    return (out, inner) if isinstance(module, nn.Linear) else (inner, out)
+
+
+def _integer(module: nn.Module, names: Sequence[str]) -> int:
+    """The first attribute of these names on the module, a part of it or its configuration; else 0."""
+    owners: list[object] = list(module.modules())
+    owners += [part.config for part in module.modules() if hasattr(part, "config")]
+    for owner in owners:
+        for name in names:
+            value = getattr(owner, name, 0)
+            if type(value) is int and value > 0:
+                return value
+    return 0
+
+
+def _groups(module: nn.Module) -> int:
+    """Key-value groups of an attention module."""
+    return _integer(module, GROUP_COUNTS) or _integer(module, HEAD_COUNTS)
+
+
+def _site(
+    model: nn.Module,
+    names: Sequence[str],
+    parts: int,
+    units: int,
+    heads: bool,
+    seen: dict[str, tuple[Tensor, Tensor]],
+    batch: int,
+) -> Site | None:
+    """The site of these layers, None where their widths are no multiples of the units."""
+    *producers, writer = names
+    inner = _width(model, writer)[1]
+    if units < 2 or inner % units:
+        return None
+    width = inner // units
+    slices: list[Slice] = []
+    matmuls: list[Matmul] = []
+    for name in producers:
+        rows = _width(model, name)[0]
+        segments = _segments(rows, inner, parts)
+        if any(length % units for _, length in segments):
+            return None
+        module = model.get_submodule(name)
+        dim = 0 if isinstance(module, nn.Linear) else 1
+        for start, length in segments:
+            run = length // units
+            slices.append(Slice(tensor=f"{name}.weight", dim=dim, width=run, start=start))
+            if getattr(module, "bias", None) is not None:
+                slices.append(Slice(tensor=f"{name}.bias", dim=0, width=run, start=start))
+        matmuls.append(_matmul(model, name, seen, out_per_unit=rows // units))
+    own = model.get_submodule(writer)
+    slices.append(Slice(tensor=f"{writer}.weight", dim=1 if isinstance(own, nn.Linear) else 0, width=width))
+    matmuls.append(_matmul(model, writer, seen, inner_per_unit=width))
+    total = matmuls[-1].rows
+    head_dim = slices[-2].width if heads else 0
+    activation, gated = ("", False) if heads else _activation(names, parts, seen)
+    around = model.get_submodule(".".join(writer.split(".")[:-1]))
+    return Site(
+        name=f"{writer}.weight", kind="heads" if heads else "ffn", units=units, slices=tuple(slices),
+        matmuls=tuple(matmuls), writer=f"{writer}.weight",
+        bias=f"{writer}.bias" if getattr(own, "bias", None) is not None else None,
+        batch=batch, tokens=max(1, total // batch), head_dim=head_dim,
+        queries=width // head_dim if heads else 1, activation=activation, gated=gated,
+        causal=heads and bool(getattr(around, "is_causal", False)),
+    )  # fmt: skip
+
+
+def _segments(rows: int, inner: int, parts: int) -> list[tuple[int, int]]:
+    """Start and length of the pieces of a fused layer: the first is as wide as the writer's input."""
+    if parts == 1:
+        return [(0, rows)]
+    if parts == 2:
+        return [(0, rows // 2), (rows // 2, rows // 2)]
+    rest = (rows - inner) // 2
+    return [(0, inner), (inner, rest), (inner + rest, rest)]
+
+
+def _matmul(
+    model: nn.Module,
+    name: str,
+    seen: dict[str, tuple[Tensor, Tensor]],
+    *,
+    out_per_unit: int = 0,
+    inner_per_unit: int = 0,
+) -> Matmul:
+    out, inner = _width(model, name)
+    return Matmul(
+        weight=f"{name}.weight", rows=seen[name][0].numel() // inner, out=out, inner=inner,
+        out_per_unit=out_per_unit, inner_per_unit=inner_per_unit,
+        bias=getattr(model.get_submodule(name), "bias", None) is not None,
+    )  # fmt: skip
+
+
+def _activation(names: Sequence[str], parts: int, seen: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, bool]:
+    """The function between producers and writer, read off the values that went through."""
+    inputs = [piece for name in names[:-1] for piece in _pieces(seen[name][1], parts)]
+    flat = [piece.flatten() for piece in inputs]
+    with torch.no_grad():
+        return named_activation(flat, seen[names[-1]][0].flatten()), len(inputs) > 1
+
+
+def _pieces(value: Tensor, parts: int) -> Iterator[Tensor]:
+    yield from value.chunk(parts, dim=-1)

@@ -1,0 +1,289 @@
+"""nn.Module -> Sites: the places that can be compressed, found in the traced program, not listed.
+
+`trace` says which linear products feed which, `probe` which of their rows and columns hang together,
+`trial` whether the smaller module really does what the masked one does; here they become sites. Only a
+model that cannot be traced is searched by names, from the small table at the end.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.ir import Document, Matmul, Site, Slice
+from compress.sites.by_name import named_sites
+from compress.sites.equivalence import Call, FailedTrialError, common, moved, settle
+from compress.sites.grouping import Layout, RefusedError, fingerprint, layout
+from compress.sites.trace import Linear, Program, Region, evaluating, plain_attention, without_cache
+
+
+class Skipped(Document):
+    """A place that looks like a site and is none, and why."""
+
+    place: str
+    reason: str
+
+
+class Sites(Document):
+    """What was found in a model; `fallback` says why it could not be traced, if so."""
+
+    sites: tuple[Site, ...]
+    fallback: str | None = None
+    skipped: tuple[Skipped, ...] = ()
+
+
+def find_sites(model: nn.Module, example: dict[str, Tensor]) -> Sites:
+    """The heads and feed-forward sites of `model`, each proven by a trial; the model is untouched.
+
+    Args:
+        model: any module; on the CPU, in float32.
+        example: keyword arguments of one valid call, without padding.
+
+    Raises:
+        CompressError: the model does not run on the example.
+    """
+    skipped: list[Skipped] = []
+    with evaluating(model), torch.no_grad():
+        example = without_cache(model, example)
+        batch = next((value.shape[0] for value in example.values() if value.ndim), 1)
+        fallback = None
+        try:
+            program = Program(model, example)
+        except Exception as error:
+            # A tracer meets any code, so any error may come out of it.
+            _run(model, example)
+            said = str(error).strip().splitlines()
+            fallback = (
+                f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}: "
+                f"{said[0] if said else 'no message'}), so sites were looked up by known names"
+            )
+            found = named_sites(model, example, batch)
+        else:
+            found = _traced(model, program, batch, skipped)
+        found = _apart(found, skipped)
+        sites = _settled(model, example, found, skipped)
+    return Sites(sites=tuple(_unique(sites)), fallback=fallback, skipped=tuple(skipped))
+
+
+def _traced(model: nn.Module, program: Program, batch: int, skipped: list[Skipped]) -> list[tuple[Site, str]]:
+    """Sites without counts and drop, each with the key of its structure."""
+    rows = max((linear.rows for linear in program.linears), default=1)
+    layouts: dict[str, Layout | RefusedError] = {}
+    found: list[tuple[Site, str]] = []
+    for region in program.regions():
+        names = [*(producer.weight for producer in region.producers), region.writer.weight]
+        place = common(names) or common(names[-1:])
+        key = fingerprint(region)
+        if key not in layouts:
+            try:
+                layouts[key] = layout(program, region)
+            except RefusedError as refusal:
+                layouts[key] = refusal
+            except Exception as error:
+                # Made-up values in anybody's code: any error may come out, and only this place is lost.
+                layouts[key] = RefusedError(f"it cannot be probed: {error}")
+        known = layouts[key]
+        if isinstance(known, RefusedError):
+            if region.attention is not None:
+                skipped.append(Skipped(place=place, reason=str(known)))
+            continue
+        if known.activation == "identity" and not known.gated:
+            continue  # a matrix in two factors: nothing to remove that rank does not say better
+        reason = _obstacle(model, program, region, known)
+        if not reason and batch == region.writer.rows < rows:
+            reason = "it works on one row of each input, so a cut would save nothing"
+        if reason:
+            skipped.append(Skipped(place=place, reason=reason))
+            continue
+        found.append((_site(program, region, known, batch), key))
+    return found
+
+
+def _obstacle(model: nn.Module, program: Program, region: Region, known: Layout) -> str:
+    """Why the weights of a region may not be cut although it falls into units."""
+    if region.leak is not None:
+        return f"what it computes is also read outside of it, by {region.leak.name}"
+    linears = (*region.producers, region.writer)
+    if any(linear.node.meta["val"].numel() == 0 for linear in linears):
+        return "it computes nothing"
+    writer = region.writer
+    if writer.start or writer.out != model.get_parameter(writer.weight).shape[writer.dim]:
+        return f"only a part of {writer.weight} is the writer"
+    owned = [name for linear in linears for name in (linear.weight, linear.bias) if name]
+    owned += [program.names[region.outside[run.place]] for run in known.runs if run.outside]
+    inside = {*region.nodes, *(linear.node for linear in linears)}
+    for name in dict.fromkeys(owned):
+        value = model.get_parameter(name)
+        same = [n for n, v in model.named_parameters(remove_duplicate=False) if v is value]
+        if len(same) > 1:
+            return f"{same[0]} and {same[1]} are one tensor"
+        readers = program.readers(name) - inside
+        rows = {row for linear in linears for row in _rows(linear, name)}
+        # Another product may read other rows of the same matrix.
+        beside = {o.node for o in program.linears if name in (o.weight, o.bias)}
+        beside -= {o.node for o in program.linears if not rows.isdisjoint(_rows(o, name))}
+        if readers - beside:
+            return f"{name} is used {len(readers - beside) + 1} times in one run"
+    return ""
+
+
+def _rows(linear: Linear, name: str) -> range:
+    """Indices of the stored tensor `name` that the product's output features have."""
+    if name == linear.weight:
+        return range(linear.start, linear.start + linear.out)
+    if name == linear.bias:
+        return range(linear.bias_start, linear.bias_start + linear.out)
+    return range(0)
+
+
+def _site(program: Program, region: Region, known: Layout, batch: int) -> Site:
+    """The site without counts and drop, named after its writer."""
+    slices: list[Slice] = []
+    matmuls: list[Matmul] = []
+    for place, linear in enumerate(region.producers):
+        runs = [run for run in known.runs if run.place == place and not run.outside]
+        for run in runs:
+            start = linear.start + run.start
+            slices.append(Slice(tensor=linear.weight, dim=linear.dim, width=run.width, start=start))
+            if linear.bias:
+                start = linear.bias_start + run.start
+                slices.append(Slice(tensor=linear.bias, dim=0, width=run.width, start=start))
+        matmuls.append(_matmul(linear, out_per_unit=sum(run.width for run in runs)))
+    for run in known.runs:
+        if run.outside:
+            name = program.names[region.outside[run.place]]
+            slices.append(Slice(tensor=name, dim=run.dim, width=run.width))
+    writer = region.writer
+    slices.append(Slice(tensor=writer.weight, dim=1 - writer.dim, width=known.width))
+    matmuls.append(_matmul(writer, inner_per_unit=known.width))
+    tokens = known.tokens or max(1, writer.rows // batch)
+    return Site(
+        name=writer.weight, kind="heads" if known.attention else "ffn", units=known.units,
+        slices=tuple(dict.fromkeys(slices)), matmuls=tuple(matmuls),
+        writer=writer.weight, bias=writer.bias, batch=max(1, writer.rows // tokens), tokens=tokens,
+        head_dim=known.head_dim,
+        queries=known.width // known.head_dim if known.attention else 1,
+        gated=known.gated, activation=known.activation, causal=known.causal,
+    )  # fmt: skip
+
+
+def _matmul(linear: Linear, *, out_per_unit: int = 0, inner_per_unit: int = 0) -> Matmul:
+    return Matmul(
+        weight=linear.weight, rows=linear.rows, out=linear.out, inner=linear.inner,
+        out_per_unit=out_per_unit, inner_per_unit=inner_per_unit, bias=linear.bias is not None,
+    )  # fmt: skip
+
+
+def _apart(found: Sequence[tuple[Site, str]], skipped: list[Skipped]) -> list[tuple[Site, str]]:
+    """Sites that share no weight: of two that do, the first stays."""
+    owner: dict[str, str] = {}
+    apart: list[tuple[Site, str]] = []
+    for site, key in found:
+        names = {part.tensor for part in site.slices}
+        taken = sorted(names & owner.keys())
+        # Sites may share a fused matrix only when they own other parts of it along one dimension.
+        if taken and not all(_disjoint(site, other) for other, _ in apart):
+            reason = f"{taken[0]} already belongs to the site of {owner[taken[0]]}"
+            skipped.append(Skipped(place=common(sorted(names)), reason=reason))
+            continue
+        owner |= dict.fromkeys(names, site.writer)
+        apart.append((site, key))
+    return apart
+
+
+def _disjoint(site: Site, other: Site) -> bool:
+    for a in site.slices:
+        for b in other.slices:
+            ends = a.start + site.units * a.width, b.start + other.units * b.width
+            beside = a.dim == b.dim and (ends[0] <= b.start or ends[1] <= a.start)
+            if a.tensor == b.tensor and not beside:
+                return False
+    return True
+
+
+def _settled(
+    model: nn.Module,
+    example: dict[str, Tensor],
+    found: Sequence[tuple[Site, str]],
+    skipped: list[Skipped],
+) -> list[Site]:
+    """The sites that pass their trial, with counts and drop; one trial for places of one structure."""
+    places = [common([part.tensor for part in site.slices]) for site, _ in found]
+    calls = _calls(model, example, places)
+    tried: dict[str, Site | FailedTrialError] = {}
+    sites: list[Site] = []
+    for (site, structure), place in zip(found, places, strict=True):
+        around = next((p for p in _upwards(place) if p in calls), "")
+        module = model.get_submodule(around)
+        prefix = f"{around}." if around else ""
+        own = moved(site, prefix, "")
+        key = "\n".join([structure, own.model_copy(update={"name": ""}).model_dump_json(), _form(module)])
+        if key not in tried:
+            call = calls.get(around, Call((), example))
+            try:
+                tried[key] = settle(module, call, own)
+            except FailedTrialError as failure:
+                tried[key] = failure
+        result = tried[key]
+        if isinstance(result, FailedTrialError):
+            skipped.append(Skipped(place=place, reason=str(result)))
+        else:
+            sites.append(moved(result, "", prefix).model_copy(update={"name": place}))
+    return sites
+
+
+def _form(module: nn.Module) -> str:
+    """What makes two modules alike: classes and shapes of all they hold."""
+    shapes = [f"{name}{list(value.shape)}" for name, value in module.named_parameters()]
+    return "\n".join([*(type(part).__qualname__ for part in module.modules()), *shapes])
+
+
+def _upwards(place: str) -> Iterator[str]:
+    """A module's name and those of all that hold it, the whole model last."""
+    while place:
+        yield place
+        place = place.rpartition(".")[0]
+    yield ""
+
+
+def _calls(model: nn.Module, example: dict[str, Tensor], places: Sequence[str]) -> dict[str, Call]:
+    """What the modules at `places`, and all around them, are called with when the model runs."""
+    calls: dict[str, Call] = {}
+
+    def listen(name: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            calls.setdefault(name, Call(args, kwargs))
+
+        return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [listen(name) for name in {up for place in places for up in _upwards(place)}]
+    try:
+        _run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _unique(sites: Sequence[Site]) -> Iterator[Site]:
+    """Sites named after the innermost module around them; with their kind where that holds others."""
+    for site in sites:
+        crowded = sum(f"{other.name}.".startswith(f"{site.name}.") or not site.name for other in sites)
+        name = ".".join(filter(None, [site.name, site.kind])) if crowded > 1 else site.name
+        same = [other for other in sites if (other.name, other.kind) == (site.name, site.kind)]
+        if len(same) > 1:
+            name = f"{site.writer.rpartition('.')[0]}.{site.kind}"
+        yield site.model_copy(update={"name": name or site.kind})
+
+
+def _run(model: nn.Module, example: dict[str, Tensor]) -> None:
+    try:
+        with plain_attention():
+            model(**example)
+    except Exception as error:
+        shapes = {name: list(value.shape) for name, value in example.items() if hasattr(value, "shape")}
+        raise CompressError(
+            f"{type(model).__name__} does not run on the example inputs {shapes}: "
+            f"{type(error).__name__}: {error}"
+        ) from error

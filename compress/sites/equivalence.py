@@ -1,0 +1,271 @@
+"""A site is believed only after a trial: the smallest module around it, masked and shrunk, must agree.
+
+The trial also finds what no graph tells: which integer attributes of the modules (`num_heads`,
+`split_size`, ...) must follow the units for the shrunk module to run, and which module can be replaced
+when no unit is left. It works on a copy with random weights, so that neither zero biases nor tiny
+weights of a fresh model hide a mistake. And it proves which channels are free in their order.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.ir import Count, Drop, Site, Slice
+from compress.sites import permutation, prune
+from compress.sites.trace import plain_attention
+
+TOLERANCE = 1e-4  # float32 sums in another order, for outputs near 1
+PLACE = "place"
+DIFFER = "the answers differ"
+MOST_ATTEMPTS = 120
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with when the model ran on the example."""
+
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+
+
+class FailedTrialError(Exception):
+    """Why the shrunk module does not do what the masked one does."""
+
+
+class _Holder(nn.Module):
+    """Gives the module under trial a parent, so that it can be replaced itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.place = module
+
+
+def settle(module: nn.Module, call: Call, site: Site) -> Site:
+    """`site` with its counts and its drop, found by trial; its names are relative to `module`.
+
+    Raises:
+        FailedTrialError: no setting makes the shrunk module agree with the masked one.
+    """
+    trial = _Trial(module, call)
+    inner = moved(site, "", f"{PLACE}.")
+    inner = inner.model_copy(update={"counts": trial.counts(inner)})
+    inner = inner.model_copy(update={"drop": trial.drop(inner), "channels": trial.channels(inner)})
+    return moved(inner, f"{PLACE}.", "")
+
+
+def moved(site: Site, old: str, new: str) -> Site:
+    """`site` with the prefix `old` of all names replaced by `new`; both are empty or end in a dot."""
+
+    def rename(name: str) -> str:
+        return f"{new}{f'{name}.'.removeprefix(old)}".rstrip(".")
+
+    drop = site.drop
+    return site.model_copy(
+        update={
+            "slices": tuple(s.model_copy(update={"tensor": rename(s.tensor)}) for s in site.slices),
+            "channels": tuple(s.model_copy(update={"tensor": rename(s.tensor)}) for s in site.channels),
+            "counts": tuple(c.model_copy(update={"module": rename(c.module)}) for c in site.counts),
+            "matmuls": tuple(m.model_copy(update={"weight": rename(m.weight)}) for m in site.matmuls),
+            "writer": rename(site.writer),
+            "bias": None if site.bias is None else rename(site.bias),
+            "drop": drop and drop.model_copy(update={"module": rename(drop.module)}),
+        }
+    )
+
+
+def common(names: Sequence[str]) -> str:
+    """The innermost module that holds all tensors `names`.
+
+    >>> common(["a.self.query.weight", "a.output.dense.weight"])
+    'a'
+    """
+    paths = [name.split(".")[:-1] for name in names]
+    same = itertools.takewhile(lambda steps: len(set(steps)) == 1, zip(*paths, strict=False))
+    return ".".join(steps[0] for steps in same)
+
+
+class _Trial:
+    """One module, copied, with random weights, and what it answers."""
+
+    def __init__(self, module: nn.Module, call: Call) -> None:
+        self.call = call
+        self.holder = _Holder(copy.deepcopy(module)).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for value in self.holder.parameters():
+                noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
+                if value.ndim < 2:
+                    value.add_(0.1 * noise.to(value))
+                else:
+                    value.copy_(noise / (value.numel() / value.shape[0]) ** 0.5)
+        self.dense = self.run(self.holder)
+
+    def run(self, holder: nn.Module) -> object:
+        """What the module answers to the recorded call."""
+        with torch.no_grad(), plain_attention():
+            return holder.get_submodule(PLACE)(*self.call.args, **self.call.kwargs)
+
+    def counts(self, site: Site) -> tuple[Count, ...]:
+        """The smallest set of attributes that must follow the units."""
+        keeps = [[u for u in range(site.units) if u != site.units // 2], [site.units - 1]]
+        masked = [self.run(self.masked(site, kept)) for kept in keeps]
+        if any(agree(answer, self.dense) for answer in masked):
+            raise FailedTrialError("removing units does not change what the module answers")
+        first = ""
+        for counts in itertools.islice(_attempts(self.holder, site), MOST_ATTEMPTS):
+            reason = self.shrunk(site, counts, keeps, masked)
+            # Answers that differ say more than the errors of attempts that did not even run.
+            first = DIFFER if DIFFER in (reason, first) else first or reason
+            if not reason:
+                for count in counts:  # Drop every one that is not needed.
+                    fewer = tuple(c for c in counts if c != count)
+                    if not self.shrunk(site, fewer, keeps, masked):
+                        counts = fewer
+                return counts
+        raise FailedTrialError(f"the shrunk module does not run as the masked one does: {first}")
+
+    def masked(self, site: Site, kept: Sequence[int]) -> nn.Module:
+        """The copy without all but the `kept` units, at full shape."""
+        removal = prune.Removal(torch.tensor(kept, dtype=torch.int64))
+        try:
+            return prune.mask(self.holder, [site], {site.name: removal})
+        except CompressError as error:
+            raise FailedTrialError(str(error)) from error
+
+    def shrunk(
+        self, site: Site, counts: tuple[Count, ...], keeps: list[list[int]], masked: list[object]
+    ) -> str:
+        """What is wrong with the shrunk copies; empty when nothing is."""
+        site = site.model_copy(update={"counts": counts})
+        for kept, expected in zip(keeps, masked, strict=True):
+            removal = prune.Removal(torch.tensor(kept, dtype=torch.int64))
+            try:
+                answer = self.run(prune.shrink(self.holder, [site], {site.name: removal}))
+            except Exception as error:
+                # Any code may run here, so any error may come out; all mean "not this way".
+                return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if not agree(answer, expected):
+                return DIFFER
+        return ""
+
+    def drop(self, site: Site) -> Drop | None:
+        """The replacement for a site without units that gives what the masked module gives."""
+        producers = [s.tensor for s in site.slices if s.tensor != site.writer]
+        expected = self.run(self.masked(site, []))
+        for module, writer in ((PLACE, True), (common(producers), False)):
+            form = self.form(module)
+            if form is None or f"{site.writer}.".startswith(f"{module}.") != writer:
+                continue
+            drop = Drop(module=module, writer=writer, output=form[0], outputs=form[1])
+            given = site.model_copy(update={"drop": drop})
+            if not self.shrunk(given, given.counts, [[]], [expected]):
+                return drop
+        return None
+
+    def channels(self, site: Site) -> tuple[Slice, ...]:
+        """The slices that may change their order with the writer's columns; none if no set of them may."""
+        everything = torch.arange(site.units)
+        weight = prune.writer_columns(self.holder, site)
+        columns = permutation.mixed(site)
+        for parts in permutation.candidates(site):
+            given = site.model_copy(update={"channels": parts})
+            try:
+                follow = permutation.follow(self.holder, given, everything, columns, {})
+                removal = prune.Removal(everything, weight[:, columns], readers=follow)
+                answer = self.run(prune.mask(self.holder, [given], {site.name: removal}))
+            except Exception:
+                continue  # buffers, and whatever a module does not bear: that set is none
+            if agree(answer, self.dense):
+                return parts
+        return ()
+
+    def form(self, name: str) -> tuple[int | None, int] | None:
+        """Where the one tensor is in what a module returns; None when that is not so simple."""
+        seen: list[object] = []
+        hook = self.holder.get_submodule(name).register_forward_hook(
+            lambda module, args, output: seen.append(output)
+        )
+        try:
+            self.run(self.holder)
+        finally:
+            hook.remove()
+        if len(seen) != 1:
+            return None
+        if isinstance(seen[0], Tensor):
+            return None, 1
+        if not isinstance(seen[0], tuple) or hasattr(seen[0], "_fields"):
+            return None
+        places = [i for i, value in enumerate(seen[0]) if value is not None]
+        if len(places) != 1 or not isinstance(seen[0][places[0]], Tensor):
+            return None
+        return places[0], len(seen[0])
+
+
+def _attempts(holder: nn.Module, site: Site) -> Iterator[tuple[Count, ...]]:
+    """Sets of attributes to try, from none on; every value is a multiple of the units."""
+    widths = {s.width for s in site.slices}
+    per_tensor: dict[str, int] = {}
+    for part in site.slices:
+        per_tensor[part.tensor] = per_tensor.get(part.tensor, 0) + part.width
+    heads = {1, site.queries}
+    features = widths | set(per_tensor.values()) | {site.head_dim, site.head_dim * site.queries}
+    groups: dict[tuple[bool, bool], list[Count]] = {}
+    for name, module in holder.named_modules():
+        if name and not isinstance(module, nn.Linear):
+            for attribute, value in _integers(module):
+                per_unit, rest = divmod(value, site.units)
+                if rest == 0 and per_unit in heads | features:
+                    count = Count(module=name, attribute=attribute, per_unit=per_unit)
+                    groups.setdefault(("." in attribute, per_unit in heads), []).append(count)
+    own, wide = groups.get((False, True), []), groups.get((False, False), [])
+    shared, far = groups.get((True, True), []), groups.get((True, False), [])
+    yield ()
+    yield from ((*own,), (*own, *wide), (*own, *shared), (*own, *wide, *shared))
+    yield (*own, *wide, *shared, *far)
+    everything = [*own, *wide, *shared, *far]
+    for size in (1, 2, 3):
+        yield from itertools.combinations(everything, size)
+
+
+def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Integer attributes of a module, and of the configuration it holds."""
+    for attribute, value in vars(module).items():
+        if type(value) is int and value > 0:
+            yield attribute, value
+    config = getattr(module, "config", None)
+    for attribute, value in vars(config).items() if hasattr(config, "__dict__") else ():
+        if type(value) is int and value > 0 and not attribute.startswith("_"):
+            yield f"config.{attribute}", value
+
+
+def agree(answer: object, expected: object) -> bool:
+    """Whether all tensors of two answers agree; those of another shape (attention maps) are left out."""
+    pairs = list(itertools.zip_longest(_tensors(answer), _tensors(expected)))
+    same = [(a, b) for a, b in pairs if a is not None and b is not None and a.shape == b.shape]
+    return (
+        bool(same)
+        and all(a is not None and b is not None for a, b in pairs)
+        and all(float((a - b).abs().max()) <= TOLERANCE * max(1.0, float(b.abs().max())) for a, b in same)
+    )
+
+
+def distance(answer: object, expected: object) -> float:
+    """The largest difference of two answers of the same shapes, in units of its tensor's largest value."""
+    pairs = zip(_tensors(answer), _tensors(expected), strict=True)
+    return max((float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs), default=0.0)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,118 @@
+"""Orders of channels in which a model computes the same, chosen so that 2:4 keeps more of it.
+
+2:4 keeps two of every four neighbouring inputs of a matrix, so their order decides what is lost. What a
+site's writer reads is free in its order: neurons anywhere, values within their head. The rows that make
+them, and their biases, follow (`Site.channels`, which a trial has proven). Query and key channels are
+as free, but no matrix reads them, so no group of four would change; what readers read is the residual
+stream, which has one order for the whole model.
+
+References: Pool, Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from compress.core import permute
+from compress.core.units import index_of
+from compress.ir import Site, Slice
+from compress.sites import prune
+from compress.sites.modeling import owner
+
+ROWS = 192  # of the writer that a search looks at; all of a wide one would take longer than solving it
+ROUNDS = 24  # in which every group meets another one
+NARROW = 512  # columns up to which single swaps are affordable as well
+SWAPS = 8
+
+
+def candidates(site: Site) -> Iterator[tuple[Slice, ...]]:
+    """What may be all that has to follow the writer's columns: of neurons everything, of heads one matrix."""
+    others = [part for part in site.slices if part.tensor != site.writer]
+    if site.kind == "ffn":
+        if site.column.width == 1 and all(part.width == 1 for part in others):
+            yield tuple(others)
+        return
+    weights = {matmul.weight for matmul in site.matmuls}
+    for part in others:
+        if part.tensor in weights and part.width == site.head_dim:
+            beside = {
+                other
+                for other in others
+                if owner(other.tensor) == owner(part.tensor)
+                and (other.start, other.width) == (part.start, part.width)
+            }
+            yield (part, *sorted(beside - {part}, key=lambda other: other.tensor))
+
+
+def order(site: Site, score: Tensor) -> Tensor:
+    """An order of the writer's columns, legal for the site, in which 2:4 keeps more of a score.
+
+    Args:
+        site: without channels, or where no fours fit, the order stays.
+        score: [out, in] importance of each weight in the writer's kept columns.
+    """
+    columns = score.shape[1]
+    part = columns if site.kind == "ffn" else site.head_dim
+    stay = torch.arange(columns)
+    if not site.channels or part % permute.GROUP:
+        return stay
+    looked = score[:: max(1, len(score) // ROWS)]
+    passes = SWAPS if part <= NARROW else 0
+    if site.kind == "ffn":
+        return permute.search(looked, rounds=ROUNDS, passes=passes)
+    found = []
+    for unit in stay.reshape(-1, site.column.width // part, part):  # [queries, head_dim] of one unit
+        # All queries of a unit read the same values, so they are moved together.
+        own = looked[:, unit].transpose(0, 1).reshape(-1, part)
+        found.append(unit[:, permute.search(own, rounds=ROUNDS, passes=passes)].flatten())
+    return torch.cat(found)
+
+
+def mixed(site: Site, seed: int = 0) -> Tensor:
+    """A random order of all the writer's columns that is as legal as those of `order`."""
+    generator = torch.Generator().manual_seed(seed)
+    if site.kind == "ffn":
+        return torch.randperm(site.units * site.column.width, generator=generator)
+    units = torch.arange(site.units * site.column.width).reshape(site.units, -1, site.head_dim)
+    return torch.cat(
+        [unit[:, torch.randperm(site.head_dim, generator=generator)].flatten() for unit in units]
+    )
+
+
+def follow(
+    model: nn.Module, site: Site, kept: Tensor, columns: Tensor, readers: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The values of `Removal.readers` that go with the writer's kept columns in another order.
+
+    Args:
+        model: where values that nothing else changes are taken from.
+        site: with the channels that follow.
+        kept: units, sorted.
+        columns: [kept * width] the order, of the kept columns.
+        readers: new values so far, in the old order.
+    """
+    found = dict(readers)
+    for name in dict.fromkeys(part.tensor for part in site.channels):
+        dim = next(part.dim for part in site.channels if part.tensor == name)
+        value = found.get(name)
+        if value is None:
+            value = prune.reader_rows(model, site, name, kept)
+        stay = prune.staying(model, site, name, kept)
+        source = torch.arange(int(stay.max()) + 1)
+        for part in site.channels:
+            if part.tensor == name:
+                own = index_of(part, kept)
+                source[own] = own[_features(site, columns)]
+        found[name] = value.index_select(dim, torch.searchsorted(stay, source[stay]))
+    return found
+
+
+def _features(site: Site, columns: Tensor) -> Tensor:
+    """The order of the features that make the columns: of heads each once, whatever the queries."""
+    if site.kind == "ffn":
+        return columns
+    width = site.column.width
+    first = columns.reshape(-1, width)[:, : site.head_dim]
+    units = torch.arange(len(first))[:, None]
+    return (first - units * width + units * site.head_dim).flatten()

@@ -1,0 +1,1 @@
+"""What a model is for: its inputs, data, loss and metric."""

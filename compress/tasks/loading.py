@@ -1,0 +1,145 @@
+"""From the words of a request to a `Task`: a Hugging Face model with data, or a user's own factory.
+
+`Task` and `Batch`, which a user's own task is made of, are importable from here.
+"""
+
+import importlib
+import importlib.resources
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from compress.errors import CompressError
+from compress.recipe import TaskName
+from compress.tasks import pretrained
+from compress.tasks.datasets import read_splits
+from compress.tasks.pretrained import check_finite, example_inputs
+from compress.tasks.task import Batch, Request, Run, Split, Task
+from compress.tasks.text import FeatureExtraction, TextClassification, TextGeneration
+from compress.tasks.vision import ImageClassification
+
+__all__ = ["Batch", "Run", "Split", "Task", "demo", "example_inputs", "load_model", "load_task"]
+
+KINDS: dict[TaskName, Callable[[Request], Task]] = {
+    "text-classification": TextClassification,
+    "image-classification": ImageClassification,
+    "feature-extraction": FeatureExtraction,
+    "text-generation": TextGeneration,
+}
+FACTORY = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+
+
+def load_task(
+    model: str | None,
+    data: str | None,
+    *,
+    test: str | None = None,
+    task: TaskName | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    model_module: nn.Module | None = None,
+) -> Task:
+    """The task that a request describes.
+
+    Args:
+        model: a Hugging Face directory or hub id, `package.module:factory`, or None for the demo.
+        data: a file, or a directory with train, validation and test files or images by class.
+        test: a file that only the score is computed on; without it, a part of `data` is held out.
+        task: what the model is for; found in its config when None.
+        text: the column of text, two joined by a comma for pairs; found when None.
+        label: the column of labels, or of scores for sentence pairs; found when None.
+        tokens: the longest input in tokens (the block length of running text).
+        seed: fixes the order and the split of the data.
+        model_module: the model itself, when it was loaded by other means.
+
+    Raises:
+        CompressError: anything about the model or the data is missing, damaged or does not fit.
+    """
+    if model is not None and _is_factory(model):
+        given = {"data": data, "test": test, "task": task, "text": text, "label": label}
+        words = [f"--{name}" for name, value in given.items() if value is not None]
+        if words:
+            raise CompressError(f"{model} brings its own data; leave out {', '.join(words)}")
+        return _from_factory(model)
+    directory = _demo_directory() if model is None else pretrained.resolve(model)
+    data = str(directory) if data is None and model is None else data
+    if data is None:
+        raise CompressError(
+            f"no data was given for {model}; add --data with a file or directory of inputs like those "
+            "it will see (.csv .tsv .jsonl .json .parquet .txt .npz, or images by class)"
+        )
+    config = pretrained.read_config(directory)
+    name = task or pretrained.task_of(config)
+    splits = read_splits(data, test, seed=seed, shuffle=name != "text-generation")
+    if model_module is None:
+        model_module = pretrained.load_weights(directory, config, name)
+    module = model_module.float().eval()
+    takes = getattr(module, "main_input_name", "input_ids")
+    needs = "pixel_values" if name == "image-classification" else "input_ids"
+    if takes != needs:
+        raise CompressError(
+            f"{directory} takes {takes}, but {name} here feeds {needs}; name another --task, "
+            "or give package.module:factory"
+        )
+    return KINDS[name](Request(module, directory, splits, text, label, tokens))
+
+
+def demo() -> Task:
+    """The embedded default: a small intent classifier with its data."""
+    return load_task(None, None)
+
+
+def load_model(model: str) -> nn.Module:
+    """A model alone, for looking at: no data and no tokenizer are needed."""
+    if _is_factory(model):
+        return _from_factory(model).model
+    directory = pretrained.resolve(model)
+    config = pretrained.read_config(directory)
+    return pretrained.load_weights(directory, config, pretrained.task_of(config))
+
+
+def _demo_directory() -> Path:
+    """Where the package keeps its demo."""
+    return Path(str(importlib.resources.files("compress.demo")))
+
+
+def _is_factory(model: str) -> bool:
+    return re.fullmatch(FACTORY, model) is not None and not Path(model).exists()
+
+
+def _from_factory(words: str) -> Task:
+    """Imports `package.module`, with the current directory in reach, and calls its factory."""
+    place, name = words.split(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(place)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise CompressError(
+            f"{place} cannot be imported from {here}: {type(error).__name__}: {error}"
+        ) from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise CompressError(f"{place} has no function {name!r}; it has {', '.join(names) or 'none'}")
+    try:
+        task = factory()
+    except CompressError:
+        raise
+    except Exception as error:  # as above
+        raise CompressError(f"{words} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task):
+        raise CompressError(
+            f"{words} returned {type(task).__name__}; return an instance of a subclass of compress.task.Task"
+        )
+    if not isinstance(getattr(task, "model", None), nn.Module):
+        raise CompressError(f"{words} returned a Task without a model; set self.model to an nn.Module")
+    check_finite(task.model, words)
+    task.model.float().eval()
+    return task

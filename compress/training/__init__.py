@@ -1,0 +1,1 @@
+"""Recovery: distillation, pruning-aware and quantization-aware training."""

@@ -1,0 +1,242 @@
+"""Blocks whose weights were split into a sparse and a thin part, tuned as wholes to the dense model's blocks.
+
+`core.lowrank` matches every weight alone. Here all split weights of one block learn together, so that the
+block gives what the dense model's gives, from what the compressed blocks before it really feed it: one may
+now make up for another, and all for what came before. Sparse values stay on their support and factors keep
+their rank, so neither the form of the file nor its time changes. Blocks follow in the order of the model,
+and what did not come nearer goes back to where it was.
+
+Norms, the biases of readers and weights without factors stay: a removal has no place for them, and what is
+rounded must not move.
+
+Reference: Makni et al., "3BASiL", arXiv 2603.01376 (transformer matching).
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from compress.calibration.activation_statistics import real_rows
+from compress.core import lowrank
+from compress.ir import Option, Site
+from compress.sites import prune
+from compress.sites.modeling import owner
+from compress.sites.prune import Removal
+from compress.tasks.task import Batch
+from compress.training import distillation, sltrain_layers
+from compress.training.distillation import Place
+from compress.training.sltrain_layers import SparseLowRank
+
+EPOCHS = 4
+RATE = 5e-4
+LEAST = 0.2  # of the rate, at the end of its cosine
+
+
+class _ReachedError(Exception):
+    """What was wanted of a forward pass is there; the rest is not needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One call of a block: its arguments, the dense model's answer in real rows, and where padding is."""
+
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    goal: Tensor
+    batch: Batch
+
+
+def match(
+    model: nn.Module,
+    sites: Sequence[Site],
+    removals: Mapping[str, Removal],
+    batches: Sequence[Batch],
+    *,
+    memory_mb: int = 2048,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Removal]:
+    """The same removals with split weights that match whole blocks.
+
+    Args:
+        model: the dense model, left untouched.
+        sites: in the order in which the model runs them.
+        removals: by site name; those without factors stay as they are.
+        batches: calibration inputs; padding never enters.
+        memory_mb: what the calls of one block may take; batches beyond that are left out.
+        progress: called with blocks done and blocks in all.
+    """
+    small = prune.shrink(model, sites, removals).requires_grad_(False)
+    found = dict(removals)
+    blocks: dict[Place, list[Site]] = {}
+    for site in sites:
+        if site.name in removals and removals[site.name].factors:
+            (place,) = distillation.places(model, [site])
+            blocks.setdefault(place, []).append(site)
+    for done, (place, inside) in enumerate(blocks.items(), 1):
+        layers = _split(small, inside, removals)
+        if layers:
+            shown = examples(model, small, place, batches, memory_mb)
+            learn(small.get_submodule(place.name), place, layers, shown)
+        for site in inside:
+            found[site.name] = _removal(site, removals[site.name], layers)
+        sltrain_layers.merge(small)
+        if progress is not None:
+            progress(done, len(blocks))
+    return found
+
+
+@torch.no_grad()
+def examples(
+    model: nn.Module, small: nn.Module, place: Place, batches: Sequence[Batch], memory_mb: int
+) -> list[Example]:
+    """How a compressed model calls one block, and what that block answers in the dense one; at least one."""
+    found: list[Example] = []
+    held = 0
+    for batch in batches:
+        args, kwargs = _call(small, place, batch)
+        found.append(Example(args, kwargs, real_rows(_answer(model, place, batch), batch), batch))
+        held += sum(value.nbytes for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        held += found[-1].goal.nbytes
+        if held > memory_mb * 1e6:
+            break
+    return found
+
+
+def _call(model: nn.Module, place: Place, batch: Batch) -> tuple[tuple[object, ...], dict[str, object]]:
+    """What the block is called with. A cache of keys and values is left out: it would grow at every call."""
+    caught: list[tuple[tuple[object, ...], dict[str, object]]] = []
+
+    def before(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        caught.append((args, kwargs))
+        raise _ReachedError
+
+    hook = model.get_submodule(place.name).register_forward_pre_hook(before, with_kwargs=True)
+    _until_reached(model, batch, hook.remove)
+    ((args, kwargs),) = caught
+    plain = tuple(None if isinstance(value, Cache) else value for value in args)
+    return plain, {name: value for name, value in kwargs.items() if not isinstance(value, Cache)}
+
+
+def _answer(model: nn.Module, place: Place, batch: Batch) -> Tensor:
+    """What the block gives."""
+    caught: list[object] = []
+
+    def after(_: nn.Module, __: object, output: object) -> None:
+        caught.append(output)
+        raise _ReachedError
+
+    hook = model.get_submodule(place.name).register_forward_hook(after)
+    _until_reached(model, batch, hook.remove)
+    return _hidden(caught[0], place)
+
+
+def _until_reached(model: nn.Module, batch: Batch, finish: Callable[[], None]) -> None:
+    try:
+        model(**batch.inputs)
+    except _ReachedError:
+        return
+    finally:
+        finish()
+
+
+def _hidden(output: object, place: Place) -> Tensor:
+    value = output[place.output] if isinstance(output, (tuple, list)) else output
+    assert isinstance(value, Tensor)
+    return value
+
+
+def distance(block: nn.Module, place: Place, example: Example) -> Tensor:
+    """Squared distance of a block's answer from the goal, in units of the goal."""
+    found = real_rows(_hidden(block(*example.args, **example.kwargs), place), example.batch)
+    return (found - example.goal).square().sum() / example.goal.square().sum()
+
+
+def learn(
+    block: nn.Module,
+    place: Place,
+    layers: Mapping[str, SparseLowRank],
+    shown: Sequence[Example],
+    *,
+    epochs: int = EPOCHS,
+    rate: float = RATE,
+) -> tuple[float, float]:
+    """Tune the split layers of a block in place; its mean distance before and after, never larger.
+
+    Args:
+        block: holds the layers; nothing else in it moves.
+        place: which of its outputs counts.
+        layers: by the name of their weight.
+        shown: what it is called with, and what it should give.
+        epochs: over all examples, in an order that is the same every time.
+        rate: of Adam, falling along a cosine.
+    """
+    values = [value for layer in layers.values() for value in layer.parameters() if value.requires_grad]
+    start = [value.detach().clone() for value in values]
+    before = _mean(block, place, shown)
+    optimizer = torch.optim.Adam(values, lr=rate)
+    random = torch.Generator().manual_seed(0)
+    order: list[int] = [
+        n for _ in range(epochs) for n in torch.randperm(len(shown), generator=random).tolist()
+    ]
+    for step, number in enumerate(order):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (LEAST + (1 - LEAST) * (1 + math.cos(math.pi * step / len(order))) / 2)
+        optimizer.zero_grad()
+        torch.autograd.backward(distance(block, place, shown[number]))
+        optimizer.step()
+    after = _mean(block, place, shown)
+    if after < before:
+        return before, after
+    with torch.no_grad():
+        for value, old in zip(values, start, strict=True):
+            value.copy_(old)
+    return before, before
+
+
+@torch.no_grad()
+def _mean(block: nn.Module, place: Place, shown: Sequence[Example]) -> float:
+    return sum(float(distance(block, place, example)) for example in shown) / len(shown)
+
+
+def _split(
+    small: nn.Module, sites: Sequence[Site], removals: Mapping[str, Removal]
+) -> dict[str, SparseLowRank]:
+    """Put a layer of parts in the place of every `nn.Linear` that has factors; by the weight's name."""
+    made = {}
+    for site in sites:
+        removal = removals[site.name]
+        dense = Option.of(removal.form, None).pattern == "dense"
+        for name, (left, right) in removal.factors.items():
+            layer = small.get_submodule(owner(name))
+            if type(layer) is not nn.Linear:  # what stores its weight the other way round stays
+                continue
+            rest = lowrank.apart(layer.weight, left, right)
+            mask = torch.zeros_like(rest, dtype=torch.bool) if dense else rest != 0
+            parts = sltrain_layers.from_parts(rest, mask, left, right, layer.bias)
+            if parts.bias is not None:
+                parts.bias.requires_grad_(name == site.writer)
+            small.set_submodule(owner(name), parts)
+            made[name] = parts
+    return made
+
+
+def _removal(site: Site, removal: Removal, layers: Mapping[str, SparseLowRank]) -> Removal:
+    """A removal with what its layers have learned."""
+    factors, readers = dict(removal.factors), dict(removal.readers)
+    weight, bias = removal.weight, removal.bias
+    for name in removal.factors:
+        layer = layers.get(name)
+        if layer is None:
+            continue
+        factors[name] = (layer.left.detach(), layer.right.detach())
+        value = copy.deepcopy(layer).double().merged().weight.detach().to(layer.left.dtype)
+        if name == site.writer:
+            weight, bias = value, None if layer.bias is None else layer.bias.detach()
+        else:
+            readers[name] = value
+    return replace(removal, weight=weight, bias=bias, readers=readers, factors=factors)

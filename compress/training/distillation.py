@@ -1,0 +1,308 @@
+"""How far a student is from its teacher: losses on answers, on hidden states, on rankings; and the teacher.
+
+Removing structure leaves every layer where it was and as wide as it was outside, so hidden states are
+compared token by token and layer by layer without any mapping; those of a student with a narrower stream
+with what that stream can hold of the teacher's. Padding enters nothing. The answers of
+a teacher never change: they are computed once and kept on disk, up to a bound.
+
+The features of GPUSQ are the hidden states of late layers alone, and only of inputs on which student and
+teacher agree: what a student that is wrong looks like inside teaches nothing. Once one course of training
+is over, layers that it brought near count more, those that it left far count less (`pruning_aware_recovery`).
+
+References: Kurtic, Frantar, Alistarh, "ZipLM", arXiv 2302.04089 (task, logits and token losses);
+Yu et al., "Boost Vision Transformer with GPU-Friendly Sparsity and Quantization", arXiv 2305.10727;
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531 (temperature);
+Hofstätter et al., "Improving Efficient Neural Ranking Models", arXiv 2010.02666 (Margin-MSE).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from compress.calibration.activation_statistics import real_rows
+from compress.distributed.collectives import WHOLE, Part
+from compress.errors import CompressError
+from compress.ir import Site
+from compress.recipe import Recovery
+from compress.tasks.loading import Batch, Task
+from compress.tasks.text import FeatureExtraction, pooled
+
+MEGABYTE = 10**6
+FACTORS = (0.25, 4.0)  # how little and how much one layer's features may count
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a hidden state is read: what the module `name` returns, at `output` when it is a tuple."""
+
+    name: str
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to one batch: its logits, and [real tokens, hidden] at every place."""
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+def places(model: nn.Module, sites: Sequence[Site]) -> tuple[Place, ...]:
+    """One place for every layer that holds a site, in the order of the sites.
+
+    A layer is the outermost entry of a list of modules; a site outside of any list is read where its
+    writer ends. Both are there in the student too, also where the site itself was dropped.
+    """
+    found = []
+    for site in sites:
+        steps = site.writer.split(".")[:-1]
+        inside = site.drop if site.drop is not None and site.drop.writer else None
+        name = _layer(model, steps) or (".".join(steps) if inside is None else inside.module)
+        output = inside.output if inside is not None and inside.module == name else None
+        found.append(Place(name, output or 0))
+    return tuple(dict.fromkeys(found))
+
+
+def _layer(model: nn.Module, steps: Sequence[str]) -> str | None:
+    """The outermost entry of a list of modules on the way to a module."""
+    for end in range(len(steps)):
+        if isinstance(model.get_submodule(".".join(steps[:end])), (nn.ModuleList, nn.Sequential)):
+            return ".".join(steps[: end + 1])
+    return None
+
+
+def answers(task: Task, model: nn.Module, batch: Batch, at: Sequence[Place]) -> Answers:
+    """One forward pass; gradients flow where they are enabled."""
+    caught: dict[Place, Tensor] = {}
+
+    def catch(place: Place) -> RemovableHandle:
+        def hook(_: nn.Module, __: object, output: object) -> None:
+            value = output[place.output] if isinstance(output, (tuple, list)) else output
+            if not isinstance(value, Tensor):
+                raise CompressError(
+                    f"{place.name} returns {type(value).__name__} where a hidden state was expected; "
+                    "set hidden = 0 in [recovery]"
+                )
+            caught[place] = real_rows(value, batch)
+
+        return model.get_submodule(place.name).register_forward_hook(hook)
+
+    handles = [catch(place) for place in at]
+    try:
+        logits = task.logits(model(**batch.inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Answers(logits, tuple(caught[place] for place in at))
+
+
+def lowered(teacher: Answers, student: Answers, down: Tensor) -> Answers:
+    """What the teacher says, its hidden states as a narrower student can have them.
+
+    Args:
+        teacher: hidden states of width d, or of another one where they lie outside of the stream.
+        student: says which of them are narrower in it.
+        down: [n, d] from a state of the stream to the one that stands for it.
+    """
+    narrow = down.to(teacher.logits)
+    pairs = zip(teacher.hidden, student.hidden, strict=True)
+    hidden = (theirs @ narrow.T if ours.shape[-1] < theirs.shape[-1] else theirs for theirs, ours in pairs)
+    return Answers(teacher.logits, tuple(hidden))
+
+
+def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over layers and tokens of `|h_student - h_teacher|^2 / |h_teacher|^2`.
+
+    Relative to each token, so that neither a deep layer's scale nor one token with huge activations
+    outweighs the rest. Each entry is [tokens, hidden].
+    """
+    each = [_apart(ours, theirs).mean() for ours, theirs in zip(student, teacher, strict=True)]
+    return torch.stack(each).mean()
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> Tensor:
+    """[tokens] squared distances in units of the teacher's token."""
+    return (ours - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=1e-12)
+
+
+def features(task: Task, batch: Batch, student: Answers, teacher: Answers, wanted: Recovery) -> Tensor:
+    """[late layers] mean over all tokens of `1[agreed] |h_student - h_teacher|^2 / |h_teacher|^2`.
+
+    A token counts where both models answer its input alike; embeddings are no choice, so all count, as
+    they do when `wanted.gated` is off. The paper's distance is absolute; relative ones leave it to the
+    factors alone how layers are weighed. Of `n` layers the last `ceil(n * wanted.late)` are read.
+    """
+    late = max(1, math.ceil(len(teacher.hidden) * wanted.late))
+    pairs = zip(student.hidden[-late:], teacher.hidden[-late:], strict=True)
+    apart = torch.stack([_apart(ours, theirs) for ours, theirs in pairs])  # [late, tokens]
+    if wanted.gated and not isinstance(task, FeatureExtraction):
+        apart = apart * agreed(student.logits, teacher.logits, batch, apart.shape[1])
+    return apart.mean(1)
+
+
+def agreed(student: Tensor, teacher: Tensor, batch: Batch, tokens: int) -> Tensor:
+    """[tokens] bool: whether the two choose the same label for what a token belongs to.
+
+    Args:
+        student: logits, [inputs, labels], or [inputs, tokens of one, labels] with a choice for each token.
+        teacher: the same of the teacher.
+        batch: says where padding is.
+        tokens: how many rows a hidden state has: all tokens, or those that are no padding.
+    """
+    same = (student.argmax(-1) == teacher.argmax(-1)).reshape(len(student), -1)
+    padded = batch.real is not None and int(batch.real.sum()) == tokens
+    width = batch.real.shape[1] if batch.real is not None and padded else tokens // len(same)
+    spread = same.expand(-1, width)
+    return spread[batch.real] if padded else spread.reshape(-1)
+
+
+def aware(apart: Sequence[float]) -> tuple[float, ...]:
+    """How much the features of each late layer count, from what earlier training left of their losses.
+
+    `(1 / l_k) / mean(1 / l)`, held between 0.25 and 4: a layer that stayed far cannot be had, and is
+    not insisted on. The paper gives the direction; the map is the simplest one with mean 1.
+
+    >>> [round(factor, 3) for factor in aware([0.1, 0.2])]
+    [1.333, 0.667]
+    """
+    inverse = [1 / max(each, 1e-12) for each in apart]
+    mean = sum(inverse) / len(inverse)
+    low, high = FACTORS
+    return tuple(min(max(each / mean, low), high) for each in inverse)
+
+
+def margin_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Margin-MSE over all pairs: mean of `((s_ij - s_ik) - (t_ij - t_ik))^2` over queries i and j != k.
+
+    Only differences of a query's scores count, so a constant added to them changes nothing. With
+    `d = s - t` the mean over all ordered pairs is twice the sample variance of `d` along each row.
+
+    Args:
+        student: [queries, documents] scores.
+        teacher: the same of the teacher.
+
+    >>> margin_loss(torch.tensor([[1.0, 3.0]]), torch.tensor([[5.0, 5.0]])).item()
+    4.0
+    """
+    if student.shape[1] < 2:
+        return (student - teacher).sum() * 0.0
+    return 2 * (student - teacher).var(dim=1).mean()
+
+
+def cosines(hidden: Tensor, batch: Batch, part: Part = WHOLE) -> Tensor:
+    """[texts, texts] cosines between the embeddings of a batch, each text a query among the others.
+
+    Where processes hold a part of the batch each, these are the cosines of all its texts.
+    """
+    unit = part.stacked(nn.functional.normalize(pooled(hidden, batch.real), dim=-1))
+    return unit @ unit.T
+
+
+def loss(
+    task: Task,
+    batch: Batch,
+    student: Answers,
+    teacher: Answers,
+    wanted: Recovery,
+    part: Part = WHOLE,
+    factors: Sequence[float] = (),
+) -> Tensor:
+    """The weighted sum of all losses; those of weight 0, or without what they need, are left out.
+
+    Of a part of a batch it is what this part adds to the loss of the whole one, and its gradient is this
+    part's share of the whole gradient.
+
+    The divergence from the teacher is the task's own: KL of softened distributions, times the squared
+    temperature so that its gradient keeps its size, or for embeddings 1 - cosine, which no temperature
+    changes; these also keep their margins (Margin-MSE within the batch). `factors` weigh the features of
+    each late layer, which are added up; without any, all count 1.
+    """
+    total = student.logits.sum() * 0.0
+    if wanted.task and task.labelled and batch.labels is not None:
+        total = total + part.samples * wanted.task * task.loss(student.logits, batch)
+    embeds = isinstance(task, FeatureExtraction)
+    if wanted.logits:
+        heat = 1.0 if embeds else wanted.temperature
+        soft = task.divergence(student.logits / heat, teacher.logits / heat, batch)
+        total = total + part.samples * wanted.logits * heat**2 * soft
+    if wanted.ranking and embeds:
+        scores = cosines(student.logits, batch, part), cosines(teacher.logits, batch, part)
+        total = total + part.pairs * wanted.ranking * margin_loss(*scores)
+    if wanted.hidden and teacher.hidden:
+        total = total + part.tokens * wanted.hidden * hidden_loss(student.hidden, teacher.hidden)
+    if wanted.features and teacher.hidden:
+        each = features(task, batch, student, teacher, wanted)
+        weights = each.new_tensor(factors) if factors else torch.ones_like(each)
+        total = total + part.tokens * wanted.features * (weights * each).sum()
+    return total
+
+
+class Teacher:
+    """The dense model's answers by the number of a batch: from disk, or computed and, with room, kept."""
+
+    def __init__(
+        self, task: Task, model: nn.Module, at: Sequence[Place], directory: Path, room_mb: float
+    ) -> None:
+        """Take up what `directory` holds.
+
+        Args:
+            task: reads the logits.
+            model: the dense model, which is not changed.
+            at: where hidden states are read.
+            directory: one file a batch; the caller makes sure that they belong to this model and data.
+            room_mb: all files together stay below it.
+        """
+        self.at = tuple(at)
+        self._task, self._model, self._directory = task, model, directory
+        self._room = room_mb * MEGABYTE
+        self._used = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+    @property
+    def used_mb(self) -> float:
+        """Megabytes on disk."""
+        return self._used / MEGABYTE
+
+    def __call__(self, number: int, batch: Batch) -> Answers:
+        """The answers to batch `number`, the same bits whether they are read or computed."""
+        path = self._directory / f"{number:06d}.safetensors"
+        stored = _read(path, len(self.at))
+        if stored is not None:
+            return stored
+        with torch.no_grad():
+            found = answers(self._task, self._model, batch, self.at)
+        self._keep(path, found)
+        return found
+
+    def forget(self) -> None:
+        """Remove all answers from disk."""
+        for path in self._directory.glob("*.safetensors"):
+            path.unlink()
+        self._used = 0
+
+    def _keep(self, path: Path, found: Answers) -> None:
+        tensors = {f"hidden.{place}": value for place, value in enumerate(found.hidden)}
+        tensors = {name: value.contiguous() for name, value in [*tensors.items(), ("logits", found.logits)]}
+        size = sum(value.numel() * value.element_size() for value in tensors.values()) + 4096  # and a header
+        damaged = path.stat().st_size if path.exists() else 0
+        if self._used - damaged + size > self._room:
+            return
+        half = path.with_suffix(".part")
+        save_file(tensors, half)
+        half.replace(path)
+        self._used += path.stat().st_size - damaged
+
+
+def _read(path: Path, hidden: int) -> Answers | None:
+    """Answers in a whole file, None when there is none."""
+    try:
+        found = load_file(path)
+        return Answers(found["logits"], tuple(found[f"hidden.{place}"] for place in range(hidden)))
+    except (OSError, SafetensorError, KeyError):
+        return None

@@ -1,0 +1,141 @@
+"""Sparse first, then integers: what the two stages of a pruned plan on integers begin with.
+
+The pruned model learns from the dense one in floats. Then it is the teacher, and the same model on integers
+learns from it, beginning at its weights: what a model that wide cannot say is not asked of its codes. Late
+layers that the first stage left far from the dense model count less in the second (`distillation.aware`).
+
+Reference: Yu et al., "Boost Vision Transformer with GPU-Friendly Sparsity and Quantization",
+arXiv 2305.10727, sections 3.2 and 3.3.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from compress.core import ranges
+from compress.core.fakequant import PRECISIONS, Quantized
+from compress.ir import Option, Site
+from compress.methods import quantized_layers
+from compress.recipe import Recovery
+from compress.sites.modeling import owner
+from compress.sites.prune import Removal
+from compress.tasks.loading import Batch, Task
+
+INTEGERS = ("int8-dynamic", "int8-static", "int4")
+EPOCHS, RATE = 0.5, 0.4  # of the second stage, as shares of the first
+ROOM = 2**30  # bytes of moments that are held at a time
+SEEN = 32  # batches that say what products on integers read
+
+
+def applies(sites: Sequence[Site], removals: Mapping[str, Removal], *, narrow: bool = False) -> bool:
+    """Whether a plan both removes something and runs products on integers.
+
+    Args:
+        sites: of the original model.
+        removals: by site name.
+        narrow: the hidden width is smaller than the teacher's.
+    """
+    units = {site.name: site.units for site in sites}
+    sparse = any(
+        len(one.kept) < units[name] or _floating(one.form) != "dense" for name, one in removals.items()
+    )
+    return (sparse or narrow) and any(_on_integers(one) for one in removals.values())
+
+
+def floats(removals: Mapping[str, Removal]) -> dict[str, Removal]:
+    """The plan without its integers: for `prune.shrink`, the student of the first stage.
+
+    Readers are the dense model's own again where no pattern and no factors stand for them; all else has
+    the values that its codes stood for.
+    """
+    found = dict(removals)
+    for name, one in removals.items():
+        if _on_integers(one):
+            form = _floating(one.form)
+            readers = {} if form == "dense" else one.readers
+            found[name] = replace(one, form=form, readers=readers, codes={})
+    return found
+
+
+def second(wanted: Recovery) -> Recovery:
+    """Settings of the second stage: the same losses for fewer epochs at a lower rate."""
+    changes = {"epochs": math.ceil(EPOCHS * wanted.epochs), "rate": RATE * wanted.rate}
+    return wanted.model_copy(update=changes)
+
+
+@torch.no_grad()
+def rounded(
+    task: Task,
+    model: nn.Module,
+    sites: Sequence[Site],
+    removals: Mapping[str, Removal],
+    batches: Sequence[Batch],
+) -> dict[str, Removal]:
+    """Round a tuned float model onto a plan's integers, in place; the removals with the new codes.
+
+    Codes are those of least output error on what products read in this very model, and ranges of inputs
+    those of least squared error. Exact zeros stay.
+
+    Args:
+        task: of the model that was pruned; it is only read.
+        model: with plain layers; its weights become what their codes stand for, and biases take up the rest.
+        sites: of the original model.
+        removals: of the plan on integers.
+        batches: what products are shown.
+    """
+    places: dict[str, tuple[str, quantized_layers.Place]] = {}
+    wanted = {site.name: removals[site.name] for site in sites if site.name in removals}
+    names = {
+        weight: (name, Option.of(one.form, None).precision)
+        for name, one in wanted.items()
+        if _on_integers(one)
+        for weight in one.codes
+    }
+    seeing = copy.copy(task)
+    seeing.model = model
+    for group in _groups(model, list(names)):
+        for weight, seen in quantized_layers.observe(seeing, group, batches).items():
+            name, precision = names[weight]
+            span = ranges.span(seen.histogram, "mse") if precision == "int8-static" else None
+            layer = model.get_submodule(owner(weight))
+            assert isinstance(layer, nn.Linear)
+            place, _ = quantized_layers.round_linear(
+                layer, PRECISIONS[precision], seen.second, seen.mean, span=span
+            )
+            places[weight] = name, place
+    codes: dict[str, dict[str, Quantized]] = {}
+    for weight, (name, place) in places.items():
+        layer = model.get_submodule(owner(weight))
+        layer.get_parameter("weight").copy_(place.quantized.weight())
+        if place.bias is not None:
+            layer.get_parameter("bias").copy_(place.bias)
+        codes.setdefault(name, {})[weight] = place.quantized
+    return {name: replace(one, codes=codes.get(name, one.codes)) for name, one in removals.items()}
+
+
+def _on_integers(removal: Removal) -> bool:
+    return bool(removal.codes) and Option.of(removal.form, None).precision in INTEGERS
+
+
+def _floating(form: str) -> str:
+    """A form in the model's own precision."""
+    return Option.of(form, None).model_copy(update={"precision": "fp32"}).form
+
+
+def _groups(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
+    """Weights whose inputs are observed in one pass, so that their moments fit."""
+    group: list[str] = []
+    held = 0
+    for name in names:
+        size = 8 * model.get_parameter(name).shape[1] ** 2
+        if group and held + size > ROOM:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    if group:
+        yield group

@@ -1,0 +1,1 @@
+"""Runtimes that build, run and time a compressed model."""

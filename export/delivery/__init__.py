@@ -1,0 +1,1 @@
+"""Finished outputs in the format of another runtime: engines, half precision, archives."""

@@ -1,0 +1,1 @@
+"""Bundles that are measured on another device, and their results."""

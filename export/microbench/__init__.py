@@ -1,0 +1,1 @@
+"""Single sites and products as small programs that are timed."""

@@ -1,0 +1,1 @@
+"""A model as an ONNX file, and what its products are lowered to."""

@@ -1,0 +1,59 @@
+import pytest
+
+from compress import profiles
+from compress.cli import device_facts
+from compress.cost import published_latencies
+from compress.errors import CompressError
+
+
+def test_every_profile_is_one_row_with_the_peak_of_its_baseline():
+    rows = device_facts.listed()["targets"]
+    assert [row["name"] for row in rows] == profiles.names()
+    a100 = next(row for row in rows if row["name"] == "a100")
+    facts = profiles.load("a100")
+    assert a100["peak_tflops"] == facts.peak_tflops[facts.baseline_precision]
+    assert (a100["kind"], a100["runtime"], a100["memory_gb"]) == ("gpu", "tensorrt", facts.memory_gb)
+    assert a100["description"] == facts.description
+
+
+def test_costs_are_called_measured_only_where_they_are(monkeypatch):
+    monkeypatch.setattr(profiles, "measured", lambda name, origin: None)
+    measured = [row["name"] for row in device_facts.listed()["targets"] if row["costs"] == "measured"]
+    assert measured == ["cpu"]
+    monkeypatch.setattr(
+        profiles, "measured", lambda name, origin: {} if (name, origin) == ("t4", "tensorrt") else None
+    )
+    measured = [row["name"] for row in device_facts.listed()["targets"] if row["costs"] == "measured"]
+    assert measured == ["cpu", "t4"]
+    assert device_facts.facts("t4")["measured_tables"] == ["tensorrt"]
+    assert device_facts.facts("l4")["measured_tables"] == []
+
+
+def test_a_device_shows_its_facts_their_sources_and_how_far_off_the_roofline_is():
+    found = device_facts.facts("a100")
+    ziplm, gpusq = published_latencies.checks("a100")
+    assert found["bandwidth_gb_s"] == profiles.load("a100").bandwidth_gb_s
+    assert found["source"]["*"]
+    for row, check in zip(found["roofline"], (ziplm, gpusq), strict=True):
+        assert row["table"] == check.origin
+        assert row["mean_error"] == pytest.approx(check.mean_error, abs=1e-4)
+        assert row["max_error"] == pytest.approx(check.max_error, abs=1e-4)
+        assert row["held_out_mean_error"] == pytest.approx(check.held_out_error, abs=1e-4)
+    assert [row["points"] for row in found["roofline"]] == [6, 6]
+    assert len(found["published"]) == 12
+    first = found["published"][0]
+    assert first["figure"] == "ffn 1814"
+    assert first["error"] == pytest.approx(abs(first["predicted"] / first["published"] - 1), abs=1e-3)
+    assert "arXiv 2302.04089" in found["roofline_against"][0]
+    assert "Assumed: fp32 as TF32" in found["roofline_against"][1]
+
+
+def test_a_device_without_published_figures_claims_no_error():
+    found = device_facts.facts("rpi5")
+    assert "roofline" not in found
+    assert "published" not in found
+
+
+def test_an_unknown_device_is_refused_with_its_neighbors():
+    with pytest.raises(CompressError, match="Did you mean h100"):
+        device_facts.facts("h101")
