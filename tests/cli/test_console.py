@@ -269,7 +269,7 @@ def test_the_streams_come_back_after_an_error(capfd):
 
 def test_what_was_printed_before_and_after_is_the_user_s():
     code = (
-        "import faulthandler\nfrom compress import console\nprint('before')\n"
+        "import faulthandler\nfrom compress.cli import console\nprint('before')\n"
         "with console.own_streams():\n    print('within')\n    assert faulthandler.is_enabled()\n"
         "print('after', faulthandler.is_enabled())\n"
     )

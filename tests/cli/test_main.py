@@ -15,6 +15,7 @@ import click
 import pytest
 
 import compress
+from compress import pipeline as pipeline_room
 from compress import recipe
 from compress.cli import main
 from compress.errors import CompressError
@@ -74,9 +75,9 @@ def pipeline(monkeypatch):
     fake.plan = lambda asked, progress: outcome("plan", asked)
     fake.time_files = lambda *call: outcome("bench", *call[:-1])
     fake.measure_target = lambda progress, *call: outcome("measure", *call)
-    for name in ("pipeline", "survey"):
-        monkeypatch.setitem(sys.modules, f"compress.{name}", fake)
-        monkeypatch.setattr(compress, name, fake, raising=False)
+    for name in ("compilation", "inspection"):
+        monkeypatch.setitem(sys.modules, f"compress.pipeline.{name}", fake)
+        monkeypatch.setattr(pipeline_room, name, fake, raising=False)
     monkeypatch.setattr("compress.cli.console.use_cores", lambda: fake.calls.append("cores"))
     return fake
 
@@ -166,7 +167,7 @@ def test_a_family_is_answered_by_its_table_and_its_worst_member(pipeline, monkey
     fake = types.ModuleType("compress.pipeline.family_compilation")
     fake.run = lambda asked, progress: members
     monkeypatch.setitem(sys.modules, "compress.pipeline.family_compilation", fake)
-    monkeypatch.setattr(compress, "gradual", fake, raising=False)
+    monkeypatch.setattr(pipeline_room, "family_compilation", fake, raising=False)
     assert main.perform(["--target", "cpu", "--speedup", "2x,3x"]) == 1
     assert capfd.readouterr().out == family.text(members) + "\n"
     assert main.perform(["--target", "cpu", "--speedup", "2x,3x", "--json"]) == 1
@@ -476,10 +477,11 @@ import sys, types, os, time
 import compress
 from pathlib import Path
 fake = types.ModuleType("compress.fake")
-sys.modules["compress.pipeline"] = compress.pipeline = fake
-sys.modules["compress.survey"] = compress.survey = fake
-import compress.console
-compress.console.use_cores = lambda: None
+import compress.pipeline
+sys.modules["compress.pipeline.compilation"] = compress.pipeline.compilation = fake
+sys.modules["compress.pipeline.inspection"] = compress.pipeline.inspection = fake
+import compress.cli.console
+compress.cli.console.use_cores = lambda: None
 def run(recipe, progress):
     folder = Path(recipe.out, "compression")
     folder.mkdir(parents=True, exist_ok=True)
@@ -492,7 +494,7 @@ def run(recipe, progress):
 fake.run = run
 fake.inspect = lambda model, shapes: {"model": chr(0xB7) * shapes.tokens}
 fake.time_files = lambda *call: os.abort()
-from compress.cli import main
+from compress.cli.main import main
 main()
 """
 
@@ -577,7 +579,7 @@ def test_closed_standard_streams_do_not_stop_the_work(tmp_path):
 
 def test_help_is_quick_and_loads_neither_torch_nor_pydantic():
     code = (
-        "import sys; from compress.cli import perform; code = perform(['--help']);"
+        "import sys; from compress.cli.main import perform; code = perform(['--help']);"
         "heavy = {'torch', 'pydantic', 'numpy', 'rich', 'transformers'} & set(sys.modules);"
         "sys.exit(f'loaded {heavy}' if heavy else code)"
     )

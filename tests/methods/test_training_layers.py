@@ -9,7 +9,7 @@ import torch
 from onnx import load
 from support.classifier import padded
 from support.jobs import job
-from support.trainable_forms import Bare, away, equal
+from support.trainable_forms import Bare, away, candidates, equal  # noqa: F401 - a fixture
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

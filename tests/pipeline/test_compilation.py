@@ -99,7 +99,7 @@ def test_a_proof_that_is_too_uncertain_is_timed_for_longer(monkeypatch, asked, f
 
     monkeypatch.setattr(compilation.model_files, "in_forms", lambda job, model, removals: model)
     monkeypatch.setattr(compilation.evaluation, "compare", compare)
-    monkeypatch.setattr(compilation.evaluation, "timing", timing)
+    monkeypatch.setattr(compilation.evaluation, "timing_of", timing)
     job = SimpleNamespace(
         place="here", file=None, recipe=SimpleNamespace(bench=Bench(blocks=40)), stages=Stages(Quiet())
     )
@@ -136,7 +136,7 @@ class Strict(Pairs):
 
 
 def test_a_score_of_a_users_own_stands_and_has_no_interval(monkeypatch, tmp_path):
-    monkeypatch.setattr(compilation.evaluation.runners, "OrtRunner", Answers)
+    monkeypatch.setattr(compilation.evaluation.onnxruntime, "OrtRunner", Answers)
     job = SimpleNamespace(task=Pairs(), stages=Stages(Quiet()))
     found = compilation.evaluation.judged(job, tmp_path / "model.onnx")
     assert (found.score, found.outcomes.tolist()) == (0.5, [[1.0], [0.0]])

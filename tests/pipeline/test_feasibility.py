@@ -83,7 +83,7 @@ def timed(monkeypatch, speedup, low=0.98, high=1.02):
     monkeypatch.setattr(
         feasibility.evaluation, "compare", lambda job, place, model, file, *, blocks: (model, blocks)
     )
-    monkeypatch.setattr(feasibility.evaluation, "timing", lambda comparison: found)
+    monkeypatch.setattr(feasibility.evaluation, "timing_of", lambda comparison: found)
     return built
 
 

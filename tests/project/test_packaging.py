@@ -82,7 +82,7 @@ def test_a_folder_refuses_to_be_imported_under_its_bare_name(folder):
 
 
 def test_the_command_is_compress_and_its_version_is_the_module_s():
-    assert PROJECT["project"]["scripts"] == {"compress": "compress.cli:main"}
+    assert PROJECT["project"]["scripts"] == {"compress": "compress.cli.main:main"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", compress.__version__)
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "compress.__version__"}
 

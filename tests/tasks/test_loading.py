@@ -29,7 +29,7 @@ def data(tmp_path):
 OWN = """
 import torch
 from compress.errors import CompressError
-from compress.task import Batch, Task
+from compress.tasks.loading import Batch, Task
 
 class Own(Task):
     def __init__(self):
