@@ -104,6 +104,6 @@ def test_links_inside_the_repository_resolve():
 def test_the_python_example_names_what_exists():
     (example,) = [body for kind, body in FENCED if kind == "python" and "compress.tasks.loading" in body]
     names = re.search(r"from compress\.tasks\.loading import (.+)", example)[1].split(", ")
-    source = (ROOT / "compress" / "task.py").read_text(encoding="utf-8")
+    source = (ROOT / "compress" / "tasks" / "loading.py").read_text(encoding="utf-8")
     assert all(re.search(rf"\b{name}\b", source) for name in names)
     assert compile(example, "README.md", "exec")
