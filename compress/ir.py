@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
 
-Kind = Literal["heads", "ffn", "linear", "residual"]
 Source = Literal["measured", "estimated"]
 BUDGETS = ("speedup", "latency_ms", "energy_mj", "power_w", "size_mb")
 
@@ -82,8 +81,9 @@ class Drop(Document):
 class Site(Document):
     """One place that can be compressed alone: its units, what they own, and what its products cost.
 
-    `writer` is the state-dict name of the weight whose input columns the units own (attention output
-    projection, second feed-forward matrix): the one matrix that is updated, all others are sliced.
+    `kind` is a name in `sites.kinds.KINDS`. `writer` is the state-dict name of the weight whose input
+    columns the units own (attention output projection, second feed-forward matrix): the one matrix that
+    is updated, all others are sliced.
     `channels` are the slices that make what its columns read, and may change their order with them:
     neurons freely, values within a head; none where a trial did not prove that.
     `bias` is the writer's bias, or None. `batch` and `tokens` are those of the example inputs; `past` is
@@ -91,7 +91,7 @@ class Site(Document):
     """
 
     name: str
-    kind: Kind
+    kind: str = Field(min_length=1)
     units: int = Field(ge=1)
     slices: tuple[Slice, ...]
     counts: tuple[Count, ...] = ()
@@ -129,12 +129,6 @@ class Site(Document):
             else:
                 total += product.inner_per_unit * product.out
         return total
-
-    def step(self) -> "Site":
-        """The site in decoding: one new token for every sequence, after as many as the example has."""
-        matmuls = tuple(m.model_copy(update={"rows": self.batch}) for m in self.matmuls)
-        past = self.tokens if self.kind == "heads" else 0
-        return self.model_copy(update={"matmuls": matmuls, "tokens": 1, "past": past})
 
     @property
     def shape(self) -> str:

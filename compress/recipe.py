@@ -6,16 +6,28 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from compress.errors import CompressError
 from compress.ir import Budget, Document
+from compress.sites.kinds import searched
 
 Move = Literal["structure", "width", "int8", "int8-static", "int4", "fp8", "block", "lowrank", "2:4"]
 TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
 Phase = Literal["prefill", "decode"]
 UNITS = {"speedup": "x", "latency_ms": "ms", "energy_mj": "mJ", "power_w": "W", "size_mb": "MB"}
+
+
+def _searched(name: str) -> str:
+    """`name` of a kind of site, after making sure that the search chooses its units."""
+    if name not in searched():
+        expected = ", ".join(f"'{kind}'" for kind in searched())
+        raise PydanticCustomError("literal_error", "must be one of {expected}", {"expected": expected})
+    return name
+
+
+SearchedKind = Annotated[str, AfterValidator(_searched)]
 
 
 class Shapes(Document):
@@ -45,7 +57,7 @@ class Options(Document):
 
     moves: tuple[Move, ...] = Field(default=("structure",), min_length=1)
     widths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.875, 0.75, 0.625, 0.5)
-    kinds: tuple[Literal["heads", "ffn"], ...] = ("heads", "ffn")
+    kinds: tuple[SearchedKind, ...] = Field(default_factory=searched)
     score: Literal["obs", "magnitude", "wanda", "taylor"] = "obs"
     blocks: Literal["obs", "fisher"] = "obs"
     units: tuple[float, ...] | None = None

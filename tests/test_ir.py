@@ -125,20 +125,6 @@ def test_equal_shapes_share_a_key_and_every_cost_changes_it():
     assert len(keys) == len(others) + 1
 
 
-def test_a_step_has_a_row_for_every_sequence_and_looks_at_the_tokens_before_it():
-    found = heads(batch=4, tokens=2).step()
-    assert (found.tokens, found.past, [m.rows for m in found.matmuls]) == (1, 2, [4, 4, 4, 4])
-    assert found.shape != heads(batch=4, tokens=2).shape
-    neurons = Site(
-        name="f", kind="ffn", units=1536, slices=(), matmuls=(UP, DOWN), writer="down", batch=2, tokens=16
-    )
-    longer = neurons.model_copy(update={"tokens": 64})
-    # Neurons look at no other token, so a longer past costs them nothing.
-    assert neurons.step().shape == longer.step().shape
-    assert heads().step().shape != heads(tokens=9).step().shape
-    assert {m.rows for m in neurons.step().matmuls} == {2}
-
-
 def test_the_default_option_leaves_a_site_dense():
     option = Option()
     assert (option.units, option.pattern, option.rank, option.precision) == (None, "dense", 0, "fp32")

@@ -16,9 +16,7 @@ from compress import artifacts
 from compress.cost.roofline import BYTES, DEFAULT, Constants, above_idle_w, descend, roofline
 from compress.ir import SCHEMA_VERSION, Candidate, Document, Option, Site
 from compress.profiles import Profile
-
-FALLOFF = 0.9  # ratio of neighbouring widths on the grid (ZipLM)
-LEAST = 0.01  # the narrowest width on the grid, as a share of the dense one
+from compress.sites.kinds import kind_of
 
 SHARED = {"int4": 32}  # columns of a row with one scale, where that is not the whole row
 FORM = " in form "  # between a shape and a form in the name of a row
@@ -212,25 +210,15 @@ def weight_bytes(site: Site, option: Option, precision: str) -> int:
 
 
 def grid(site: Site, align: int = 1) -> list[int]:
-    """Levels to consider, from dense down: every head, or widths that shrink by a tenth.
+    """Numbers of units to price, from all of them down, as the site's kind gives them.
 
-    Widths are rounded to multiples of `align`, and end at 1 % of the dense one; 0 is there when the
-    site can be dropped.
+    Widths are rounded to multiples of `align`; 0 is there when the site can be dropped.
 
     >>> grid(Site(name="f", kind="ffn", units=20, slices=(), writer="w"), align=4)
     [20, 16, 12, 8, 4]
     """
-    if site.kind == "heads":
-        levels = set(range(1, site.units + 1))
-    else:
-        least = max(1, math.floor(LEAST * site.units))
-        steps = math.ceil(math.log(LEAST) / math.log(FALLOFF))
-        widths = (round(FALLOFF**step * site.units) for step in range(1, steps + 1))
-        snapped = (max(align, round(width / align) * align) for width in widths if width >= least)
-        levels = {width for width in snapped if width < site.units} | {site.units}
-    if site.drop is not None:
-        levels.add(0)
-    return sorted(levels, reverse=True)
+    levels = kind_of(site).levels(site, align)
+    return [*levels, 0] if site.drop is not None else levels
 
 
 def thin(latencies: Mapping[int, float]) -> dict[int, float]:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from compress import profiles
-from compress.cost.roofline import BYTES, DEFAULT, Constants, Kernel, descend, kernel_ms, kernels, roofline
+from compress.cost.roofline import BYTES, DEFAULT, Constants, descend, kernel_ms, kernels, roofline
 from compress.ir import Document, Matmul, Site
 from compress.profiles import Profile
+from compress.sites.kinds.kernel import Kernel
 
 TOKENS = 128  # GLUE's usual length
 PRECISIONS = {"v100": "fp32", "a100": "fp16"}

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from compress.errors import CompressError
 from compress.ir import Option, Site
 from compress.profiles import Profile
+from compress.sites.kinds import kind_of
+from compress.sites.kinds.kernel import Kernel, product
 
 PLAIN = Option()
 BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
@@ -44,28 +46,6 @@ class Constants:
 DEFAULT = Constants()
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One operator: `batch` products `rows x inner @ inner x out`, or none, and what it moves.
-
-    `precision` is that of its operands where it is not the model's.
-    """
-
-    moved_bytes: float
-    batch: int = 1
-    rows: int = 0
-    out: int = 0
-    inner: int = 0
-    precision: str = ""
-
-
-def product(batch: int, rows: int, out: int, inner: int, width_bytes: float, precision: str = "") -> Kernel:
-    """A (batched) matrix product that reads both sides, in their own precision, and writes its result."""
-    read_bytes = BYTES[precision] if precision else width_bytes
-    moved = batch * ((rows * inner + inner * out) * read_bytes + rows * out * width_bytes)
-    return Kernel(moved, batch, rows, out, inner, precision)
-
-
 def kernels(
     site: Site, units: int, width_bytes: float, *, fused: bool, option: Option = PLAIN
 ) -> list[Kernel]:
@@ -84,7 +64,9 @@ def kernels(
     read: set[tuple[int, bool]] = set()  # readers share their input
     for matmul in site.matmuls:
         out, inner = matmul.features(units)
-        found.append(product(1, matmul.rows, out, max(1, round(inner * option.density)), width_bytes, low))
+        summed = max(1, round(inner * option.density))
+        read_bytes = BYTES[low] if low else width_bytes
+        found.append(product(1, matmul.rows, out, summed, width_bytes, read_bytes=read_bytes, precision=low))
         source = (inner, bool(matmul.out_per_unit))
         if low and not fused and source not in read:
             found.append(Kernel(matmul.rows * inner * (width_bytes + BYTES[low])))
@@ -94,32 +76,8 @@ def kernels(
             found.append(product(1, matmul.rows, out, option.rank, width_bytes))
         if matmul.bias and not fused:
             found.append(Kernel(2 * matmul.rows * out * width_bytes))
-    if site.kind == "heads" and site.head_dim:
-        found += _attention(site, units, width_bytes, fused=fused)
-    elif not fused:
-        hidden = sum(m.rows * m.features(units)[0] for m in site.matmuls if m.out_per_unit)
-        if site.activation:
-            found.append(Kernel(2 * hidden / (2 if site.gated else 1) * width_bytes))
-        if site.gated:
-            found.append(Kernel(1.5 * hidden * width_bytes))
+    found += kind_of(site).kernels(site, units, width_bytes, fused=fused)
     return found
-
-
-def _attention(site: Site, units: int, width_bytes: float, *, fused: bool) -> list[Kernel]:
-    """Scores, softmax and context of all kept heads."""
-    heads, tokens, width = site.batch * units * site.queries, site.tokens, site.head_dim
-    seen = site.past + tokens
-    scores = product(heads, tokens, seen, width, width_bytes)
-    context = product(heads, tokens, width, seen, width_bytes)
-    features, held = heads * tokens * width * width_bytes, heads * seen * width * width_bytes
-    # The cache is copied to where one more token fits; a group of queries shares it.
-    copies = [Kernel(2 * held / site.queries) for _ in ("k", "v") if site.past]
-    if fused:  # one kernel that keeps the scores on chip
-        return [Kernel(2 * (features + held), 2 * heads, tokens, seen, width), *copies]
-    square = heads * tokens * seen * width_bytes
-    passes = [Kernel(2 * square) for _ in ("scale", "mask", "softmax")]
-    transposes = [Kernel(2 * features) for _ in ("q", "k", "v", "context")]
-    return [scores, *passes, context, *transposes, *copies]
 
 
 def kernel_ms(

@@ -25,6 +25,7 @@ from compress.recipe import Recipe, Shapes
 from compress.search import knapsack
 from compress.search.closed_loop import Menus
 from compress.sites import discovery
+from compress.sites.kinds import kind_of
 from compress.tasks.loading import load_model
 from compress.tasks.pretrained import example_inputs
 
@@ -52,7 +53,7 @@ def inspect(model: str | None, shapes: Shapes) -> dict[str, object]:
         shared = tuple(matmul for matmul in stream.matmuls if matmul.weight in inside)
         owned[stream.model_copy(update={"matmuls": shared})] = sum(tensors.values())
     parameters = sum(p.numel() for p in module.parameters())
-    everything = max(1, sum(_multiplications(site) for site in found.sites))
+    everything = max(1, sum(kind_of(site).multiplications(site) for site in found.sites))
     return {
         "model": model or "embedded default",
         "sites": [
@@ -62,7 +63,7 @@ def inspect(model: str | None, shapes: Shapes) -> dict[str, object]:
                 "units": site.units,
                 "parameters": own,
                 "weights_share": round(own / parameters, 4),
-                "multiplications_share": round(_multiplications(site) / everything, 4),
+                "multiplications_share": round(kind_of(site).multiplications(site) / everything, 4),
                 "can_be_dropped": site.drop is not None,
             }
             for site, own in owned.items()
@@ -72,13 +73,6 @@ def inspect(model: str | None, shapes: Shapes) -> dict[str, object]:
         "skipped": skipped,
         "fallback": found.fallback,
     }
-
-
-def _multiplications(site: Site) -> int:
-    """Multiply-accumulates of a site at the example's shape, attention products included."""
-    products = sum(m.rows * m.out * m.inner for m in site.matmuls)
-    heads = site.units * site.queries if site.kind == "heads" else 0
-    return products + 2 * heads * site.batch * site.tokens**2 * site.head_dim
 
 
 def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:

@@ -22,6 +22,7 @@ from compress.recipe import Recipe, to_toml
 from compress.report.schema import Stage
 from compress.sites import discovery
 from compress.sites.discovery import Sites
+from compress.sites.kinds import KINDS, decode_step
 from compress.tasks.loading import Batch, Task, load_task
 
 Tick = Callable[[int, int], None]
@@ -172,14 +173,15 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
     sites = tuple(site for site in found.sites if site.kind in recipe.options.kinds)
     if not sites:
         reasons = [f"{skip.place}: {skip.reason}" for skip in found.skipped[:5]]
-        nothing = "The traced program holds no attention and no feed-forward pair."
+        labels = " or ".join(KINDS[kind].label for kind in recipe.options.kinds)
+        nothing = f"The traced program holds no {labels} block."
         raise CompressError(
             f"no place to compress was found among kinds {', '.join(recipe.options.kinds)}.\n"
             f"  {found.fallback or '; '.join(reasons) or nothing}\n"
             "  `compress inspect MODEL` lists what was looked at."
         )
     if recipe.shapes.phase == "decode":
-        sites = tuple(site.step() for site in sites)
+        sites = tuple(decode_step(site) for site in sites)
     seen = [content(batch) for batch in batches]
     key = artifacts.digest(model_key, recipe.calibration, recipe.options, *seen)
     artifacts.write_text(folder / "recipe.toml", to_toml(recipe))

@@ -115,9 +115,8 @@ def _levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[str, li
     """Those of one site; the recipe's fractions replace the grid."""
     options = job.recipe.options
     fractions = options.units
-    align = job.profile.align_units if site.kind == "ffn" else 1
     if fractions is None:
-        levels = latency_table.grid(site, align)
+        levels = latency_table.grid(site, job.profile.align_units)
     else:
         levels = sorted({site.units, *(round(f * site.units) for f in fractions)}, reverse=True)
     droppable = site.drop is not None and options.drop

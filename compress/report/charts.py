@@ -10,6 +10,7 @@ from typing import NamedTuple
 from compress.report.formatting import digits
 from compress.report.schema import Chosen, Report, SiteReport
 from compress.report.svg import PALETTE, WIDTH, Canvas, Chart, finish, ticks
+from compress.sites.kinds import KINDS
 
 ROW = 22
 BINS = 72
@@ -151,7 +152,7 @@ def _waterfall_chart(report: Report) -> Chart:
     rows = [Bar(first.name, 0.0, first.ms, f"{digits(first.ms)} {unit}", "dense")]
     spot = first.ms
     for step in changes:
-        color = "worse" if step.ms > 0 else step.name if step.name in ("heads", "ffn") else "dense"
+        color = "worse" if step.ms > 0 else color_of(step.name) if step.name in KINDS else "dense"
         text = f"{'+' if step.ms > 0 else '-' if step.ms < 0 else ''}{digits(abs(step.ms))} {unit}"
         rows.append(Bar(step.name, spot, spot + step.ms, text, color))
         spot += step.ms
@@ -261,6 +262,11 @@ def front(name: str, points: Sequence[Point], axis: Axis, damage: str, chosen: s
     return finish(canvas, name, f"Pareto front: {damage} over {axis.words}")
 
 
+def color_of(kind: str) -> str:
+    """The palette's name for the color of a kind of site."""
+    return kind if kind in PALETTE else "now"
+
+
 def sites(kind: str, title: str, header: str, rows: Sequence[Share]) -> Chart:
     """One row per site: a bar for the share of units kept, the count, dense and present time."""
     canvas = Canvas(34 + ROW * len(rows))
@@ -273,7 +279,7 @@ def sites(kind: str, title: str, header: str, rows: Sequence[Share]) -> Chart:
         y = 28 + ROW * index
         canvas.write(left - 10, y + 13, label, align="right", color="ink")
         canvas.box(left, y + 3, bar, "track")
-        canvas.box(left, y + 3, bar * row.kept, kind if kind in PALETTE else "now")
+        canvas.box(left, y + 3, bar * row.kept, color_of(kind))
         canvas.write(left + bar + 8, y + 13, row.units, color="ink")
         canvas.write(WIDTH - 12, y + 13, row.times, align="right", color="ink")
     return finish(canvas, f"sites-{kind}", title)

@@ -23,7 +23,7 @@ from compress.report.metrics_table import NONE
 from compress.report.next_steps import next_step, ruin
 from compress.report.schema import Fact, Report, found, precision
 from compress.report.summary import device, quality, verdict_line
-from compress.report.svg import PALETTE, Chart
+from compress.report.svg import DARK_KINDS, PALETTE, Chart
 
 WORDS = {"met": "Met", "missed": "Missed", "not_measured": "Not measured"}
 MOST_NAMES = 6
@@ -78,7 +78,9 @@ def html(report: Report, drawn: dict[str, Chart] | None = None) -> str:
     inline = {name: Markup(chart.page) for name, chart in images.items()}
     titles = {name: chart.title for name, chart in images.items()}
     template = _environment("html").get_template("report.html.j2")
-    return template.render(**_view(report), charts=inline, titles=titles, palette=PALETTE)
+    return template.render(
+        **_view(report), charts=inline, titles=titles, palette=PALETTE, dark_kinds=DARK_KINDS
+    )
 
 
 def markdown(report: Report) -> str:

@@ -7,14 +7,15 @@ status follows from the figures (`judge`); a document that claims another one is
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, ValidationError, model_validator
 
 from compress.errors import CompressError
-from compress.ir import SCHEMA_VERSION, Budget, Document, Engine, Half, Kind, Latency, Offer, Source, Width
+from compress.ir import SCHEMA_VERSION, Budget, Document, Engine, Half, Latency, Offer, Source, Width
 from compress.recipe import Phase, explain
 from compress.report.formatting import runs_in
+from compress.sites.kinds import known
 
 MOST_SAMPLES = 600
 EXIT_CODES = {"met": 0, "missed": 1, "not_measured": 3}
@@ -158,7 +159,7 @@ class SiteReport(Document):
     """
 
     name: str
-    kind: Kind
+    kind: Annotated[str, AfterValidator(known)]
     option: Chosen
     error: float = Field(ge=0)
     latency_ms: float = Field(ge=0)

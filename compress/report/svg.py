@@ -12,6 +12,8 @@ import re
 import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING, NamedTuple
 
+from compress.sites.kinds import KINDS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -26,10 +28,10 @@ PALETTE = {
     "track": "#edf0f5",
     "dense": "#97a1b2",
     "now": "#0072b2",
-    "heads": "#b05c8c",
-    "ffn": "#00875f",
     "worse": "#c84e00",
+    **{name: kind.color for name, kind in KINDS.items()},
 }
+DARK_KINDS = {name: kind.dark_color for name, kind in KINDS.items()}
 
 
 class Chart(NamedTuple):

@@ -5,47 +5,15 @@ deceives costs a site, never a wrong result.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from compress.ir import Matmul, Site, Slice
 from compress.sites.grouping import named_activation
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Producers and writer of one site, relative to the module that holds them; `parts` when fused."""
-
-    producers: tuple[str, ...]
-    writer: str
-    parts: int = 1
-
-
-HEADS = (
-    Pattern(("self.query", "self.key", "self.value"), "output.dense"),
-    Pattern(("attention.query", "attention.key", "attention.value"), "output.dense"),
-    Pattern(("q_lin", "k_lin", "v_lin"), "out_lin"),
-    Pattern(("q_proj", "k_proj", "v_proj"), "o_proj"),
-    Pattern(("q_proj", "k_proj", "v_proj"), "out_proj"),
-    Pattern(("q", "k", "v"), "o"),
-    Pattern(("c_attn",), "c_proj", 3),
-    Pattern(("qkv_proj",), "o_proj", 3),
-    Pattern(("qkv",), "proj", 3),
-)
-FFN = (
-    Pattern(("intermediate.dense",), "output.dense"),
-    Pattern(("lin1",), "lin2"),
-    Pattern(("gate_proj", "up_proj"), "down_proj"),
-    Pattern(("gate_up_proj",), "down_proj", 2),
-    Pattern(("wi_0", "wi_1"), "wo"),
-    Pattern(("wi",), "wo"),
-    Pattern(("c_fc",), "c_proj"),
-    Pattern(("fc1",), "fc2"),
-)
-HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-GROUP_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+from compress.sites.kinds import KINDS
+from compress.sites.kinds.kind import Kind
+from compress.sites.kinds.layout import Layout
 
 
 def named_sites(model: nn.Module, example: dict[str, Tensor], batch: int) -> list[tuple[Site, str]]:
@@ -54,12 +22,12 @@ def named_sites(model: nn.Module, example: dict[str, Tensor], batch: int) -> lis
     found: list[tuple[Site, str]] = []
     taken: set[str] = set()
     for place, module in model.named_modules():
-        for patterns in (HEADS, FFN):
-            for pattern in patterns:
+        for kind in KINDS.values():
+            for pattern in kind.patterns:
                 names = [f"{place}.{name}".lstrip(".") for name in (*pattern.producers, pattern.writer)]
                 if taken.isdisjoint(names) and all(name in seen for name in names):
-                    units = _groups(module) if patterns is HEADS else _width(model, names[-1])[1]
-                    site = _site(model, names, pattern.parts, units, patterns is HEADS, seen, batch)
+                    units = _units(kind, module, _width(model, names[-1])[1])
+                    site = _site(model, names, pattern.parts, units, kind, seen, batch)
                     if site is not None:
                         taken |= set(names)
                         found.append((site, f"{pattern}"))
@@ -104,9 +72,12 @@ def _integer(module: nn.Module, names: Sequence[str]) -> int:
     return 0
 
 
-def _groups(module: nn.Module) -> int:
-    """Key-value groups of an attention module."""
-    return _integer(module, GROUP_COUNTS) or _integer(module, HEAD_COUNTS)
+def _units(kind: Kind, module: nn.Module, columns: int) -> int:
+    """How many units the module states, 0 where it should and does not; else one for each column."""
+    if not kind.count_attributes:
+        return columns
+    stated = (_integer(module, names) for names in kind.count_attributes)
+    return next((count for count in stated if count), 0)
 
 
 def _site(
@@ -114,7 +85,7 @@ def _site(
     names: Sequence[str],
     parts: int,
     units: int,
-    heads: bool,
+    kind: Kind,
     seen: dict[str, tuple[Tensor, Tensor]],
     batch: int,
 ) -> Site | None:
@@ -143,16 +114,19 @@ def _site(
     slices.append(Slice(tensor=f"{writer}.weight", dim=1 if isinstance(own, nn.Linear) else 0, width=width))
     matmuls.append(_matmul(model, writer, seen, inner_per_unit=width))
     total = matmuls[-1].rows
-    head_dim = slices[-2].width if heads else 0
-    activation, gated = ("", False) if heads else _activation(names, parts, seen)
     around = model.get_submodule(".".join(writer.split(".")[:-1]))
+    activation, gated = ("", False) if kind.attends else _activation(names, parts, seen)
+    layout = Layout(
+        units=units, width=width, runs=(), attention=kind.attends,
+        head_dim=slices[-2].width if kind.attends else 0,
+        causal=kind.attends and bool(getattr(around, "is_causal", False)),
+        activation=activation, gated=gated,
+    )  # fmt: skip
     return Site(
-        name=f"{writer}.weight", kind="heads" if heads else "ffn", units=units, slices=tuple(slices),
+        name=f"{writer}.weight", kind=kind.name, units=units, slices=tuple(slices),
         matmuls=tuple(matmuls), writer=f"{writer}.weight",
         bias=f"{writer}.bias" if getattr(own, "bias", None) is not None else None,
-        batch=batch, tokens=max(1, total // batch), head_dim=head_dim,
-        queries=width // head_dim if heads else 1, activation=activation, gated=gated,
-        causal=heads and bool(getattr(around, "is_causal", False)),
+        batch=batch, tokens=max(1, total // batch), **kind.fields(layout),
     )  # fmt: skip
 
 

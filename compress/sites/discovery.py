@@ -8,13 +8,17 @@ model that cannot be traced is searched by names, from the small table at the en
 from collections.abc import Iterator, Sequence
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.ir import Document, Matmul, Site, Slice
 from compress.sites.by_name import named_sites
 from compress.sites.equivalence import Call, FailedTrialError, common, moved, settle
-from compress.sites.grouping import Layout, RefusedError, fingerprint, layout
+from compress.sites.grouping import RefusedError, fingerprint, layout
+from compress.sites.kinds import known, match
+from compress.sites.kinds.kind import Kind
+from compress.sites.kinds.layout import Layout
 from compress.sites.trace import Linear, Program, Region, evaluating, plain_attention, without_cache
 
 
@@ -32,9 +36,15 @@ class Sites(Document):
     fallback: str | None = None
     skipped: tuple[Skipped, ...] = ()
 
+    @model_validator(mode="after")
+    def _kinds_are_known(self) -> "Sites":
+        for site in self.sites:
+            known(site.kind)
+        return self
+
 
 def find_sites(model: nn.Module, example: dict[str, Tensor]) -> Sites:
-    """The heads and feed-forward sites of `model`, each proven by a trial; the model is untouched.
+    """The sites of `model`, of every kind that it holds, each checked on a copy; the model is untouched.
 
     Args:
         model: any module; on the CPU, in float32.
@@ -83,24 +93,25 @@ def _traced(model: nn.Module, program: Program, batch: int, skipped: list[Skippe
             except Exception as error:
                 # Made-up values in anybody's code: any error may come out, and only this place is lost.
                 layouts[key] = RefusedError(f"it cannot be probed: {error}")
-        known = layouts[key]
-        if isinstance(known, RefusedError):
+        units = layouts[key]
+        if isinstance(units, RefusedError):
             if region.attention is not None:
-                skipped.append(Skipped(place=place, reason=str(known)))
+                skipped.append(Skipped(place=place, reason=str(units)))
             continue
-        if known.activation == "identity" and not known.gated:
-            continue  # a matrix in two factors: nothing to remove that rank does not say better
-        reason = _obstacle(model, program, region, known)
+        kind = match(units)
+        if kind is None:
+            continue
+        reason = _obstacle(model, program, region, units)
         if not reason and batch == region.writer.rows < rows:
             reason = "it works on one row of each input, so a cut would save nothing"
         if reason:
             skipped.append(Skipped(place=place, reason=reason))
             continue
-        found.append((_site(program, region, known, batch), key))
+        found.append((_site(program, region, kind, units, batch), key))
     return found
 
 
-def _obstacle(model: nn.Module, program: Program, region: Region, known: Layout) -> str:
+def _obstacle(model: nn.Module, program: Program, region: Region, units: Layout) -> str:
     """Why the weights of a region may not be cut although it falls into units."""
     if region.leak is not None:
         return f"what it computes is also read outside of it, by {region.leak.name}"
@@ -111,7 +122,7 @@ def _obstacle(model: nn.Module, program: Program, region: Region, known: Layout)
     if writer.start or writer.out != model.get_parameter(writer.weight).shape[writer.dim]:
         return f"only a part of {writer.weight} is the writer"
     owned = [name for linear in linears for name in (linear.weight, linear.bias) if name]
-    owned += [program.names[region.outside[run.place]] for run in known.runs if run.outside]
+    owned += [program.names[region.outside[run.place]] for run in units.runs if run.outside]
     inside = {*region.nodes, *(linear.node for linear in linears)}
     for name in dict.fromkeys(owned):
         value = model.get_parameter(name)
@@ -137,12 +148,12 @@ def _rows(linear: Linear, name: str) -> range:
     return range(0)
 
 
-def _site(program: Program, region: Region, known: Layout, batch: int) -> Site:
+def _site(program: Program, region: Region, kind: Kind, units: Layout, batch: int) -> Site:
     """The site without counts and drop, named after its writer."""
     slices: list[Slice] = []
     matmuls: list[Matmul] = []
     for place, linear in enumerate(region.producers):
-        runs = [run for run in known.runs if run.place == place and not run.outside]
+        runs = [run for run in units.runs if run.place == place and not run.outside]
         for run in runs:
             start = linear.start + run.start
             slices.append(Slice(tensor=linear.weight, dim=linear.dim, width=run.width, start=start))
@@ -150,21 +161,19 @@ def _site(program: Program, region: Region, known: Layout, batch: int) -> Site:
                 start = linear.bias_start + run.start
                 slices.append(Slice(tensor=linear.bias, dim=0, width=run.width, start=start))
         matmuls.append(_matmul(linear, out_per_unit=sum(run.width for run in runs)))
-    for run in known.runs:
+    for run in units.runs:
         if run.outside:
             name = program.names[region.outside[run.place]]
             slices.append(Slice(tensor=name, dim=run.dim, width=run.width))
     writer = region.writer
-    slices.append(Slice(tensor=writer.weight, dim=1 - writer.dim, width=known.width))
-    matmuls.append(_matmul(writer, inner_per_unit=known.width))
-    tokens = known.tokens or max(1, writer.rows // batch)
+    slices.append(Slice(tensor=writer.weight, dim=1 - writer.dim, width=units.width))
+    matmuls.append(_matmul(writer, inner_per_unit=units.width))
+    tokens = units.tokens or max(1, writer.rows // batch)
     return Site(
-        name=writer.weight, kind="heads" if known.attention else "ffn", units=known.units,
+        name=writer.weight, kind=kind.name, units=units.units,
         slices=tuple(dict.fromkeys(slices)), matmuls=tuple(matmuls),
         writer=writer.weight, bias=writer.bias, batch=max(1, writer.rows // tokens), tokens=tokens,
-        head_dim=known.head_dim,
-        queries=known.width // known.head_dim if known.attention else 1,
-        gated=known.gated, activation=known.activation, causal=known.causal,
+        **kind.fields(units),
     )  # fmt: skip
 
 

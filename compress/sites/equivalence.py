@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.ir import Count, Drop, Site, Slice
 from compress.sites import permutation, prune
+from compress.sites.kinds import kind_of
 from compress.sites.trace import plain_attention
 
 TOLERANCE = 1e-4  # float32 sums in another order, for outputs near 1
@@ -172,7 +173,7 @@ class _Trial:
         everything = torch.arange(site.units)
         weight = prune.writer_columns(self.holder, site)
         columns = permutation.mixed(site)
-        for parts in permutation.candidates(site):
+        for parts in kind_of(site).channel_sets(site):
             given = site.model_copy(update={"channels": parts})
             try:
                 follow = permutation.follow(self.holder, given, everything, columns, {})

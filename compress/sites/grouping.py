@@ -11,7 +11,6 @@ views, splits, rotations, norms and repeats are simply run.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from compress.sites.kinds.layout import Layout, Run
 from compress.sites.trace import Linear, Program, Region, evaluate
 
 # Any two of these differ by more than 1e-4 somewhere in [-6, 6].
@@ -39,36 +39,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 ACTIVATION_TOLERANCE = 2e-5  # float32 rounding of values up to 6; gelu and gelu_tanh differ by 4e-4
-
-
-@dataclass(frozen=True)
-class Run:
-    """Indices `[start + u * width, start + (u + 1) * width)` belong to unit u.
-
-    They are output features of producer number `place`, or, where `outside` is True, indices along
-    `dim` of the stored tensor that is number `place` of what enters the region from outside.
-    """
-
-    place: int
-    start: int
-    width: int
-    outside: bool = False
-    dim: int = 0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A region that falls into `units` units, each with `width` columns of the writer."""
-
-    units: int
-    width: int
-    runs: tuple[Run, ...]
-    attention: bool
-    head_dim: int
-    tokens: int
-    causal: bool
-    activation: str
-    gated: bool
 
 
 class RefusedError(Exception):
@@ -93,8 +63,6 @@ def layout(program: Program, region: Region) -> Layout:
     runs += probe.tied(units, width)
     probe.prove(runs, units, width)
     node = region.attention
-    if node is None and width > 1:
-        raise RefusedError(f"units of {width} columns are neither heads nor neurons")
     shape = (0, 0) if node is None else tuple(node.meta["val"].shape[-2:])
     activation, gated = ("", False) if node is not None else probe.activation(runs, units)
     return Layout(

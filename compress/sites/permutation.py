@@ -9,40 +9,21 @@ stream, which has one order for the whole model.
 References: Pool, Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from compress.core import permute
 from compress.core.units import index_of
-from compress.ir import Site, Slice
+from compress.ir import Site
 from compress.sites import prune
-from compress.sites.modeling import owner
+from compress.sites.kinds import kind_of
 
 ROWS = 192  # of the writer that a search looks at; all of a wide one would take longer than solving it
 ROUNDS = 24  # in which every group meets another one
 NARROW = 512  # columns up to which single swaps are affordable as well
 SWAPS = 8
-
-
-def candidates(site: Site) -> Iterator[tuple[Slice, ...]]:
-    """What may be all that has to follow the writer's columns: of neurons everything, of heads one matrix."""
-    others = [part for part in site.slices if part.tensor != site.writer]
-    if site.kind == "ffn":
-        if site.column.width == 1 and all(part.width == 1 for part in others):
-            yield tuple(others)
-        return
-    weights = {matmul.weight for matmul in site.matmuls}
-    for part in others:
-        if part.tensor in weights and part.width == site.head_dim:
-            beside = {
-                other
-                for other in others
-                if owner(other.tensor) == owner(part.tensor)
-                and (other.start, other.width) == (part.start, part.width)
-            }
-            yield (part, *sorted(beside - {part}, key=lambda other: other.tensor))
 
 
 def order(site: Site, score: Tensor) -> Tensor:
@@ -53,16 +34,14 @@ def order(site: Site, score: Tensor) -> Tensor:
         score: [out, in] importance of each weight in the writer's kept columns.
     """
     columns = score.shape[1]
-    part = columns if site.kind == "ffn" else site.head_dim
+    part = kind_of(site).free_columns(site, columns)
     stay = torch.arange(columns)
     if not site.channels or part % permute.GROUP:
         return stay
     looked = score[:: max(1, len(score) // ROWS)]
     passes = SWAPS if part <= NARROW else 0
-    if site.kind == "ffn":
-        return permute.search(looked, rounds=ROUNDS, passes=passes)
     found = []
-    for unit in stay.reshape(-1, site.column.width // part, part):  # [queries, head_dim] of one unit
+    for unit in _together(site, columns):
         # All queries of a unit read the same values, so they are moved together.
         own = looked[:, unit].transpose(0, 1).reshape(-1, part)
         found.append(unit[:, permute.search(own, rounds=ROUNDS, passes=passes)].flatten())
@@ -72,12 +51,19 @@ def order(site: Site, score: Tensor) -> Tensor:
 def mixed(site: Site, seed: int = 0) -> Tensor:
     """A random order of all the writer's columns that is as legal as those of `order`."""
     generator = torch.Generator().manual_seed(seed)
-    if site.kind == "ffn":
-        return torch.randperm(site.units * site.column.width, generator=generator)
-    units = torch.arange(site.units * site.column.width).reshape(site.units, -1, site.head_dim)
+    groups = _together(site, site.units * site.column.width)
     return torch.cat(
-        [unit[:, torch.randperm(site.head_dim, generator=generator)].flatten() for unit in units]
+        [group[:, torch.randperm(group.shape[1], generator=generator)].flatten() for group in groups]
     )
+
+
+def _together(site: Site, columns: int) -> Tensor:
+    """[groups, copies, part] the writer's columns: those of a group change places, its copies alike.
+
+    Copies are the query heads of a unit, which all read the same values.
+    """
+    part = kind_of(site).free_columns(site, columns)
+    return torch.arange(columns).reshape(-1, max(1, site.column.width // part), part)
 
 
 def follow(
@@ -110,9 +96,7 @@ def follow(
 
 def _features(site: Site, columns: Tensor) -> Tensor:
     """The order of the features that make the columns: of heads each once, whatever the queries."""
-    if site.kind == "ffn":
-        return columns
-    width = site.column.width
-    first = columns.reshape(-1, width)[:, : site.head_dim]
-    units = torch.arange(len(first))[:, None]
-    return (first - units * width + units * site.head_dim).flatten()
+    groups, copies, part = _together(site, len(columns)).shape
+    first = columns.reshape(groups, copies * part)[:, :part]
+    before = torch.arange(groups)[:, None]
+    return (first - before * copies * part + before * part).flatten()

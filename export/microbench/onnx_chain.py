@@ -15,11 +15,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from compress.errors import CompressError
 from compress.export.onnx import block_sparse
 from compress.export.onnx.block_sparse import Blocks
 from compress.export.onnx.linear_lowering import Lowering, lower
 from compress.ir import Matmul, Site
+from compress.sites.kinds import kind_of
 
 if TYPE_CHECKING:
     import onnx
@@ -49,6 +49,7 @@ class Graph:
     weights: list["onnx.TensorProto"] = field(default_factory=list)
     known: dict[tuple[int, ...], str] = field(default_factory=dict)
     pasts: dict[str, str] = field(default_factory=dict)
+    masked: bool = False
     products: dict[str, tuple[int, int]] = field(default_factory=dict)  # out and inner by weight
 
     def node(self, operator: str, *inputs: str, **attributes: int | float | str | list[int]) -> str:
@@ -129,26 +130,21 @@ def chain(
         choose: the layout of a product in blocks.
 
     Raises:
-        CompressError: the site has no products, or an attention whose parts are not understood, or the
-            pattern is none that can be lowered.
+        CompressError: the kind of the site cannot be timed alone, or its products are not understood, or
+            the pattern cannot be lowered.
     """
     from onnx import TensorProto, helper
 
-    readers = [m for m in site.matmuls if m.out_per_unit]
-    writers = [m for m in site.matmuls if m.inner_per_unit]
-    if not readers or len(writers) != 1:
-        raise CompressError(f"{site.name}: {len(readers)} readers and {len(writers)} writers cannot be timed")
-    writer = writers[0]
-    hidden = readers[0].inner
-    if any(reader.inner != hidden for reader in readers) or writer.out != hidden:
-        raise CompressError(f"{site.name}: products of different hidden widths cannot be timed together")
+    kind = kind_of(site)
+    writer, readers = kind.parts(site)
+    hidden = writer.out
     graph = Graph(np.random.default_rng(units))
     norm = graph.constant(np.ones(hidden, dtype=np.float32)), graph.vector(hidden)
-    body = _attention if site.kind == "heads" else _feed_forward
+    builder = _OnnxBuilder(graph, site, readers, units)
     stream = "x"
     for _ in range(copies):
         if units:
-            inside = body(graph, stream, site, readers, units)
+            inside = kind.body(builder, stream, site, units)
             branch = graph.linear(inside, writer.features(units)[1], writer.out, bias=writer.bias)
         else:
             branch = graph.vector(hidden)
@@ -157,7 +153,7 @@ def chain(
     names = ["rows", hidden]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, names)]
     outputs = [helper.make_tensor_value_info(stream, TensorProto.FLOAT, names)]
-    if site.kind == "heads" and units:
+    if graph.masked:
         seen = ["batch", 1, "tokens", "whole" if site.past else "tokens"]
         inputs.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, seen))
     for past, present in graph.pasts.items():
@@ -197,17 +193,6 @@ def _lowered(
     return ir.serde.serialize_model(opened)
 
 
-def _feed_forward(graph: Graph, x: str, site: Site, readers: Sequence[Matmul], units: int) -> str:
-    """Up product(s), activation and gate."""
-    outs = [graph.linear(x, m.inner, m.features(units)[0], bias=m.bias) for m in readers]
-    if site.gated and len(outs) == 1:
-        outs = graph.split(outs[0], [units, units])
-    inside = _activation(graph, outs[0], site.activation)
-    for other in outs[1:]:
-        inside = graph.node("Mul", inside, other)
-    return inside
-
-
 def _activation(graph: Graph, x: str, name: str) -> str:
     """The operators that an exported activation consists of; an unknown one costs what Gelu does."""
     simple = {
@@ -232,50 +217,52 @@ def _activation(graph: Graph, x: str, name: str) -> str:
     return graph.node("Gelu", x)
 
 
-def _attention(graph: Graph, x: str, site: Site, readers: Sequence[Matmul], units: int) -> str:
-    """Projections, scores, masked softmax and context, as the exporter writes them."""
-    width = site.head_dim
-    shape = graph.node("Shape", "mask")
-    batch = graph.node("Slice", shape, graph.integers(0), graph.integers(1))
-    tokens = graph.node("Slice", shape, graph.integers(2), graph.integers(3))
-    place = [batch, tokens]
-    outs = _projections(graph, x, site, readers, units)
-    split = graph.node("Concat", *place, graph.integers(-1), graph.integers(width), axis=0)
-    query, key, value = (
-        graph.node("Transpose", graph.node("Reshape", out, split), perm=[0, 2, 1, 3]) for out in outs
-    )
-    if site.past:
-        key, value = (graph.extended(part) for part in (key, value))
-        place[1] = graph.node("Slice", shape, graph.integers(3), graph.integers(4))
-    if site.queries > 1:
-        key, value = (_repeated(graph, part, place, site, units) for part in (key, value))
-    key = graph.node("Transpose", key, perm=[0, 1, 3, 2])
-    scores = graph.node("Mul", graph.node("MatMul", query, key), graph.number(width**-0.5))
-    weights = graph.node("Softmax", graph.node("Add", scores, "mask"), axis=-1)
-    context = graph.node("Transpose", graph.node("MatMul", weights, value), perm=[0, 2, 1, 3])
-    features = units * site.queries * width
-    return graph.node("Reshape", context, graph.integers(-1, features))
+@dataclass(frozen=True)
+class _OnnxBuilder:
+    """Writes the operators of one site into a graph, as the exporter does; values are their names."""
 
+    graph: Graph
+    site: Site
+    readers: Sequence[Matmul]
+    units: int
 
-def _projections(graph: Graph, x: str, site: Site, readers: Sequence[Matmul], units: int) -> list[str]:
-    """Query, key and value, from separate or fused matrices."""
-    wanted = [site.queries * site.head_dim, site.head_dim, site.head_dim]
-    outs: list[str] = []
-    # The widest first: with grouped queries that one is the query, otherwise their order is free.
-    for reader in sorted(readers, key=lambda m: -m.out_per_unit):
-        out = graph.linear(x, reader.inner, reader.features(units)[0], bias=reader.bias)
-        parts: list[int] = []
-        while sum(parts) < reader.out_per_unit and len(outs) + len(parts) < 3:
-            parts.append(wanted[len(outs) + len(parts)])
-        if sum(parts) != reader.out_per_unit:
-            raise CompressError(
-                f"{site.name}: an attention whose products give {[m.out_per_unit for m in readers]} "
-                f"features a unit, not {wanted}, cannot be timed alone"
-            )
-        outs += graph.split(out, [units * part for part in parts]) if len(parts) > 1 else [out]
-    if len(outs) != 3:
-        raise CompressError(f"{site.name}: only {len(outs)} of query, key and value lie in its products")
-    return outs
+    def product(self, x: str, reader: int) -> str:
+        matmul = self.readers[reader]
+        return self.graph.linear(x, matmul.inner, matmul.features(self.units)[0], bias=matmul.bias)
+
+    def split(self, x: str, widths: Sequence[int]) -> list[str]:
+        return self.graph.split(x, widths)
+
+    def activation(self, x: str, name: str) -> str:
+        return _activation(self.graph, x, name)
+
+    def multiply(self, a: str, b: str) -> str:
+        return self.graph.node("Mul", a, b)
+
+    def attention(self, query: str, key: str, value: str) -> str:
+        """Scores, masked softmax and context."""
+        graph, site, width = self.graph, self.site, self.site.head_dim
+        graph.masked = True
+        shape = graph.node("Shape", "mask")
+        batch = graph.node("Slice", shape, graph.integers(0), graph.integers(1))
+        tokens = graph.node("Slice", shape, graph.integers(2), graph.integers(3))
+        place = [batch, tokens]
+        split = graph.node("Concat", *place, graph.integers(-1), graph.integers(width), axis=0)
+        query, key, value = (
+            graph.node("Transpose", graph.node("Reshape", out, split), perm=[0, 2, 1, 3])
+            for out in (query, key, value)
+        )
+        if site.past:
+            key, value = (graph.extended(part) for part in (key, value))
+            place[1] = graph.node("Slice", shape, graph.integers(3), graph.integers(4))
+        if site.queries > 1:
+            key, value = (_repeated(graph, part, place, site, self.units) for part in (key, value))
+        key = graph.node("Transpose", key, perm=[0, 1, 3, 2])
+        scores = graph.node("Mul", graph.node("MatMul", query, key), graph.number(width**-0.5))
+        weights = graph.node("Softmax", graph.node("Add", scores, "mask"), axis=-1)
+        context = graph.node("Transpose", graph.node("MatMul", weights, value), perm=[0, 2, 1, 3])
+        features = self.units * site.queries * width
+        return graph.node("Reshape", context, graph.integers(-1, features))
 
 
 def _repeated(graph: Graph, part: str, place: Sequence[str], site: Site, units: int) -> str:

@@ -24,6 +24,7 @@ from compress.export.microbench.onnx_chain import chain as chain
 from compress.export.onnx import quantized
 from compress.ir import Option, Site
 from compress.measure import timing
+from compress.sites.kinds import kind_of
 
 COPIES = 4
 COPIES_MB = 96  # weights of one graph
@@ -62,7 +63,7 @@ def session(file: bytes, site: Site, threads: int, provider: str = onnxruntime.C
     import onnxruntime as ort
 
     rows, batch, tokens = site.matmuls[0].rows, site.batch, site.tokens
-    if site.kind == "heads" and rows != batch * tokens:
+    if kind_of(site).attends and rows != batch * tokens:
         raise CompressError(f"{site.name}: {rows} rows are not batch {batch} x {tokens} tokens; not timed")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -6,6 +6,7 @@ between them, and with 0 units only these are left.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from compress.errors import CompressError
 from compress.ir import Matmul, Site
+from compress.sites.kinds import kind_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -38,18 +40,17 @@ class Chain(nn.Module):
         """Random weights from a fixed seed.
 
         Raises:
-            CompressError: the site is of a kind, or its products of sizes, that no chain can be made of.
+            CompressError: the kind of the site cannot be timed alone, or its products are not understood.
         """
         super().__init__()
-        writer, readers = parts(site)
+        writer, readers = kind_of(site).parts(site)
         hidden = writer.out
         generator = torch.Generator().manual_seed(units)
-        body = Attention if site.kind == "heads" else FeedForward
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(copies))
         self.bodies = nn.ModuleList()
         self.writers = nn.ModuleList()
         for _ in range(copies if units else 0):
-            self.bodies.append(body(site, readers, units, generator))
+            self.bodies.append(Body(site, readers, units, generator))
             self.writers.append(linear(writer, units, generator))
         self.stand_ins = nn.ParameterList(nn.Parameter(torch.zeros(hidden)) for _ in range(copies))
         self.units = units
@@ -65,21 +66,6 @@ class Chain(nn.Module):
         return x
 
 
-def parts(site: Site) -> tuple[Matmul, list[Matmul]]:
-    """The product that units own columns of, and those that they own rows of.
-
-    Raises:
-        CompressError: these are not one and at least one, on one hidden width.
-    """
-    writers = [m for m in site.matmuls if m.inner_per_unit]
-    readers = [m for m in site.matmuls if m.out_per_unit]
-    if site.kind not in ("heads", "ffn") or len(writers) != 1 or not readers:
-        raise CompressError(f"{site.name}: a site of kind {site.kind!r} cannot be timed alone")
-    if any(reader.inner != writers[0].out for reader in readers):
-        raise CompressError(f"{site.name}: products of different hidden widths cannot be timed together")
-    return writers[0], readers
-
-
 def linear(matmul: Matmul, units: int, generator: torch.Generator) -> nn.Linear:
     """A linear layer of the product's sizes at `units`."""
     out, inner = matmul.features(units)
@@ -91,28 +77,8 @@ def linear(matmul: Matmul, units: int, generator: torch.Generator) -> nn.Linear:
     return layer
 
 
-class FeedForward(nn.Module):
-    """Up product(s), activation and gate; an activation that is not known costs what Gelu does."""
-
-    def __init__(self, site: Site, readers: Sequence[Matmul], units: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.ups = nn.ModuleList(linear(reader, units, generator) for reader in readers)
-        self.activation = ACTIVATIONS.get(site.activation, functional.gelu)
-        self.gated, self.units = site.gated, units
-
-    def forward(self, x: Tensor, _: Tensor | None) -> Tensor:
-        """[rows, hidden] -> [rows, units]."""
-        outs = [up(x) for up in self.ups]
-        if self.gated and len(outs) == 1:
-            outs = list(outs[0].split(self.units, dim=-1))
-        inside = self.activation(outs[0])
-        for other in outs[1:]:
-            inside = inside * other
-        return inside
-
-
-class Attention(nn.Module):
-    """Projections, attention of all kept heads in one call, and their outputs side by side.
+class Body(nn.Module):
+    """What stands between the stream and the writer of one site, as its kind describes it.
 
     In decoding, keys and values of the past come before the new ones.
     """
@@ -121,50 +87,51 @@ class Attention(nn.Module):
     values: Tensor
 
     def __init__(self, site: Site, readers: Sequence[Matmul], units: int, generator: torch.Generator) -> None:
-        """Separate or fused projections; the widest first, which is the query where queries are grouped.
-
-        Raises:
-            CompressError: query, key and value cannot be told apart in the products.
-        """
         super().__init__()
-        wanted = [site.queries * site.head_dim, site.head_dim, site.head_dim]
-        self.readers = nn.ModuleList()
-        self.widths: list[list[int]] = []
-        for reader in sorted(readers, key=lambda m: -m.out_per_unit):
-            widths: list[int] = []
-            while wanted and sum(widths) < reader.out_per_unit:
-                widths.append(wanted.pop(0))
-            if sum(widths) != reader.out_per_unit:
-                raise CompressError(
-                    f"{site.name}: an attention whose products give {[m.out_per_unit for m in readers]} "
-                    "features a unit cannot be timed alone"
-                )
-            self.readers.append(linear(reader, units, generator))
-            self.widths.append([units * width for width in widths])
-        if wanted:
-            raise CompressError(
-                f"{site.name}: only {3 - len(wanted)} of query, key and value lie in its products"
-            )
-        self.batch, self.tokens = site.batch, site.tokens
-        self.head_dim, self.grouped = site.head_dim, site.queries > 1
-        held = (site.batch, units, site.past, site.head_dim)
+        self.site, self.units, self.kind = site, units, kind_of(site)
+        self.products = nn.ModuleList(linear(reader, units, generator) for reader in readers)
+        held = (site.batch, units, site.past, site.head_dim) if self.kind.attends else (0, 0, 0, 0)
         self.register_buffer("keys", torch.randn(held, generator=generator))
         self.register_buffer("values", torch.randn(held, generator=generator))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """[rows, hidden] -> [rows, heads * head_dim]."""
-        outs: list[Tensor] = []
-        for reader, widths in zip(self.readers, self.widths, strict=True):
-            outs += reader(x).split(widths, dim=-1)
+        """[rows, hidden] -> [rows, columns of the writer]."""
+        return self.kind.body(_TorchBuilder(self, mask), x, self.site, self.units)
+
+
+@dataclass(frozen=True)
+class _TorchBuilder:
+    """Computes the operators of one site instead of writing them down."""
+
+    body: Body
+    mask: Tensor | None
+
+    def product(self, x: Tensor, reader: int) -> Tensor:
+        product: Tensor = self.body.products[reader](x)
+        return product
+
+    def split(self, x: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+        return torch.split(x, list(widths), dim=-1)
+
+    def activation(self, x: Tensor, name: str) -> Tensor:
+        return ACTIVATIONS.get(name, functional.gelu)(x)
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of all kept heads in one call."""
+        body, site = self.body, self.body.site
         query, key, value = (
-            out.reshape(self.batch, self.tokens, -1, self.head_dim).transpose(1, 2) for out in outs
+            out.reshape(site.batch, site.tokens, -1, site.head_dim).transpose(1, 2)
+            for out in (query, key, value)
         )
-        if self.keys.shape[2]:
-            key, value = torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2)
+        if site.past:
+            key, value = torch.cat([body.keys, key], dim=2), torch.cat([body.values, value], dim=2)
         context = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, enable_gqa=self.grouped
+            query, key, value, attn_mask=self.mask, enable_gqa=site.queries > 1
         )
-        return context.transpose(1, 2).reshape(len(x), -1)
+        return context.transpose(1, 2).reshape(site.batch * site.tokens, -1)
 
 
 def inputs(site: Site, units: int) -> tuple[Tensor, Tensor | None]:
@@ -176,7 +143,7 @@ def inputs(site: Site, units: int) -> tuple[Tensor, Tensor | None]:
     rows = site.matmuls[0].rows
     hidden = next(m.inner for m in site.matmuls if m.out_per_unit)
     x = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(0))
-    if site.kind != "heads":
+    if not kind_of(site).attends:
         return x, None
     if rows != site.batch * site.tokens:
         raise CompressError(

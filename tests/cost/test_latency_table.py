@@ -10,9 +10,11 @@ from compress import profiles
 from compress.core.fakequant import GRIDS, Quantized, blocks
 from compress.cost import latency_table
 from compress.cost.latency_table import Table
-from compress.cost.roofline import BYTES, Constants, Kernel, kernel_ms, kernels, roofline
+from compress.cost.roofline import BYTES, Constants, kernel_ms, kernels, roofline
 from compress.errors import CompressError
 from compress.ir import Drop, Matmul, Option, Site
+from compress.sites.kinds import decode_step
+from compress.sites.kinds.kernel import Kernel
 
 EXACT = Constants(compute=1.0, bandwidth=1.0)
 
@@ -72,7 +74,7 @@ def test_the_products_of_attention_are_those_counted_by_hand(units, queries):
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_a_step_looks_at_its_past_and_moves_the_cache_once(queries):
-    site = heads(queries=queries, batch=2).step()
+    site = decode_step(heads(queries=queries, batch=2))
     assert (site.tokens, site.past) == (1, 32)
     found = kernels(site, 4, 4.0, fused=False)
     scores = 2 * 2 * (2 * 4 * queries) * 1 * 33 * 16  # both products, over 33 tokens

@@ -16,6 +16,7 @@ FOLDERS = {"compress": "compress", "export": "compress.export", "profiles": "com
 FLOORS = (
     "errors",
     "ir profiles",
+    "sites.kinds",
     "artifacts recipe",
     "core measure",
     "cost report sites demo",
@@ -220,8 +221,9 @@ def test_no_test_is_hidden_by_another_of_its_name():
 def test_test_files_stand_where_their_module_stands():
     free = {
         "sites.families",
+        "sites.kinds.toy_kind",
         "export.backends.tensorrt_api",
-        *(f"project.{name}" for name in ("layers", "packaging", "doctests", "readme")),
+        *(f"project.{name}" for name in ("layers", "packaging", "seams", "doctests", "readme")),
         *(f"tools.{name}" for name in ("check", "benchmark", "gpu")),
     }
     packages = {"profiles.profiles": "profiles"}

@@ -13,6 +13,7 @@ from compress.cost import latency_table
 from compress.errors import CompressError
 from compress.export.microbench import onnx_chain, site_timing
 from compress.measure import timing
+from compress.sites.kinds import decode_step
 
 
 def run(site, units, copies=1, x=None, mask=None):
@@ -90,7 +91,7 @@ def test_an_attention_chain_computes_masked_attention(queries, units):
 
 @pytest.mark.parametrize(("queries", "units"), [(1, 3), (3, 2)])
 def test_a_step_attends_to_the_cache_and_gives_it_back_longer(queries, units):
-    site = heads(queries=queries, bias=False).step()
+    site = decode_step(heads(queries=queries, bias=False))
     random = np.random.default_rng(5)
     x = random.standard_normal((BATCH, HIDDEN)).astype(np.float32)
     mask = np.zeros((BATCH, 1, 1, TOKENS + 1), dtype=np.float32)
@@ -178,7 +179,7 @@ def test_a_session_runs_at_the_shape_of_the_site():
     (found,) = call()
     assert found.shape == (ROWS, HIDDEN)
     assert np.isfinite(found).all()
-    step = site.step()
+    step = decode_step(site)
     answers = site_timing.session(onnx_chain.chain(step, 2, 3), step, 1)()
     assert [answer.shape for answer in answers] == [(BATCH, HIDDEN)] + [(BATCH, 2, TOKENS + 1, WIDTH)] * 6
     assert np.isfinite(answers[0]).all()

@@ -12,6 +12,8 @@ from torch import nn
 from compress.errors import CompressError
 from compress.export.microbench import site_timing, torch_chain
 from compress.export.microbench.torch_chain import Chain
+from compress.sites.kinds import decode_step
+from compress.sites.kinds.attention import ATTENTION, projections
 
 
 def stream(seed=0):
@@ -47,7 +49,7 @@ ACTIVATIONS = {
 def test_a_feed_forward_chain_computes_the_pair(activation):
     x, _ = stream()
     chain = Chain(ffn(activation=activation), 7, 1)
-    (up, a), (down, b) = pair(chain.bodies[0].ups[0]), pair(chain.writers[0])
+    (up, a), (down, b) = pair(chain.bodies[0].products[0]), pair(chain.writers[0])
     assert (up.shape, down.shape) == ((7, HIDDEN), (HIDDEN, 7))
     inside = np.vectorize(ACTIVATIONS[activation])(x @ up.T + a)
     expected = oracles.normalized(inside @ down.T + b + x, np.ones(HIDDEN), np.zeros(HIDDEN))
@@ -58,7 +60,7 @@ def test_a_feed_forward_chain_computes_the_pair(activation):
 def test_a_gate_multiplies_whether_its_matrix_is_fused_or_apart(gated):
     x, _ = stream(1)
     chain = Chain(ffn(gated=gated, activation="silu", bias=False), 5, 1)
-    ups = [pair(up)[0] for up in chain.bodies[0].ups]
+    ups = [pair(up)[0] for up in chain.bodies[0].products]
     up, gate = (ups[0][:5], ups[0][5:]) if gated == "one" else ups
     inside = np.vectorize(ACTIVATIONS["silu"])(x @ up.T) * (x @ gate.T)
     down, _ = pair(chain.writers[0])
@@ -72,11 +74,12 @@ def test_a_gate_multiplies_whether_its_matrix_is_fused_or_apart(gated):
 )
 def test_an_attention_chain_computes_masked_attention(queries, fused, units):
     x, mask = stream(2)
-    chain = Chain(heads(queries=queries, fused=fused), units, 1)
+    site = heads(queries=queries, fused=fused)
+    chain = Chain(site, units, 1)
     outs = []
-    for reader, widths in zip(chain.bodies[0].readers, chain.bodies[0].widths, strict=True):
-        weight, bias = pair(reader)
-        outs += np.split(x @ weight.T + bias, np.cumsum(widths)[:-1], axis=1)
+    for reader, widths in projections(site, ATTENTION.parts(site)[1]):
+        weight, bias = pair(chain.bodies[0].products[reader])
+        outs += np.split(x @ weight.T + bias, units * np.cumsum(widths)[:-1], axis=1)
     context = oracles.masked_attention(*outs, mask, units, queries, WIDTH)
     out, d = pair(chain.writers[0])
     expected = oracles.normalized(context @ out.T + d + x, np.ones(HIDDEN), np.zeros(HIDDEN))
@@ -87,12 +90,12 @@ def test_an_attention_chain_computes_masked_attention(queries, fused, units):
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_in_decoding_a_new_token_looks_at_its_past_and_at_itself(queries):
-    site, units = heads(queries=queries, causal=True).step(), 2
+    site, units = decode_step(heads(queries=queries, causal=True)), 2
     x, mask = torch_chain.inputs(site, units)
     assert (x.shape, mask.shape, mask.abs().max()) == ((BATCH, HIDDEN), (BATCH, 1, 1, TOKENS + 1), 0)
     chain = Chain(site, units, 1)
     body = chain.bodies[0]
-    q, k, v = (x.numpy() @ pair(reader)[0].T + pair(reader)[1] for reader in body.readers)
+    q, k, v = (x.numpy() @ pair(reader)[0].T + pair(reader)[1] for reader in body.products)
     context = np.zeros((BATCH, units * queries * WIDTH))
     for b in range(BATCH):
         for head in range(units * queries):
@@ -116,7 +119,7 @@ def test_copies_follow_each_other_with_weights_of_their_own():
     chain = Chain(ffn(activation="relu"), 6, 3)
     expected = x
     for body, writer in zip(chain.bodies, chain.writers, strict=True):
-        (up, a), (down, b) = pair(body.ups[0]), pair(writer)
+        (up, a), (down, b) = pair(body.products[0]), pair(writer)
         inside = np.maximum(expected @ up.T + a, 0)
         expected = oracles.normalized(inside @ down.T + b + expected, np.ones(HIDDEN), np.zeros(HIDDEN))
     assert np.abs(answer(chain, x) - expected).max() < 1e-4
@@ -141,7 +144,7 @@ def test_what_cannot_be_timed_alone_is_refused_by_name():
     odd = site.matmuls[1].model_copy(update={"out": HIDDEN + 1})
     with pytest.raises(CompressError, match="ffn: products of different hidden widths"):
         Chain(site.model_copy(update={"matmuls": (site.matmuls[0], odd)}), 2, 1)
-    with pytest.raises(CompressError, match="ffn: a site of kind 'ffn' cannot be timed alone"):
+    with pytest.raises(CompressError, match="ffn: 0 readers and 1 writers cannot be timed alone"):
         Chain(site.model_copy(update={"matmuls": site.matmuls[1:]}), 2, 1)
     with pytest.raises(CompressError, match="10 rows are not batch 2 x 3 tokens"):
         torch_chain.inputs(heads().model_copy(update={"tokens": 3}), 2)
