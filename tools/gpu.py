@@ -194,7 +194,7 @@ def tokens_of(options: argparse.Namespace) -> int:
 
 def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
     """`compress --speedup 2x` on both models, by structure and by forms, through its own pipeline."""
-    from compress.cli import console
+    from compress import progress
     from compress.pipeline import compilation, job
     from compress.recipe import Recipe
 
@@ -218,7 +218,7 @@ def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
             )
             began = time.perf_counter()
             try:
-                found = compilation.run(recipe, console.Quiet())
+                found = compilation.run(recipe, progress.Quiet())
             except CompressError as error:
                 asked = {"model": name, "moves": moves, "asked": options.speedup}
                 rows.append({**asked, "error": str(error)})

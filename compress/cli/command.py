@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress import __version__
-from compress.cli.console import Bars, Lines, Quiet, Streams, plain
+from compress.cli.console import Streams, plain
 from compress.errors import CompressError
+from compress.progress import Progress
 
 BAD_REQUEST = 2
 CRASHED = 70
@@ -34,7 +35,7 @@ class Session:
     """The user's streams, the progress, and where finished work is kept (None: nowhere)."""
 
     streams: Streams
-    progress: Bars | Lines | Quiet
+    progress: Progress
     as_json: bool
     out: Path | None = None
 

@@ -78,12 +78,13 @@ def _verb(work: "Callable[[Session, Words], int]", *, shared: bool = False) -> C
     def act(**words: Any) -> int:
         if launched().rank and not shared:
             return 0
+        from compress import progress as shown
         from compress.cli import console
         from compress.cli.command import Session
 
         console.hush()
         with console.own_streams() as streams:
-            progress = console.progress(streams.err, quiet=words["quiet"])
+            progress = shown.for_stream(streams.err, quiet=words["quiet"])
             session = Session(streams, progress, words["as_json"])
             try:
                 code = work(session, words)

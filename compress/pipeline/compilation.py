@@ -35,11 +35,12 @@ from compress.pipeline import (
     width_search,
 )
 from compress.pipeline.energy_budget import Prices
-from compress.pipeline.job import Job, Progress, prepare
+from compress.pipeline.job import Job, prepare
 from compress.pipeline.plan_search import TimePlan
 from compress.pipeline.pricing import Costs, price
 from compress.pipeline.smoothquant import smoothed
 from compress.pipeline.width_search import Found, Ground
+from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.report import render
 from compress.report.schema import Report

@@ -13,7 +13,8 @@ from pathlib import Path
 from compress import artifacts
 from compress.ir import Budget
 from compress.pipeline import compilation
-from compress.pipeline.job import Progress, prepare
+from compress.pipeline.job import prepare
+from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.report import family
 from compress.report.family import Family

@@ -19,8 +19,9 @@ from compress.measure import timing
 from compress.methods import hidden_width
 from compress.pipeline import block_patterns, feasibility, plan_search, width_search
 from compress.pipeline.block_patterns import Patterns
-from compress.pipeline.job import Job, Progress, prepare
+from compress.pipeline.job import Job, prepare
 from compress.pipeline.pricing import Costs, price, table_of, wanted_levels
+from compress.progress import Progress
 from compress.recipe import Recipe, Shapes
 from compress.search import knapsack
 from compress.search.closed_loop import Menus

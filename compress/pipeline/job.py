@@ -2,12 +2,11 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -18,24 +17,13 @@ from compress.export.backends.onnxruntime import Array
 from compress.export.onnx import decoder
 from compress.export.place import Place, place_of
 from compress.ir import Site
+from compress.progress import Progress, Tick
 from compress.recipe import Recipe, to_toml
 from compress.report.schema import Stage
 from compress.sites import discovery
 from compress.sites.discovery import Sites
 from compress.sites.kinds import KINDS, decode_step
 from compress.tasks.loading import Batch, Task, load_task
-
-Tick = Callable[[int, int], None]
-
-
-class Progress(Protocol):
-    """Where a compilation says what it is doing; the command line draws it."""
-
-    def stage(self, name: str) -> AbstractContextManager[Tick]:
-        """A stage begins; the callback takes work done and work in all."""
-
-    def say(self, line: str) -> None:
-        """One line worth reading even without a terminal."""
 
 
 @dataclass

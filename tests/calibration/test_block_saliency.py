@@ -9,7 +9,6 @@ from support.channel_families import FAMILIES, family
 from support.classifier import padded
 
 from compress.calibration import activation_statistics, block_saliency
-from compress.cli.console import Quiet
 from compress.core import block
 from compress.distributed import collectives
 from compress.errors import CompressError
@@ -17,6 +16,7 @@ from compress.ir import Option
 from compress.methods import candidate_store
 from compress.pipeline import plan_search
 from compress.pipeline.job import Stages
+from compress.progress import Quiet
 from compress.recipe import Calibration, Options
 from compress.sites import prune
 from compress.sites.modeling import owner

@@ -11,7 +11,6 @@ from torch import nn
 
 from compress import profiles
 from compress.calibration import activation_statistics
-from compress.cli.console import Quiet
 from compress.errors import CompressError
 from compress.export.backends import torch_kernels
 from compress.export.backends.torch_cuda import CudaRunner
@@ -19,6 +18,7 @@ from compress.export.place import Place
 from compress.ir import Option
 from compress.methods import apply, candidate_store, quantized_layers, torch_layers
 from compress.pipeline import compilation, job
+from compress.progress import Quiet
 from compress.recipe import Recipe
 from compress.sites import prune
 from compress.sites.prune import Removal

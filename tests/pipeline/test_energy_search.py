@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from compress.cli.console import Quiet
 from compress.cost import energy as energy_module
 from compress.errors import CompressError
 from compress.export.place import Place
@@ -17,6 +16,7 @@ from compress.pipeline import compilation, energy_budget, energy_search, plan_se
 from compress.pipeline.energy_budget import Prices
 from compress.pipeline.job import Stages, prepare
 from compress.pipeline.pricing import Costs
+from compress.progress import Quiet
 from compress.recipe import Bench, Options, Recipe, Search
 from compress.report import schema, summary
 from compress.search.closed_loop import Menus, Round

@@ -10,11 +10,11 @@ from support.toys import job_of, logits
 
 import compress
 from compress import profiles
-from compress.cli.console import Quiet
 from compress.errors import CompressError
 from compress.ir import Budget
 from compress.pipeline import compilation, family_compilation, pricing
 from compress.pipeline import width_search as widths
+from compress.progress import Quiet
 from compress.recipe import Calibration, Options, Recipe, Recovery, Search
 
 SPEEDUPS = (1.1, 1.3)

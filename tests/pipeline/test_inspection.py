@@ -5,13 +5,13 @@ import torch
 from support import families
 
 from compress import profiles
-from compress.cli.console import Quiet
 from compress.errors import CompressError
 from compress.export.backends.onnxruntime import OrtRunner
 from compress.export.onnx import decoder
 from compress.export.onnx.writer import export
 from compress.export.place import Place
 from compress.pipeline import inspection, job
+from compress.progress import Quiet
 from compress.recipe import Shapes
 
 

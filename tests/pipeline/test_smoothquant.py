@@ -7,12 +7,12 @@ import torch
 from support import families, tiny
 
 from compress import artifacts
-from compress.cli.console import Quiet
 from compress.core import fakequant, ranges
 from compress.ir import Budget
 from compress.methods import quantized_layers
 from compress.pipeline import smoothquant
 from compress.pipeline.job import prepare
+from compress.progress import Quiet
 from compress.recipe import Bench, Calibration, Options, Recipe, Search, Shapes
 from compress.sites import discovery
 from compress.sites.equivalence import distance

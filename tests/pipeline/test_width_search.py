@@ -16,7 +16,6 @@ from support.toys import job_of, logits
 
 import compress
 from compress import profiles
-from compress.cli.console import Quiet
 from compress.errors import CompressError
 from compress.export.backends.onnxruntime import OrtRunner
 from compress.ir import Budget, Matmul, Option, Site, Whole, Width
@@ -25,6 +24,7 @@ from compress.pipeline import compilation, evaluation, model_files, plan_search,
 from compress.pipeline import width_search as widths
 from compress.pipeline.job import Stages
 from compress.pipeline.width_search import Found, Ground, levels, narrow_site, search_widths
+from compress.progress import Quiet
 from compress.recipe import Options, Recovery, Search
 from compress.search import objective
 from compress.search.closed_loop import Menus, OutOfReachError, Round, Rounds, Timing

@@ -20,7 +20,7 @@ FLOORS = (
     "artifacts recipe",
     "core measure",
     "cost report sites demo",
-    "tasks export.onnx",
+    "tasks export.onnx progress",
     "distributed export.backends",
     "export.microbench",
     "calibration export",
@@ -32,7 +32,7 @@ FLOORS = (
 )
 MOST_ROOMS, MOST_MODULES = 30, 20
 NO_TORCH = (
-    "errors ir profiles artifacts recipe report.next_steps report.summary report.methods_table "
+    "errors ir profiles artifacts recipe progress report.next_steps report.summary report.methods_table "
     "report.formatting report.svg report.schema report.charts report.render report.family "
     "report.metrics_table tasks.readers tasks.datasets search.knapsack search.closed_loop "
     "measure.timing measure.verify_on_device cost.energy cost.roofline cost.published_latencies "

@@ -1,9 +1,9 @@
 """What the tests of several modules share: taken out of test_recovery."""
 
 from compress import artifacts
-from compress.cli.console import Lines
 from compress.ir import Budget
 from compress.pipeline.job import Job, Stages
+from compress.progress import Lines
 from compress.recipe import Recipe, Recovery
 from support.classifier import padded
 

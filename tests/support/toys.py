@@ -3,10 +3,10 @@
 import torch
 
 from compress import artifacts, profiles
-from compress.cli.console import Quiet
 from compress.ir import Budget
 from compress.methods.hidden_width import find_stream
 from compress.pipeline.job import Job, Stages
+from compress.progress import Quiet
 from compress.recipe import Options, Recipe, Shapes
 from compress.sites.discovery import find_sites
 from compress.tasks.loading import Batch, Task
