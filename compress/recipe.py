@@ -158,7 +158,7 @@ class Recipe(Document):
     max_drop: float | None = Field(default=None, ge=0)
     out: str = "out"
     shapes: Shapes = Shapes()
-    options: Options = Options()
+    options: Options = Field(default_factory=Options)
     calibration: Calibration = Calibration()
     search: Search = Search()
     recovery: Recovery = Recovery()
