@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from support import families
-from support.stream_models import built, logits, wide
+from support.stream_models import built, logits, projected, wide
 from support.toys import lively
 from torch import nn
 
@@ -25,27 +25,6 @@ TIED_TO_HEADS = ("gpt2", "opt")  # which class ViT belongs to depends on transfo
 POST_NORM = ("bert", "roberta", "electra", "distilbert", "interleaved")
 ATOL = 1e-4  # float32, logits of size one
 EXACT = 1e-9  # float64
-
-
-def projected(model, stream, second, width):
-    """The oracle: at full shape, every writer projected on the directions that stay; nothing else touched."""
-    basis, _ = principal(second, centered=stream.centered)
-    kept = basis[:, : width - stream.centered]
-    masked = copy.deepcopy(model)
-    with torch.no_grad():
-        seen = set()
-        for part in stream.writers:
-            value = masked.get_parameter(part.tensor)
-            if value.data_ptr() in seen:
-                continue
-            seen.add(value.data_ptr())
-            own = (value.double().movedim(part.dim, -1) @ kept @ kept.T).movedim(-1, part.dim)
-            for reader in stream.readers:  # tied: the side that reads keeps its values
-                if masked.get_parameter(reader.weight) is value:
-                    place, _, last = reader.weight.rpartition(".")
-                    setattr(masked.get_submodule(place), last, nn.Parameter(value.detach().clone()))
-            value.copy_(own)
-    return masked
 
 
 @pytest.mark.parametrize("name", PRE_NORM)

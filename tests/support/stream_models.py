@@ -1,8 +1,11 @@
 """What the tests of several modules share: taken out of test_residual."""
 
+import copy
+
 import torch
 from torch import nn
 
+from compress.core.rotation import principal
 from support import families
 from support.toys import lively
 
@@ -35,3 +38,24 @@ def logits(model, example):
 def wide(stream, seed=0):
     rows = torch.randn(3 * stream.width, stream.width, generator=torch.Generator().manual_seed(seed)).double()
     return rows.T @ rows
+
+
+def projected(model, stream, second, width):
+    """The oracle: at full shape, every writer projected on the directions that stay; nothing else touched."""
+    basis, _ = principal(second, centered=stream.centered)
+    kept = basis[:, : width - stream.centered]
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        seen = set()
+        for part in stream.writers:
+            value = masked.get_parameter(part.tensor)
+            if value.data_ptr() in seen:
+                continue
+            seen.add(value.data_ptr())
+            own = (value.double().movedim(part.dim, -1) @ kept @ kept.T).movedim(-1, part.dim)
+            for reader in stream.readers:  # tied: the side that reads keeps its values
+                if masked.get_parameter(reader.weight) is value:
+                    place, _, last = reader.weight.rpartition(".")
+                    setattr(masked.get_submodule(place), last, nn.Parameter(value.detach().clone()))
+            value.copy_(own)
+    return masked

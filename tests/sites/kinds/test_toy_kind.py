@@ -52,9 +52,7 @@ def test_a_document_with_a_kind_that_is_not_known_is_refused(known, monkeypatch)
 @pytest.mark.parametrize("kept", [[0], [1, 4, 5, 11], list(range(GROUPS))])
 def test_the_shrunk_model_computes_what_the_masked_one_does(known, kept):
     model, example, sites = found()
-    removals = {
-        site.name: prune.Removal(torch.tensor(kept)) for site in sites if site.kind == "capsules"
-    }
+    removals = {site.name: prune.Removal(torch.tensor(kept)) for site in sites if site.kind == "capsules"}
     with torch.no_grad():
         masked = prune.mask(model, sites, removals)(**example)
         shrunk = prune.shrink(model, sites, removals)
