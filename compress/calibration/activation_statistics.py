@@ -22,7 +22,7 @@ from compress.errors import CompressError
 from compress.ir import Site
 from compress.tasks.loading import Batch, Task
 
-DOUBLE = 8
+FLOAT64_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Moments:
         if collectives.size() == 1:
             return self.tensors() if self.count else {}
         seen = torch.tensor([self.count, self.samples], dtype=torch.float64)
-        collectives.add_up([seen])
+        collectives.all_reduce([seen])
         if not seen[0]:
             return {}
         empty = {
@@ -132,7 +132,7 @@ class Moments:
         found = {name: here[name].double().cpu() * self.count / seen[0] for name in ("mean", "second")}
         if seen[1]:
             found["taylor"] = here["taylor"].double() * self.samples / seen[1]
-        collectives.add_up(list(found.values()))
+        collectives.all_reduce(list(found.values()))
         return found | {"count": seen[:1]}
 
 
@@ -199,7 +199,7 @@ def collect(
 
         watched = [sites[i] for i in group]
         dumped = [site.model_dump(mode="json") for site in watched]
-        collectives.call("calibrate", {"sites": dumped, "taylor": taylor, "readers": wanted.readers})
+        collectives.send_command("calibrate", {"sites": dumped, "taylor": taylor, "readers": wanted.readers})
 
         def keep(place: int, tensors: dict[str, Tensor], group: list[int] = group) -> None:
             write(directory / f"{group[place]:03d}.safetensors", tensors)
@@ -222,9 +222,9 @@ def observe(
 
     Of several processes each calls this with all batches, and takes its share of them.
     """
-    with collectives.working():
-        collectives.alike("calibration data", collectives.contents(batches))
-        collectives.spread(task.model)
+    with collectives.synchronized():
+        collectives.check_identical("calibration data", collectives.batch_bytes(batches))
+        collectives.broadcast_model(task.model)
         moments, seen = _pass(task, sites, batches, _Wanted(taylor, readers, spans), tick)
         for place, (site, own, read_by) in enumerate(zip(sites, moments, seen, strict=True)):
             found = own.over_all(writer_width(site))
@@ -252,14 +252,14 @@ def read(directory: Path, index: int) -> Statistics:
             found["second"],
             found.get("taylor"),
             found.get("reader"),
-            Range(_span(found["span"]), found["low"], found["high"]) if "span" in found else None,
-            _span(found["reader_span"]) if "reader_span" in found else None,
+            Range(_to_span(found["span"]), found["low"], found["high"]) if "span" in found else None,
+            _to_span(found["reader_span"]) if "reader_span" in found else None,
         )
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CompressError(f"{path} is missing or damaged ({error}); run again to rebuild it") from error
 
 
-def _span(ends: Tensor) -> Span:
+def _to_span(ends: Tensor) -> Span:
     low, high = ends.tolist()
     return low, high
 
@@ -291,16 +291,16 @@ def _valid(directory: Path, index: int, site: Site, wanted: _Wanted) -> bool:
 
 def _passes(sites: Sequence[tuple[int, Site]], room: float, readers: bool) -> list[list[int]]:
     """Sites grouped so that the matrices of one pass fit into `room` bytes (one always fits)."""
-    return grouped(
+    return group_by_memory(
         (
-            (index, DOUBLE * (writer_width(site) ** 2 + (reader_width(site) ** 2 if readers else 0)))
+            (index, FLOAT64_BYTES * (writer_width(site) ** 2 + (reader_width(site) ** 2 if readers else 0)))
             for index, site in sites
         ),
         room,
     )
 
 
-def grouped(sizes: Iterable[tuple[int, float]], room: float) -> list[list[int]]:
+def group_by_memory(sizes: Iterable[tuple[int, float]], room: float) -> list[list[int]]:
     """Neighbors in groups whose sizes add up to at most `room`; one that is larger is a group of its own.
 
     >>> grouped([(7, 2.0), (8, 3.0), (9, 1.0)], 4.0)

@@ -27,8 +27,8 @@ from compress.sites.modeling import owner
 from compress.sites.prune import readers, writer_columns
 from compress.tasks.task import Batch, Task
 
-SAMPLES = 128  # of the calibration data; each is a forward and a backward pass of its own
-ITEM = 4  # bytes
+MAX_SAMPLES = 128  # of the calibration data; each is a forward and a backward pass of its own
+FLOAT32_BYTES = 4  # bytes
 Tile = tuple[int, int]
 
 
@@ -39,7 +39,7 @@ def collect(
     directory: Path,
     tile: Tile,
     *,
-    samples: int = SAMPLES,
+    samples: int = MAX_SAMPLES,
     memory_mb: int = 2048,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -63,9 +63,9 @@ def collect(
             f'blocks = "fisher" runs in one process, {collectives.size()} were started; '
             'start one, or set "obs"'
         )
-    taken = list(islice(_alone(batches), samples))
+    taken = list(islice(_single_samples(batches), samples))
     missing = [index for index in range(len(sites)) if not _whole(directory, index, len(taken))]
-    passes = _passes(task.model, sites, missing, tile, memory_mb * 1e6 / (ITEM * max(1, len(taken))))
+    passes = _passes(task.model, sites, missing, tile, memory_mb * 1e6 / (FLOAT32_BYTES * max(1, len(taken))))
     for number, group in enumerate(passes):
 
         def tick(done: int, before: int = number) -> None:
@@ -144,7 +144,7 @@ def _observe(
     return [{name: torch.stack(kept) for name, kept in each.items()} for each in found]
 
 
-def _alone(batches: Sequence[Batch]) -> Iterator[Batch]:
+def _single_samples(batches: Sequence[Batch]) -> Iterator[Batch]:
     """Every sample as a batch of its own."""
     for batch in batches:
         count = len(next(iter(batch.inputs.values())))
@@ -167,7 +167,7 @@ def _passes(
         found = matrices(model, sites[index], tile).values()
         return sum(weight.numel() / (own[0] * own[1]) for weight, own in found)
 
-    return activation_statistics.grouped(((index, size(index)) for index in missing), room)
+    return activation_statistics.group_by_memory(((index, size(index)) for index in missing), room)
 
 
 def _path(directory: Path, index: int) -> Path:

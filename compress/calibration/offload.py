@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 Tick = Callable[[int, int], None]
 
 
-class _Reached(Exception):  # noqa: N818  # no error: the way out of a model at its first block
+class _FirstBlockReached(Exception):  # noqa: N818  # no error: the way out of a model at its first block
     """The arguments of the first block."""
 
     def __init__(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -158,7 +158,7 @@ class Blockwise:
                 inputs = {key: value.to(self.device) for key, value in batch.inputs.items()}
                 try:
                     self.model(**inputs, use_cache=False)
-                except _Reached as reached:
+                except _FirstBlockReached as reached:
                     found.append((reached.args_of, reached.kwargs_of))
         finally:
             for handle in handles:
@@ -285,7 +285,7 @@ def _without_weights() -> Iterator[None]:
 
 
 def _leave(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    raise _Reached(args, kwargs)
+    raise _FirstBlockReached(args, kwargs)
 
 
 def _blocks(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress import __version__
-from compress.distributed.process_env import launched, mute
+from compress.distributed.process_env import process_info, silence_output
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _verb(work: "Callable[[Session, Words], int]", *, shared: bool = False) -> C
 
     @functools.wraps(work)
     def act(**words: Any) -> int:
-        if launched().rank and not shared:
+        if process_info().rank and not shared:
             return 0
         from compress import progress as shown
         from compress.cli import console
@@ -90,10 +90,10 @@ def _verb(work: "Callable[[Session, Words], int]", *, shared: bool = False) -> C
                 code = work(session, words)
             except (Exception, KeyboardInterrupt) as error:
                 code = session.fail(error)
-            if launched().size > 1 and shared:
+            if process_info().size > 1 and shared:
                 from compress.distributed import collectives
 
-                collectives.dismiss(code)
+                collectives.stop_followers(code)
             return code
 
     return act
@@ -172,7 +172,7 @@ def app() -> None:
 def run(session: "Session", words: Words) -> int:
     """Compile MODEL to a budget, and measure that it was met."""
     recipe = request(words)
-    if launched().size > 1:
+    if process_info().size > 1:
         from compress.distributed import collectives
 
         collectives.join()
@@ -182,7 +182,7 @@ def run(session: "Session", words: Words) -> int:
     from compress.report import next_steps, schema, summary
 
     console.use_cores()
-    if launched().rank:
+    if process_info().rank:
         return worker.serve()
     if recipe.speedups:
         from compress.pipeline import family_compilation
@@ -419,6 +419,6 @@ def perform(words: Sequence[str]) -> int:
 
 def main() -> None:
     """The `compress` command."""
-    if launched().rank:
-        mute()
+    if process_info().rank:
+        silence_output()
     sys.exit(perform(sys.argv[1:]))

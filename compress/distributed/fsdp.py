@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from compress.distributed import collectives
 
 
-class Replica:
+class Replicated:
     """A student that every process holds whole; `model` is the one that learns."""
 
     apart = False
@@ -38,7 +38,7 @@ class Replica:
 
     def add_up(self) -> None:
         """Give the values the gradients of the whole batch."""
-        collectives.add_up_gradients(list(self.values.values()))
+        collectives.all_reduce_gradients(list(self.values.values()))
 
     def norm(self) -> Tensor:
         """The norm of all gradients as one vector."""
@@ -61,7 +61,7 @@ class Replica:
         yield from parts.values()
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
+    def materialized(self) -> Iterator[None]:
         """For a while the first process's model, the one that `held` was given, is whole and plain."""
         yield
 
@@ -69,7 +69,7 @@ class Replica:
         """Leave the model whole and plain in every process."""
 
 
-class Shards(Replica):
+class Sharded(Replicated):
     """A student of which every process holds some rows of each parameter.
 
     What learns is a copy. The model itself keeps its parameters without their contents, and is filled for
@@ -80,14 +80,14 @@ class Shards(Replica):
 
     def __init__(self, model: nn.Module) -> None:
         self._shell = model
-        self.model = _twin(model)
+        self.model = _copy_parameters(model)
         scalars = {value for value in self.model.parameters() if value.ndim == 0}
         mesh = init_device_mesh("cpu", (collectives.size(),))
         for module in (*layers(self.model), self.model):
             _shard(module, mesh=mesh, ignored_params=scalars)
         self._all = dict(self.model.named_parameters())
         self.values = {
-            name: nn.Parameter(_rows(value)) if isinstance(value, DTensor) else value
+            name: nn.Parameter(_local_rows(value)) if isinstance(value, DTensor) else value
             for name, value in self._all.items()
             if value.requires_grad
         }
@@ -96,7 +96,7 @@ class Shards(Replica):
     @property
     def weight_bytes(self) -> int:
         """What this process holds of the model's parameters."""
-        return sum(_rows(value).nbytes for value in self._all.values())
+        return sum(_local_rows(value).nbytes for value in self._all.values())
 
     def add_up(self) -> None:
         """Hand the sums that the backward pass left on to the values."""
@@ -106,8 +106,8 @@ class Shards(Replica):
             if not isinstance(source, DTensor):
                 whole.append(value)
             elif source.grad is not None:
-                value.grad, source.grad = _rows(source.grad), None
-        collectives.add_up_gradients(whole)
+                value.grad, source.grad = _local_rows(source.grad), None
+        collectives.all_reduce_gradients(whole)
 
     def norm(self) -> Tensor:
         """The norm of all gradients as one vector, from the squares of all processes."""
@@ -115,7 +115,7 @@ class Shards(Replica):
         for name, value in self.values.items():
             if value.grad is not None and (isinstance(self._all[name], DTensor) or not collectives.rank()):
                 total += value.grad.square().sum()
-        collectives.add_up([total])
+        collectives.all_reduce([total])
         return total.sqrt()
 
     def part(self, name: str, whole: Tensor) -> Tensor:
@@ -132,10 +132,10 @@ class Shards(Replica):
     def wholes(self, parts: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """One tensor after the other in every process, so that no two are whole at once."""
         for key, part in parts.items():
-            yield _together(part, self._shape(key, part)) if self._cut(key, part) else part
+            yield _gather_rows(part, self._shape(key, part)) if self._cut(key, part) else part
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
+    def materialized(self) -> Iterator[None]:
         """For a while the first process's model is whole and plain."""
         self._fill(everywhere=False)
         try:
@@ -148,14 +148,14 @@ class Shards(Replica):
         self._fill(everywhere=True)
 
     def _cut(self, key: str, part: Tensor) -> bool:
-        return part.ndim > 0 and isinstance(self._all[_about(key)], DTensor)
+        return part.ndim > 0 and isinstance(self._all[_parameter_name(key)], DTensor)
 
     def _shape(self, key: str, part: Tensor) -> torch.Size:
-        return self._all[_about(key)].shape if self._cut(key, part) else part.shape
+        return self._all[_parameter_name(key)].shape if self._cut(key, part) else part.shape
 
     @torch.no_grad()
     def _fill(self, *, everywhere: bool) -> None:
-        parts = {f"now.{name}": _rows(value) for name, value in self._all.items()}
+        parts = {f"now.{name}": _local_rows(value) for name, value in self._all.items()}
         for value, whole in zip(self._shell.parameters(), self.wholes(parts), strict=True):
             if everywhere or not collectives.rank():
                 value.data = whole.detach().clone()
@@ -165,9 +165,9 @@ class Shards(Replica):
             value.data = value.new_empty(0)
 
 
-def held(model: nn.Module, *, shard: bool) -> Replica:
+def place_student(model: nn.Module, *, shard: bool) -> Replicated:
     """A student among the processes: in shards where that is asked for and there are several."""
-    return Shards(model) if shard and collectives.size() > 1 else Replica(model)
+    return Sharded(model) if shard and collectives.size() > 1 else Replicated(model)
 
 
 def rows(count: int) -> slice:
@@ -207,7 +207,7 @@ def _entries(module: nn.Module) -> Iterator[nn.Module]:
             yield from _entries(child)
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def _copy_parameters(model: nn.Module) -> nn.Module:
     """A copy whose parameters are others with the same contents, in the same memory."""
     memo: dict[int, Any] = {}
     for value in model.parameters():
@@ -239,27 +239,27 @@ class _Gather(_Exchange):
     """Weights come together; an error in another process is told instead of waited for."""
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **_: object) -> None:
-        collectives.gather(output_tensor, input_tensor)
+        collectives.all_gather(output_tensor, input_tensor)
 
 
 class _Scatter(_Exchange):
     """Gradients are added up and go apart; an error in another process is told."""
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **_: object) -> None:
-        collectives.scatter_sum(output_tensor, input_tensor)
+        collectives.reduce_scatter(output_tensor, input_tensor)
 
 
-def _rows(value: Tensor) -> Tensor:
+def _local_rows(value: Tensor) -> Tensor:
     """The rows that are here, in the memory where they are."""
     return value.to_local().detach() if isinstance(value, DTensor) else value.detach()
 
 
-def _together(part: Tensor, shape: Iterable[int]) -> Tensor:
+def _gather_rows(part: Tensor, shape: Iterable[int]) -> Tensor:
     whole = part.new_zeros(*shape)
     whole[rows(len(whole))] = part
-    collectives.add_up([whole])
+    collectives.all_reduce([whole])
     return whole
 
 
-def _about(key: str) -> str:
+def _parameter_name(key: str) -> str:
     return key.partition(".")[2]

@@ -3,26 +3,26 @@
 import os
 from dataclasses import dataclass
 
-NUMBERS = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+ENVIRONMENT_NAMES = ("RANK", "WORLD_SIZE", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
-class Launch:
+class ProcessInfo:
     """The number of this process, counted from 0, and how many there are."""
 
     rank: int = 0
     size: int = 1
 
 
-def launched() -> Launch:
+def process_info() -> ProcessInfo:
     """What the environment says; alone where it does not name a place to meet as well."""
-    words = [os.environ.get(name, "") for name in NUMBERS]
+    words = [os.environ.get(name, "") for name in ENVIRONMENT_NAMES]
     if not os.environ.get("MASTER_ADDR") or not all(word.isdecimal() for word in words):
-        return Launch()
-    return Launch(int(words[0]), int(words[1]))
+        return ProcessInfo()
+    return ProcessInfo(int(words[0]), int(words[1]))
 
 
-def mute() -> None:
+def silence_output() -> None:
     """Send both output streams nowhere: of several processes only the first speaks."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):

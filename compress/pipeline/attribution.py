@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from compress.ir import Offer, Option, Site
 from compress.pipeline.job import Job
 from compress.pipeline.pricing import Costs
-from compress.search.closed_loop import Menus, Round
+from compress.search.closed_loop import CandidateTable, Iteration
 
 EQUAL = 1e-9  # by which two times differ in rounding only
 ROUNDED = {"int8": "int8-dynamic", "int8-static": "int8-static", "int4": "int4", "fp8": "fp8"}  # by move
@@ -34,7 +34,7 @@ def untouched(job: Job, costs: Costs) -> list[str]:
     return lines
 
 
-def gains(costs: Costs, turn: Round) -> list[str]:
+def gains(costs: Costs, turn: Iteration) -> list[str]:
     """What every form that was looked at gains on the target, and where it was chosen."""
     said = "" if costs.source == "measured" else " (estimate)"
     chosen = Counter(option.form for option in turn.choices.values())
@@ -70,7 +70,7 @@ def span(gains: Sequence[float]) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-def offers(costs: Costs, menus: Menus, turn: Round, site: Site) -> tuple[Offer, ...]:
+def offers(costs: Costs, menus: CandidateTable, turn: Iteration, site: Site) -> tuple[Offer, ...]:
     """Every form that a site could have had beside the one that it was given, and what spoke against it.
 
     Of a form the option is told that loses least without taking longer than the chosen one.

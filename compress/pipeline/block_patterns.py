@@ -20,13 +20,13 @@ from compress.ir import Document, Option, Site
 from compress.methods import apply
 from compress.pipeline.job import Job
 
-SHAPES = ("64x32", "64x64", "128x32", "128x64")
+BLOCK_SHAPES = ("64x32", "64x64", "128x32", "128x64")
 DENSITIES = (0.5, 0.25)
-NEAR = 0.9  # of the fastest shape's gain is enough for a finer one
-TRUE = 0.25  # a density may be off by this share of it where it meets few blocks
+MIN_GAIN_SHARE = 0.9  # of the fastest shape's gain is enough for a finer one
+MAX_DENSITY_ERROR = 0.25  # a density may be off by this share of it where it meets few blocks
 
 
-class Fastest(Document):
+class TimedProduct(Document):
     """One product in one pattern: its fastest layout, and how many times faster than dense it is there."""
 
     rows: int
@@ -42,17 +42,17 @@ class Fastest(Document):
         return block_layouts.shape_of(self.rows, self.out, self.inner, self.pattern)
 
 
-class Offer(Document):
+class SitePatterns(Document):
     """The patterns that a site is offered, and all that were timed of its products."""
 
     patterns: tuple[str, ...]
-    products: tuple[Fastest, ...]
+    products: tuple[TimedProduct, ...]
 
 
 class Patterns(Document):
     """What blocks do on the target, by `Site.shape`; nothing where that cannot be measured here."""
 
-    sites: dict[str, Offer] = Field(default_factory=dict)
+    sites: dict[str, SitePatterns] = Field(default_factory=dict)
 
     def offered(self, site: Site) -> tuple[str, ...] | None:
         """The block patterns that a site may take; None where nothing was measured."""
@@ -67,19 +67,19 @@ class Patterns(Document):
         )
 
 
-def of(job: Job) -> Patterns:
+def find_patterns(job: Job) -> Patterns:
     """The patterns of a job: timed once on a machine, then read from its table."""
     place = job.place
     if place is None or place.on_gpu or "block" not in job.recipe.options.moves:
         return Patterns()
     made_from = artifacts.digest(place.fingerprint, place.threads, sorted({site.shape for site in job.sites}))
-    return artifacts.saved(job.folder / "patterns.json", Patterns, made_from, lambda: _measured(job, place))
+    return artifacts.saved(job.folder / "patterns.json", Patterns, made_from, lambda: _measure(job, place))
 
 
-def _measured(job: Job, place: Place) -> Patterns:
+def _measure(job: Job, place: Place) -> Patterns:
     """Every product of every site in every pattern that fits it."""
     able = [site for site in job.sites if apply.of(site, ("block",), job.profile)]
-    wanted = {site.shape: fitting(site) for site in able}
+    wanted = {site.shape: fitting_patterns(site) for site in able}
     shapes = {shape for found in wanted.values() for own in found.values() for shape in own}
     with job.stages("time blocks") as tick:
         table = block_layouts.table(sorted(shapes), place.threads, tick)
@@ -88,25 +88,25 @@ def _measured(job: Job, place: Place) -> Patterns:
     for key, found in wanted.items():
         gains = {pattern: _gain([(shape, best[shape][1]) for shape in own]) for pattern, own in found.items()}
         products = [
-            Fastest(
+            TimedProduct(
                 rows=shape.rows, out=shape.out, inner=shape.inner, pattern=pattern,
                 layout=best[shape][0], speedup=round(best[shape][1], 4),
             )
             for pattern, own in found.items()
             for shape in sorted(set(own))
         ]  # fmt: skip
-        sites[key] = Offer(patterns=offered(gains), products=tuple(products))
+        sites[key] = SitePatterns(patterns=select_patterns(gains), products=tuple(products))
     return Patterns(sites=sites)
 
 
-def fitting(site: Site) -> dict[str, list[Shape]]:
+def fitting_patterns(site: Site) -> dict[str, list[Shape]]:
     """The products of a site, at the most units that fit, by pattern; without those that fit nowhere.
 
     A pattern that keeps quite another share of a product than it says is left out too.
     """
     found = {}
     for density in DENSITIES:
-        for size in SHAPES:
+        for size in BLOCK_SHAPES:
             pattern = f"block:{size}@{density}"
             units = apply.levels(site, pattern, [site.units])
             shapes = [
@@ -114,12 +114,14 @@ def fitting(site: Site) -> dict[str, list[Shape]]:
                 for most in units
                 for matmul in site.matmuls
             ]
-            if shapes and all(abs(s.kept * s.width / s.inner - density) <= TRUE * density for s in shapes):
+            if shapes and all(
+                abs(s.kept * s.width / s.inner - density) <= MAX_DENSITY_ERROR * density for s in shapes
+            ):
                 found[pattern] = shapes
     return found
 
 
-def offered(gains: dict[str, float]) -> tuple[str, ...]:
+def select_patterns(gains: dict[str, float]) -> tuple[str, ...]:
     """Of each density the pattern with the smallest blocks that gains nearly what the fastest does.
 
     >>> offered({"block:32x32@0.5": 1.2, "block:64x32@0.5": 1.7, "block:128x64@0.5": 1.8})
@@ -128,12 +130,12 @@ def offered(gains: dict[str, float]) -> tuple[str, ...]:
     chosen = {}
     for density in dict.fromkeys(Option(pattern=pattern).density for pattern in gains):
         own = {pattern: gain for pattern, gain in gains.items() if Option(pattern=pattern).density == density}
-        near = [pattern for pattern, gain in own.items() if gain >= NEAR * max(own.values())]
-        chosen[density] = min(near, key=lambda pattern: (_weights(pattern), -own[pattern]))
+        near = [pattern for pattern, gain in own.items() if gain >= MIN_GAIN_SHARE * max(own.values())]
+        chosen[density] = min(near, key=lambda pattern: (_block_size(pattern), -own[pattern]))
     return tuple(chosen.values())
 
 
-def _weights(pattern: str) -> int:
+def _block_size(pattern: str) -> int:
     """Weights of one block."""
     rows, columns = Option(pattern=pattern).block
     return rows * columns

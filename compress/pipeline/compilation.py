@@ -38,19 +38,19 @@ from compress.pipeline.energy_budget import Prices
 from compress.pipeline.job import Job, prepare
 from compress.pipeline.plan_search import TimePlan
 from compress.pipeline.pricing import Costs, price
-from compress.pipeline.smoothquant import smoothed
-from compress.pipeline.width_search import Found, Ground
+from compress.pipeline.smoothquant import smooth_model
+from compress.pipeline.width_search import SearchResult, SearchSpace
 from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.report import render
 from compress.report.schema import Report
-from compress.search.closed_loop import Round, Rounds, Timing
-from compress.search.objective import Stitched
+from compress.search.closed_loop import Iteration, SearchHistory, Timing
+from compress.search.objective import ModelObjective
 from compress.sites import prune
 from compress.sites.expand import expand
 from compress.sites.prune import Removal
 from compress.sites.residual_stream import Stream
-from compress.training.block_reconstruction import match
+from compress.training.block_reconstruction import reconstruct
 
 ATTEMPTS = 3
 SURE = 0.98  # of what was asked: where the interval of a proof should begin
@@ -87,10 +87,12 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
 
     Costs, the teacher and the baseline of the proof are the dense model's whatever the start.
     """
-    pruned, calmed = smoothed(
-        job if before is None else width_search.begun(job, before.job, before.expanded())
+    pruned, calmed = smooth_model(
+        job if before is None else width_search.from_previous(job, before.job, before.expanded())
     )
-    stream = width_search.stream_of(pruned)  # a model without one is refused before anything is computed
+    stream = width_search.requested_stream(
+        pruned
+    )  # a model without one is refused before anything is computed
     feasibility.check_moves(job)
     costs = price(job)
     asked = asked_speedup(job, costs)
@@ -104,33 +106,33 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
         missed = comparison is not None and evaluation.timing_of(comparison).speedup < asked
         if comparison is None or not missed or attempt == ATTEMPTS - 1:
             break
-        rounds = _with_timing(found.rounds, found.turn, evaluation.timing_of(comparison))
-        found = choose(found.ground, asked, rounds)
+        rounds = _with_timing(found.rounds, found.iteration, evaluation.timing_of(comparison))
+        found = choose(found.space, asked, rounds)
     if before is not None:
         notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
     notes += calmed
-    own = found.ground.job
+    own = found.space.job
     if job.recipe.recovery.mode != "none":
         notes += pruning_aware_recovery.recover(own, model, removals)
         removals, learned = recovery.recover(own, model, removals)
         notes += learned
-        save(own, found.turn, model, removals)
+        save(own, found.iteration, model, removals)
         comparison = _proof_timing(job, model, removals, asked, last=True)
     result = evaluation.assemble(
         own,
-        found.ground.costs,
-        found.ground.menus,
+        found.space.costs,
+        found.space.table,
         found.rounds,
-        found.turn,
+        found.iteration,
         {"dense": (job.task.model, job.folder / "dense.onnx"), "compressed": (model, job.file)},
         removals,
         comparison,
         notes,
-        found.ground.prices,
+        found.space.prices,
     )
-    result = width_search.told(result, found, widths)
+    result = width_search.add_to_report(result, found, widths)
     artifacts.store(
-        job.folder / "plan.json", job.key, plan_search.plan_of(own, found.ground.menus, found.turn)
+        job.folder / "plan.json", job.key, plan_search.to_plan(own, found.space.table, found.iteration)
     )
     render.write(result, job.folder)
     card = render.card(result, name=Path(job.recipe.model or "compress-demo").name)
@@ -138,27 +140,29 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
     return Compiled(own, result, model, {name: removal.kept for name, removal in removals.items()})
 
 
-def ground_of(job: Job, costs: Costs) -> Ground:
+def ground_of(job: Job, costs: Costs) -> SearchSpace:
     """Everything that plans of a job are chosen by: prices, candidates, and what judges them."""
     prices = energy_budget.price(job, costs) if job.recipe.budget.name in energy_budget.ASKED else None
     if prices is not None:
         energy_budget.limit_mj(job, costs, prices)  # what cannot be had is told before anything is computed
-    errors = plan_search.candidates(job, costs)
-    menus = plan_search.menus_of(job, costs, errors)
-    judge = plan_search.judge_of(job, menus)
-    return Ground(job, costs, plan_search.weigh(job, menus, judge), judge, prices)
+    errors = plan_search.build_candidates(job, costs)
+    menus = plan_search.build_table(job, costs, errors)
+    judge = plan_search.build_objective(job, menus)
+    return SearchSpace(job, costs, plan_search.measure_losses(job, menus, judge), judge, prices)
 
 
-def search(ground: Ground, stream: Stream | None, asked: float) -> tuple[Found, tuple[Width, ...]]:
+def search(
+    ground: SearchSpace, stream: Stream | None, asked: float
+) -> tuple[SearchResult, tuple[Width, ...]]:
     """The plan to keep, and the hidden widths that were tried where that was asked for."""
     if stream is None:
-        return choose(ground, asked, Rounds()), ()
+        return choose(ground, asked, SearchHistory()), ()
     return width_search.search_widths(
         ground,
         stream,
         asked,
         lambda narrow: ground_of(narrow, price(narrow)),
-        lambda one: choose(one, asked, Rounds()),
+        lambda one: choose(one, asked, SearchHistory()),
     )
 
 
@@ -182,20 +186,20 @@ def asked_speedup(job: Job, costs: Costs) -> float:
     return dense / budget.value
 
 
-def choose(ground: Ground, asked: float, rounds: Rounds) -> Found:
+def choose(ground: SearchSpace, asked: float, rounds: SearchHistory) -> SearchResult:
     """The turn to keep: of the closed loop where time is measured, else of one search."""
-    job, costs, menus, judge = ground.job, ground.costs, ground.menus, ground.judge
+    job, costs, menus, judge = ground.job, ground.costs, ground.table, ground.judge
     if ground.prices is not None:
         meter = meter_plan(job, ground.prices)
         turn = energy_search.choose(job, costs, menus, judge, ground.prices, meter)
     elif asked == 0.0:
-        turn = plan_search.choose_by_size(job, costs, menus, judge)
+        turn = plan_search.search_by_size(job, costs, menus, judge)
     elif not job.here:
-        turn = plan_search.choose_once(job, menus, judge, costs.dense_ms / asked, asked)
+        turn = plan_search.search_once(job, menus, judge, costs.dense_ms / asked, asked)
     else:
-        rounds = plan_search.close_loop(job, costs, menus, judge, asked, time_plan(job), rounds)
-        return Found(ground, rounds, rounds.chosen(asked))
-    return Found(ground, Rounds(rounds=(turn,)), turn)
+        rounds = plan_search.run_closed_loop(job, costs, menus, judge, asked, time_plan(job), rounds)
+        return SearchResult(ground, rounds, rounds.chosen(asked))
+    return SearchResult(ground, SearchHistory(rounds=(turn,)), turn)
 
 
 def meter_plan(job: Job, prices: Prices) -> energy_search.Meter | None:
@@ -216,7 +220,7 @@ def meter_plan(job: Job, prices: Prices) -> energy_search.Meter | None:
 def _trial(job: Job, place: Place, choices: Mapping[str, Option]) -> tuple[nn.Module, Path]:
     """A plan as a model, and as a file where it is the file that is timed."""
     file = job.folder / "trial.onnx"
-    removals = plan_search.removals_of(job, choices)
+    removals = plan_search.load_removals(job, choices)
     model = prune.shrink(job.task.model, job.sites, removals)
     if place.by_file:
         export(job, model, file, removals)
@@ -242,30 +246,30 @@ def time_plan(job: Job) -> TimePlan:
 
 def export(job: Job, model: nn.Module, file: Path, removals: Mapping[str, Removal]) -> None:
     """Write one compressed model of the job as ONNX, its products in the forms of the plan."""
-    written = block_patterns.of(job).written
+    written = block_patterns.find_patterns(job).written
     with job.stages(f"export {file.stem}"):
         model_files.write(
             job, model, file, lower=lambda graph: lower.lower(graph, job.sites, removals, written)
         )
 
 
-def build(found: Found) -> tuple[nn.Module, dict[str, Removal], list[str]]:
+def build(found: SearchResult) -> tuple[nn.Module, dict[str, Removal], list[str]]:
     """The finished model, saved as a directory and as ONNX; what was removed, and what is worth a note."""
-    job, turn = found.ground.job, found.turn
-    removals = plan_search.removals_of(job, turn.choices)
+    job, turn = found.space.job, found.iteration
+    removals = plan_search.load_removals(job, turn.choices)
     notes = []
     if job.recipe.calibration.refit and job.recipe.options.score == "obs":
-        removals, note = _refitted(job, removals, turn, found.ground.judge)
+        removals, note = _refitted(job, removals, turn, found.space.judge)
         notes.append(note)
         if any(removal.factors for removal in removals.values()):
-            removals, note = _matched(job, removals, found.ground.judge)
+            removals, note = _matched(job, removals, found.space.judge)
             notes.append(note)
     model = prune.shrink(job.task.model, job.sites, removals)
     save(job, turn, model, removals)
     return model, removals, notes
 
 
-def save(job: Job, turn: Round, model: nn.Module, removals: Mapping[str, Removal]) -> None:
+def save(job: Job, turn: Iteration, model: nn.Module, removals: Mapping[str, Removal]) -> None:
     """Write the finished model as a directory, and as the ONNX file that ships."""
     out = Path(job.recipe.out)
     units = {name: option.units for name, option in turn.choices.items() if option.units is not None}
@@ -279,7 +283,7 @@ def save(job: Job, turn: Round, model: nn.Module, removals: Mapping[str, Removal
 
 
 def _refitted(
-    job: Job, removals: dict[str, Removal], turn: Round, judge: Stitched
+    job: Job, removals: dict[str, Removal], turn: Iteration, judge: ModelObjective
 ) -> tuple[dict[str, Removal], str]:
     """The removals after the sequential refit, unless unseen inputs say that it did harm."""
     with job.stages("refit") as tick:
@@ -302,7 +306,7 @@ def _refitted(
     return removals, f"Sequential refit not used: divergence {turn.loss:.4g} would become {found:.4g}"
 
 
-def _matched(job: Job, removals: dict[str, Removal], judge: Stitched) -> tuple[dict[str, Removal], str]:
+def _matched(job: Job, removals: dict[str, Removal], judge: ModelObjective) -> tuple[dict[str, Removal], str]:
     """The removals after the matching of whole blocks, unless unseen inputs say that it did harm."""
 
     def loss(found: Mapping[str, Removal]) -> float:
@@ -311,7 +315,7 @@ def _matched(job: Job, removals: dict[str, Removal], judge: Stitched) -> tuple[d
 
     with job.stages("match blocks") as tick:
         memory_mb = job.recipe.calibration.memory_mb
-        better = match(
+        better = reconstruct(
             job.task.model, job.sites, removals, job.calibration, memory_mb=memory_mb, progress=tick
         )
         before, after = loss(removals), loss(better)
@@ -344,7 +348,7 @@ def _proof_timing(
     return comparison
 
 
-def _with_timing(rounds: Rounds, turn: Round, timing: Timing) -> Rounds:
+def _with_timing(rounds: SearchHistory, turn: Iteration, timing: Timing) -> SearchHistory:
     """The rounds with a longer measurement in the place of a turn's first one, as the newest turn."""
     rest = tuple(one for one in rounds.rounds if one != turn)
-    return Rounds(rounds=(*rest, turn.model_copy(update={"timing": timing})))
+    return SearchHistory(rounds=(*rest, turn.model_copy(update={"timing": timing})))

@@ -25,8 +25,8 @@ from compress.pipeline import model_files
 from compress.pipeline.job import Job
 from compress.pipeline.pricing import Costs
 from compress.profiles import Profile
-from compress.search.closed_loop import Menus, OutOfReachError, Round
-from compress.search.knapsack import Menu
+from compress.search.closed_loop import CandidateTable, Iteration, OutOfReachError
+from compress.search.knapsack import OptionCosts
 
 ASKED = ("energy_mj", "power_w")
 
@@ -183,10 +183,10 @@ def _flag(job: Job) -> str:
     return f"--{budget.name.replace('_', '-')} {budget.value:g}{rate}"
 
 
-def menus(menus: Menus, prices: Prices) -> tuple[Menu, ...]:
+def menus(menus: CandidateTable, prices: Prices) -> tuple[OptionCosts, ...]:
     """The options of every site at their energies, with the losses of the model."""
     return tuple(
-        Menu(np.array([prices.rows[name][option.key] for option in options]), menu.error)
+        OptionCosts(np.array([prices.rows[name][option.key] for option in options]), menu.error)
         for name, options, menu in zip(menus.names, menus.options, menus.scaled, strict=True)
     )
 
@@ -207,7 +207,7 @@ def predicted_mj(
     return energy.energy_above_idle_mj(predicted_ms, job.profile, job.recipe.bench.threads)
 
 
-def predicted_w(job: Job, turn: Round, prices: Prices | None) -> float | None:
+def predicted_w(job: Job, turn: Iteration, prices: Prices | None) -> float | None:
     """Average power at the rate that was asked for, an estimate."""
     rate_hz = job.recipe.budget.rate_hz
     if prices is None or rate_hz is None:

@@ -8,8 +8,8 @@ from compress.pipeline.energy_budget import Prices
 from compress.pipeline.job import Job
 from compress.pipeline.pricing import Costs
 from compress.search import knapsack
-from compress.search.closed_loop import Menus, OutOfReachError, Round
-from compress.search.objective import Stitched
+from compress.search.closed_loop import CandidateTable, Iteration, OutOfReachError
+from compress.search.objective import ModelObjective
 
 NEAR = 0.95  # of what is allowed: close enough to stop
 AIM = 0.98
@@ -18,8 +18,8 @@ Meter = Callable[[Mapping[str, Option]], float | None]
 
 
 def choose(
-    job: Job, costs: Costs, menus: Menus, judge: Stitched, prices: Prices, meter: Meter | None
-) -> Round:
+    job: Job, costs: Costs, menus: CandidateTable, judge: ModelObjective, prices: Prices, meter: Meter | None
+) -> Iteration:
     """The least compressed plan that keeps the budget; with a meter, plans are built and measured.
 
     Raises:
@@ -55,15 +55,21 @@ def choose(
 
 
 def _once(
-    job: Job, costs: Costs, menus: Menus, judge: Stitched, prices: Prices, limit: float, aim: float
-) -> Round:
+    job: Job,
+    costs: Costs,
+    menus: CandidateTable,
+    judge: ModelObjective,
+    prices: Prices,
+    limit: float,
+    aim: float,
+) -> Iteration:
     """The best plan of at most `aim` millijoules by the prices, which also keeps up with the rate."""
     priced = energy_budget.menus(menus, prices)
     try:
-        choices, loss = plan_search.within(job, priced, aim - prices.fixed_mj, judge)
+        choices, loss = plan_search.search_within(job, priced, aim - prices.fixed_mj, judge)
     except knapsack.UnreachableError as error:
         raise OutOfReachError(_out_of_reach(job.recipe.budget, prices, limit, error.least)) from error
-    turn = Round(
+    turn = Iteration(
         limit_ms=costs.dense_ms,
         predicted_ms=menus.latency_ms(choices),
         choices=menus.named(choices),
@@ -74,7 +80,7 @@ def _once(
         return turn
     # The plan rests too little: it would not answer in time. What does costs less energy still.
     limit_ms = KEEP_UP * 1e3 / rate_hz
-    return plan_search.choose_once(job, menus, judge, limit_ms, costs.dense_ms / limit_ms)
+    return plan_search.search_once(job, menus, judge, limit_ms, costs.dense_ms / limit_ms)
 
 
 def _out_of_reach(budget: Budget, prices: Prices, limit: float, least: float) -> str:

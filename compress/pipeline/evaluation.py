@@ -43,7 +43,7 @@ from compress.report.schema import (
     Verdict,
 )
 from compress.search import knapsack
-from compress.search.closed_loop import Menus, Round, Rounds, Timing
+from compress.search.closed_loop import CandidateTable, Iteration, SearchHistory, Timing
 from compress.sites.prune import Removal
 from compress.tasks.task import Task, lost_between
 
@@ -220,7 +220,7 @@ def figures(
     )
 
 
-def _saved_bytes(job: Job, turn: Round) -> int:
+def _saved_bytes(job: Job, turn: Iteration) -> int:
     """How much smaller the weights are in the forms of a plan than as plain floats."""
     saved = 0
     for site in job.sites:
@@ -232,7 +232,7 @@ def _saved_bytes(job: Job, turn: Round) -> int:
     return saved
 
 
-def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[SiteReport, ...]:
+def site_reports(job: Job, costs: Costs, menus: CandidateTable, turn: Iteration) -> tuple[SiteReport, ...]:
     """What was done to every site, and what it costs now."""
     found = []
     for site, options, menu in zip(job.sites, menus.options, menus.prior, strict=True):
@@ -259,14 +259,14 @@ def site_reports(job: Job, costs: Costs, menus: Menus, turn: Round) -> tuple[Sit
 
 
 def front(
-    job: Job, costs: Costs, menus: Menus, turn: Round, prices: Prices | None = None
+    job: Job, costs: Costs, menus: CandidateTable, turn: Iteration, prices: Prices | None = None
 ) -> tuple[FrontPoint, ...]:
     """The best plans around the chosen one, from the dense model to the fastest there is."""
     least = menus.latency_ms(menus.cheapest())
     budgets = np.linspace(least * 1.0001, costs.dense_ms, 14)
     points = []
     for budget_ms in [*budgets.tolist(), turn.predicted_ms]:
-        choices = knapsack.knapsack(menus.scaled, menus.whole.room_ms(budget_ms))
+        choices = knapsack.solve(menus.scaled, menus.whole.room_ms(budget_ms))
         chosen = budget_ms == turn.predicted_ms
         if chosen:
             choices = menus.indices(turn.choices)
@@ -276,7 +276,7 @@ def front(
                 budget_ms=budget_ms,
                 predicted_speedup=costs.dense_ms / spent_ms,
                 energy_mj=energy_budget.predicted_mj(job, spent_ms, menus.named(choices), prices),
-                error=knapsack.total(menus.prior, choices)[1],
+                error=knapsack.totals(menus.prior, choices)[1],
                 loss=turn.loss if chosen else None,
                 chosen=chosen,
             )
@@ -287,9 +287,9 @@ def front(
 def assemble(
     job: Job,
     costs: Costs,
-    menus: Menus,
-    rounds: Rounds,
-    turn: Round,
+    menus: CandidateTable,
+    rounds: SearchHistory,
+    turn: Iteration,
     files_of: Mapping[str, tuple[nn.Module, Path]],
     removals: Mapping[str, Removal],
     comparison: Comparison | None,
@@ -412,7 +412,7 @@ def _drop_interval(job: Job, before: Judged, after: Judged) -> tuple[float, floa
     return lost_between(job.task, before.outcomes, after.outcomes)
 
 
-def _round(turn: Round, costs: Costs) -> schema.Round:
+def _round(turn: Iteration, costs: Costs) -> schema.Round:
     return schema.Round(
         budget_ms=turn.limit_ms,
         predicted_ms=turn.predicted_ms,

@@ -12,10 +12,10 @@ from compress.ir import Option
 from compress.methods import apply
 from compress.pipeline import attribution, evaluation, model_files, plan_search
 from compress.pipeline.job import Job
-from compress.pipeline.pricing import PAYS, Costs
+from compress.pipeline.pricing import MAX_COST_SHARE, Costs
 from compress.profiles import Profile
 from compress.search import closed_loop
-from compress.search.closed_loop import Menus, Timing
+from compress.search.closed_loop import CandidateTable, Timing
 from compress.sites import prune
 from compress.sites.prune import Removal
 
@@ -72,7 +72,7 @@ def check(job: Job, costs: Costs, asked: float) -> None:
         OutOfReachError: the fastest plan, or the smallest, is not enough.
     """
     nothing = {site.name: dict.fromkeys([o.key for o in costs.options(site)], 0.0) for site in job.sites}
-    menus = plan_search.menus_of(job, costs, nothing)
+    menus = plan_search.build_table(job, costs, nothing)
     if all(len(options) == 1 for options in menus.options):
         raise CompressError(_no_gain(job, costs))
     if job.recipe.budget.size_mb is not None:
@@ -86,10 +86,10 @@ def check(job: Job, costs: Costs, asked: float) -> None:
     if timing is None and asked <= FAR * predicted and job.place is not None:
         return  # only the loop can tell
     if timing is None or timing.interval95[1] < asked:
-        raise closed_loop.out_of_reach(menus, asked, costs.dense_ms, timing)
+        raise closed_loop.unreachable(menus, asked, costs.dense_ms, timing)
 
 
-def _check_size(job: Job, menus: Menus, asked_mb: float) -> None:
+def _check_size(job: Job, menus: CandidateTable, asked_mb: float) -> None:
     """Refuse a size that the dense model keeps, or that the smallest plan does not."""
     dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
     if dense_mb <= asked_mb:
@@ -97,7 +97,7 @@ def _check_size(job: Job, menus: Menus, asked_mb: float) -> None:
             f"--size-mb {asked_mb:g} is already kept: the dense model takes {dense_mb:.1f} MB; there is "
             "nothing to compress"
         )
-    plan_search.sized(job, menus)
+    plan_search.size_costs(job, menus)
 
 
 def _no_gain(job: Job, costs: Costs) -> str:
@@ -113,11 +113,11 @@ def _no_gain(job: Job, costs: Costs) -> str:
     return (
         f"--moves {','.join(moves)} gains nothing on {name}, so there is nothing to choose from:\n  "
         + "\n  ".join(lines)
-        + f"\n  A form is taken from {1 / PAYS:.2f}x on. {INSTEAD}"
+        + f"\n  A form is taken from {1 / MAX_COST_SHARE:.2f}x on. {INSTEAD}"
     )
 
 
-def _fastest(job: Job, menus: Menus) -> Timing | None:
+def _fastest(job: Job, menus: CandidateTable) -> Timing | None:
     """The fastest plan timed against the dense model: its shapes, with whatever weights are there.
 
     None where nothing is timed here, or where the plan runs in forms, which need their weights.

@@ -20,11 +20,11 @@ from compress.methods import hidden_width
 from compress.pipeline import block_patterns, feasibility, plan_search, width_search
 from compress.pipeline.block_patterns import Patterns
 from compress.pipeline.job import Job, prepare
-from compress.pipeline.pricing import Costs, price, table_of, wanted_levels
+from compress.pipeline.pricing import Costs, latency_table_of, price, wanted_levels
 from compress.progress import Progress
 from compress.recipe import Recipe, Shapes
 from compress.search import knapsack
-from compress.search.closed_loop import Menus
+from compress.search.closed_loop import CandidateTable
 from compress.sites import discovery
 from compress.sites.kinds import kind_of
 from compress.tasks.loading import load_model
@@ -82,10 +82,10 @@ def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
     Everything in it is an estimate: errors are those of single sites, times come from the table.
     """
     job = prepare(recipe, progress)
-    stream = width_search.stream_of(job)
+    stream = width_search.requested_stream(job)
     feasibility.check_moves(job)
     costs = price(job)
-    menus = plan_search.menus_of(job, costs, plan_search.candidates(job, costs))
+    menus = plan_search.build_table(job, costs, plan_search.build_candidates(job, costs))
     reachable = {"everything": _reach(costs, menus)}
     for kind in sorted(set(menus.kinds)):
         reachable[f"{kind} alone"] = _reach(costs, menus, only=kind)
@@ -97,10 +97,10 @@ def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
         "outside_sites_ms": round(costs.fixed_ms, 4),
         "reachable_speedup_estimate": {name: round(value, 3) for name, value in reachable.items()},
         "forms": _forms(costs),
-        "blocks": _blocks(block_patterns.of(job)),
+        "blocks": _blocks(block_patterns.find_patterns(job)),
         "hidden_width": _offered(job)
         if stream is None
-        else width_search.outlook(job, stream, costs.dense_ms),
+        else width_search.estimate_widths(job, stream, costs.dense_ms),
         "plans": [row for speedup in SPEEDUPS if (row := _row(job, costs, menus, speedup))],
     }
 
@@ -108,7 +108,7 @@ def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
 def _offered(job: Job) -> str:
     """What the move that was not asked for could do, in a line."""
     try:
-        stream = width_search.found_stream(job)
+        stream = width_search.find_stream(job)
     except CompressError as refusal:
         return f"stays: {refusal}"
     return (
@@ -156,7 +156,7 @@ def _blocks(found: Patterns) -> list[dict[str, object]]:
     return list(rows.values())
 
 
-def _reach(costs: Costs, menus: Menus, only: str | None = None) -> float:
+def _reach(costs: Costs, menus: CandidateTable, only: str | None = None) -> float:
     """The speedup when everything (of one kind) is taken to its cheapest option."""
     spent = sum(
         float(menu.cost.min() if only in (None, kind) else menu.cost.max())
@@ -165,15 +165,15 @@ def _reach(costs: Costs, menus: Menus, only: str | None = None) -> float:
     return costs.dense_ms / menus.whole.latency_ms(spent)
 
 
-def _row(job: Job, costs: Costs, menus: Menus, speedup: float) -> dict[str, object] | None:
+def _row(job: Job, costs: Costs, menus: CandidateTable, speedup: float) -> dict[str, object] | None:
     try:
-        choices = knapsack.knapsack(menus.prior, menus.whole.room_ms(costs.dense_ms / speedup))
+        choices = knapsack.solve(menus.prior, menus.whole.room_ms(costs.dense_ms / speedup))
     except knapsack.UnreachableError:
         return None
     row: dict[str, object] = {
         "speedup_estimate": round(costs.dense_ms / menus.latency_ms(choices), 3),
         "latency_ms_estimate": round(menus.latency_ms(choices), 4),
-        "mean_layer_error": round(knapsack.total(menus.prior, choices)[1] / len(choices), 4),
+        "mean_layer_error": round(knapsack.totals(menus.prior, choices)[1] / len(choices), 4),
     }
     chosen = menus.named(choices)
     for kind in sorted(set(menus.kinds)):
@@ -282,6 +282,6 @@ def measure_target(
             )
         job = prepare(recipe, progress)
         assert job.place is not None, "it was there a moment ago"
-        offered = block_patterns.of(job)
-        table = table_of(job, job.place, wanted_levels(job, offered), offered)
+        offered = block_patterns.find_patterns(job)
+        table = latency_table_of(job, job.place, wanted_levels(job, offered), offered)
     return {"target": name, **table.model_dump(mode="json", exclude={"schema_version"})}

@@ -145,7 +145,7 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
     folder = artifacts.claim(Path(recipe.out))
     stages = Stages(progress)
     with stages("load"):
-        collectives.call("load", {"recipe": recipe.model_dump(mode="json")})
+        collectives.send_command("load", {"recipe": recipe.model_dump(mode="json")})
         task, batches = load(recipe)
     model_key = artifacts.digest(*fingerprint(task.model), recipe.shapes)
     if recipe.shapes.phase == "decode" and not decodes(task):
@@ -178,7 +178,7 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
 
 def load(recipe: Recipe) -> tuple[Task, tuple[Batch, ...]]:
     """A recipe's task and its calibration inputs; of several processes, each loads its own."""
-    with collectives.working():
+    with collectives.synchronized():
         task = load_task(
             recipe.model,
             recipe.data,

@@ -17,14 +17,21 @@ from compress.methods.candidate_store import Errors
 from compress.pipeline.job import Job
 from compress.pipeline.pricing import Costs
 from compress.search import closed_loop, knapsack
-from compress.search.closed_loop import Effort, Menus, OutOfReachError, Round, Rounds, Timing
-from compress.search.knapsack import Choices, Menu
-from compress.search.objective import Stitched
+from compress.search.closed_loop import (
+    CandidateTable,
+    Iteration,
+    OutOfReachError,
+    SearchEffort,
+    SearchHistory,
+    Timing,
+)
+from compress.search.knapsack import Choices, OptionCosts
+from compress.search.objective import ModelObjective
 from compress.sites.prune import Removal
 
 TimePlan = Callable[[dict[str, Option]], Timing]
-FLOAT = "fp32"  # of the weights in a file whose size is bounded
-JUDGES = 32  # inputs of one batch that judges a choice
+WEIGHT_PRECISION = "fp32"  # of the weights in a file whose size is bounded
+OBJECTIVE_BATCH = 32  # inputs of one batch that judges a choice
 
 
 class Losses(Document):
@@ -33,7 +40,7 @@ class Losses(Document):
     rows: tuple[tuple[float, ...], ...]
 
 
-def candidates(job: Job, costs: Costs) -> Errors:
+def build_candidates(job: Job, costs: Costs) -> Errors:
     """Build every candidate the costs name, one site at a time; the layer errors by site and option."""
     wanted = job.recipe.calibration
     statistics = artifacts.folder(job.folder / "statistics", job.key)
@@ -53,7 +60,7 @@ def candidates(job: Job, costs: Costs) -> Errors:
         site.name: [option for option in costs.options(site) if option != Option()] for site in job.sites
     }
     key = artifacts.digest(job.key, wanted_options)
-    felt = _saliency(job, costs)
+    felt = _collect_saliency(job, costs)
     with job.stages("candidates") as tick:
         return candidate_store.build(
             job.task.model,
@@ -68,7 +75,7 @@ def candidates(job: Job, costs: Costs) -> Errors:
         )
 
 
-def _saliency(job: Job, costs: Costs) -> Path | None:
+def _collect_saliency(job: Job, costs: Costs) -> Path | None:
     """Where the effects of all tiles lie, if there are blocks to be ranked by them."""
     options = [Option.of(form, None) for site in job.sites for form in costs.rows[site.name]]
     shapes = [one.block for one in options if one.pattern.startswith("block:") and not one.rank]
@@ -84,15 +91,17 @@ def _saliency(job: Job, costs: Costs) -> Path | None:
     return directory
 
 
-def menus_of(job: Job, costs: Costs, errors: Errors) -> Menus:
+def build_table(job: Job, costs: Costs, errors: Errors) -> CandidateTable:
     """The search's view of a job: prior errors, and the same again where losses are not known yet."""
     options, prior = [], []
     for site in job.sites:
         row = costs.options(site)
         options.append(row)
         lost = [0.0 if option == Option() else errors[site.name][option.key] for option in row]
-        prior.append(Menu(np.array([costs.latency_ms(site, option) for option in row]), np.array(lost)))
-    return Menus(
+        prior.append(
+            OptionCosts(np.array([costs.latency_ms(site, option) for option in row]), np.array(lost))
+        )
+    return CandidateTable(
         names=tuple(site.name for site in job.sites),
         kinds=tuple(site.kind for site in job.sites),
         options=tuple(options),
@@ -103,11 +112,11 @@ def menus_of(job: Job, costs: Costs, errors: Errors) -> Menus:
     )
 
 
-def judge_of(job: Job, menus: Menus) -> Stitched:
+def build_objective(job: Job, menus: CandidateTable) -> ModelObjective:
     """The stitched model over inputs that no statistic has seen, when there are such."""
     wanted = job.recipe.search
-    batches = list(job.task.batches("validation", JUDGES, wanted.samples))
-    return Stitched(
+    batches = list(job.task.batches("validation", OBJECTIVE_BATCH, wanted.samples))
+    return ModelObjective(
         job.task,
         job.sites,
         job.folder / "candidates",
@@ -117,7 +126,7 @@ def judge_of(job: Job, menus: Menus) -> Stitched:
     )
 
 
-def weigh(job: Job, menus: Menus, judge: Stitched) -> Menus:
+def measure_losses(job: Job, menus: CandidateTable, judge: ModelObjective) -> CandidateTable:
     """The menus with losses of the stitched model in the place of layer errors."""
     if job.recipe.options.uniform:
         return menus
@@ -126,29 +135,33 @@ def weigh(job: Job, menus: Menus, judge: Stitched) -> Menus:
     def measure() -> Losses:
         with job.stages("sensitivities") as tick:
             groups = [[option.form for option in row] for row in menus.options]
-            scaled = knapsack.sensitivities(menus.prior, menus.dense, judge, groups=groups, progress=tick)
+            scaled = knapsack.measure_sensitivities(
+                menus.prior, menus.dense, judge, groups=groups, progress=tick
+            )
         return Losses(rows=tuple(tuple(menu.error.tolist()) for menu in scaled))
 
     losses = artifacts.saved(job.folder / "losses.json", Losses, made_from, measure)
-    scaled = tuple(Menu(menu.cost, np.array(row)) for menu, row in zip(menus.prior, losses.rows, strict=True))
+    scaled = tuple(
+        OptionCosts(menu.cost, np.array(row)) for menu, row in zip(menus.prior, losses.rows, strict=True)
+    )
     return replace(menus, scaled=scaled)
 
 
-def effort_of(job: Job) -> Effort:
+def search_effort(job: Job) -> SearchEffort:
     """How hard the recipe says to search."""
     wanted = job.recipe.search
-    return Effort(wanted.generations, wanted.offspring, wanted.seed, job.recipe.options.uniform)
+    return SearchEffort(wanted.generations, wanted.offspring, wanted.seed, job.recipe.options.uniform)
 
 
-def close_loop(
+def run_closed_loop(
     job: Job,
     costs: Costs,
-    menus: Menus,
-    judge: Stitched,
+    menus: CandidateTable,
+    judge: ModelObjective,
     asked: float,
     time_plan: TimePlan,
-    rounds: Rounds,
-) -> Rounds:
+    rounds: SearchHistory,
+) -> SearchHistory:
     """Choose, build and time plans until one keeps the promise.
 
     It goes on from `rounds`, or, when there are none, from where a killed run stopped.
@@ -160,28 +173,30 @@ def close_loop(
         job.stages.progress.say(name)
         return lambda done, total: None
 
-    return closed_loop.close(
+    return closed_loop.search_until_met(
         menus,
         asked,
         costs.dense_ms,
         judge,
-        effort_of(job),
+        search_effort(job),
         time_plan,
         rounds=job.recipe.bench.rounds,
-        stored=rounds if rounds.rounds else artifacts.stored_at(path, Rounds, made_from) or rounds,
+        stored=rounds if rounds.rounds else artifacts.stored_at(path, SearchHistory, made_from) or rounds,
         keep=lambda rounds: artifacts.store(path, made_from, rounds),
         progress=stage,
     )
 
 
-def choose_once(job: Job, menus: Menus, judge: Stitched, limit_ms: float, asked: float) -> Round:
+def search_once(
+    job: Job, menus: CandidateTable, judge: ModelObjective, limit_ms: float, asked: float
+) -> Iteration:
     """The plan for a budget that cannot be timed here, or needs no timing; nothing is measured."""
     with job.stages("search") as tick:
         try:
-            choices, loss = closed_loop.choose(menus, limit_ms, judge, effort_of(job), progress=tick)
+            choices, loss = closed_loop.search_plan(menus, limit_ms, judge, search_effort(job), progress=tick)
         except knapsack.UnreachableError as error:
-            raise closed_loop.out_of_reach(menus, asked, menus.whole.dense_ms, None) from error
-    return Round(
+            raise closed_loop.unreachable(menus, asked, menus.whole.dense_ms, None) from error
+    return Iteration(
         limit_ms=limit_ms,
         predicted_ms=menus.latency_ms(choices),
         choices=menus.named(choices),
@@ -189,14 +204,14 @@ def choose_once(job: Job, menus: Menus, judge: Stitched, limit_ms: float, asked:
     )
 
 
-def choose_by_size(job: Job, costs: Costs, menus: Menus, judge: Stitched) -> Round:
+def search_by_size(job: Job, costs: Costs, menus: CandidateTable, judge: ModelObjective) -> Iteration:
     """The plan whose file keeps a size budget; bytes are known exactly, so nothing is timed.
 
     Raises:
         OutOfReachError: even the smallest plan is larger.
     """
-    choices, loss = within(job, *sized(job, menus), judge)
-    return Round(
+    choices, loss = search_within(job, *size_costs(job, menus), judge)
+    return Iteration(
         limit_ms=costs.dense_ms,
         predicted_ms=menus.latency_ms(choices),
         choices=menus.named(choices),
@@ -204,15 +219,17 @@ def choose_by_size(job: Job, costs: Costs, menus: Menus, judge: Stitched) -> Rou
     )
 
 
-def sized(job: Job, menus: Menus) -> tuple[tuple[Menu, ...], float]:
+def size_costs(job: Job, menus: CandidateTable) -> tuple[tuple[OptionCosts, ...], float]:
     """The menus priced in megabytes, and what all sites together may take of a size budget.
 
     Raises:
         OutOfReachError: even the smallest options together take more.
     """
     priced = tuple(
-        Menu(
-            np.array([latency_table.weight_bytes(site, option, FLOAT) / 1e6 for option in options]),
+        OptionCosts(
+            np.array(
+                [latency_table.weight_bytes(site, option, WEIGHT_PRECISION) / 1e6 for option in options]
+            ),
             menu.error,
         )
         for site, options, menu in zip(job.sites, menus.options, menus.scaled, strict=True)
@@ -230,16 +247,16 @@ def sized(job: Job, menus: Menus) -> tuple[tuple[Menu, ...], float]:
     return priced, asked_mb - outside_mb
 
 
-def within(
-    job: Job, priced: Sequence[Menu], limit: float, judge: Callable[[Choices], float]
+def search_within(
+    job: Job, priced: Sequence[OptionCosts], limit: float, judge: Callable[[Choices], float]
 ) -> tuple[Choices, float]:
     """The best plan whose summed price is within `limit`, in whatever unit the menus are priced; its loss.
 
     Raises:
         UnreachableError: even the cheapest options together cost more.
     """
-    effort = effort_of(job)
-    start = knapsack.knapsack(priced, limit)
+    effort = search_effort(job)
+    start = knapsack.solve(priced, limit)
     with job.stages("search") as tick:
         return knapsack.evolve(
             priced,
@@ -253,7 +270,7 @@ def within(
         )
 
 
-def removals_of(job: Job, choices: Mapping[str, Option]) -> dict[str, Removal]:
+def load_removals(job: Job, choices: Mapping[str, Option]) -> dict[str, Removal]:
     """The stored candidates of a plan, by site name."""
     return {
         site.name: candidate_store.removal(job.folder / "candidates", index, choices[site.name])
@@ -262,7 +279,7 @@ def removals_of(job: Job, choices: Mapping[str, Option]) -> dict[str, Removal]:
     }
 
 
-def plan_of(job: Job, menus: Menus, turn: Round) -> Plan:
+def to_plan(job: Job, menus: CandidateTable, turn: Iteration) -> Plan:
     """The decision as a document to read, edit and commit."""
     less = job.narrowed
     width = {} if less is None else {less.site.name: Option(units=less.units)}

@@ -22,10 +22,10 @@ from compress.pipeline.block_patterns import Patterns
 from compress.pipeline.job import Job
 from compress.profiles import Profile
 
-SIZE = "size_mb"
+SIZE_BUDGET = "size_mb"
 FORM_LEVELS = 6  # widths timed in a form; between them its time is a line
-PAYS = 0.97  # of the plain site's time or bytes, above which a form is not worth its damage
-STORED = "fp32"  # of plain weights in a file
+MAX_COST_SHARE = 0.97  # of the plain site's time or bytes, above which a form is not worth its damage
+STORED_PRECISION = "fp32"  # of plain weights in a file
 
 
 class Costs(Document):
@@ -69,17 +69,17 @@ class Costs(Document):
 def price(job: Job) -> Costs:
     """The costs of a job, measured on this machine or looked up for another one."""
     export_dense(job)
-    found = block_patterns.of(job)
+    found = block_patterns.find_patterns(job)
     levels = wanted_levels(job, found)
     place = job.place
     machine = job.profile.name if place is None else place.fingerprint
-    sized = job.recipe.budget.name == SIZE
+    sized = job.recipe.budget.name == SIZE_BUDGET
     made_from = artifacts.digest(job.model_key, machine, job.recipe.bench.threads, levels, sized, found)
     return artifacts.saved(
         job.folder / "costs.json",
         Costs,
         made_from,
-        lambda: _estimated(job, levels) if place is None else _measured(job, place, levels, found),
+        lambda: _estimate_costs(job, levels) if place is None else _measure_costs(job, place, levels, found),
     )
 
 
@@ -87,15 +87,15 @@ def export_dense(job: Job) -> Path:
     """The dense model as a file: the baseline of every comparison."""
     path = job.folder / "dense.onnx"
     stamp = job.folder / "dense.json"
-    if path.is_file() and _stamp(path, job.model_key) == _read(stamp):
+    if path.is_file() and _identity(path, job.model_key) == _read(stamp):
         return path
     with job.stages("export dense"):
         model_files.write(job, job.task.model, path)
-    artifacts.write_text(stamp, json.dumps(_stamp(path, job.model_key)))
+    artifacts.write_text(stamp, json.dumps(_identity(path, job.model_key)))
     return path
 
 
-def _stamp(path: Path, key: str) -> dict[str, str]:
+def _identity(path: Path, key: str) -> dict[str, str]:
     return {"made_from": key, "sha256": onnxruntime.sha256(path)}
 
 
@@ -108,10 +108,10 @@ def _read(path: Path) -> object:
 
 def wanted_levels(job: Job, found: Patterns) -> dict[str, dict[str, list[int]]]:
     """Units to price by site and form, dense first; `found` says which blocks are offered."""
-    return {site.name: _levels(job, site, found.offered(site)) for site in job.sites}
+    return {site.name: _site_levels(job, site, found.offered(site)) for site in job.sites}
 
 
-def _levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[str, list[int]]:
+def _site_levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[str, list[int]]:
     """Those of one site; the recipe's fractions replace the grid."""
     options = job.recipe.options
     fractions = options.units
@@ -130,7 +130,9 @@ def _levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[str, li
     return wanted
 
 
-def table_of(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns) -> Table:
+def latency_table_of(
+    job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns
+) -> Table:
     """This machine's table; widths between the timed ones are interpolated."""
     sites = {site.shape: site for site in job.sites}
     wanted = {
@@ -151,12 +153,12 @@ def table_of(job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]
     return latency_table.obtain(place.empty_table(), wanted, measure)
 
 
-def _measured(
+def _measure_costs(
     job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns
 ) -> Costs:
     """Times on this machine: a table of sites, brought to the level of whole models."""
     timing.check_threads(place.threads)
-    table = table_of(job, place, levels, found)
+    table = latency_table_of(job, place, levels, found)
     alone = {
         site.name: {
             form: {
@@ -178,17 +180,17 @@ def _measured(
     factor, whole = whole_model.measure(job, place, {name: rows["dense"] for name, rows in alone.items()})
     wanted = {form for row in levels.values() for form, units in row.items() if units}
     timed = {form for row in alone.values() for form in row}
-    costs = _costs(job, alone, factor, whole, "measured")
+    costs = _select_costs(job, alone, factor, whole, "measured")
     return costs.model_copy(update={"untimed": tuple(sorted(wanted - timed))})
 
 
-def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
+def _select_costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
     """The costs without what does not pay: a form that is no faster than the plain site at its units.
 
     A form may fit only between the units that structure offers: the plain site's time is interpolated there.
     Under a size budget a form that is no smaller in the file either, since time is not what is short.
     """
-    sized = job.recipe.budget.name == SIZE
+    sized = job.recipe.budget.name == SIZE_BUDGET
     rows: dict[str, dict[str, dict[int, float]]] = {}
     gains: dict[str, dict[str, float]] = {}
     for site in job.sites:
@@ -204,7 +206,7 @@ def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, sou
             paying = {
                 units: ms * factor
                 for units, ms in row.items()
-                if ms < PAYS * against[units] or (sized and _smaller(site, form, units))
+                if ms < MAX_COST_SHARE * against[units] or (sized and _is_smaller(site, form, units))
             }
             if paying:
                 kept[form] = latency_table.thin(paying)
@@ -212,14 +214,17 @@ def _costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, sou
     return Costs(whole=whole, rows=rows, gains=gains, source=source)
 
 
-def _smaller(site: Site, form: str, units: int) -> bool:
+def _is_smaller(site: Site, form: str, units: int) -> bool:
     """Whether a form takes fewer bytes in a file; zeros of 2:4 are written out like any number."""
     option = Option.of(form, units)
-    plain = latency_table.weight_bytes(site, Option(units=units), STORED)
-    return option.pattern != "2:4" and latency_table.weight_bytes(site, option, STORED) < PAYS * plain
+    plain = latency_table.weight_bytes(site, Option(units=units), STORED_PRECISION)
+    return (
+        option.pattern != "2:4"
+        and latency_table.weight_bytes(site, option, STORED_PRECISION) < MAX_COST_SHARE * plain
+    )
 
 
-def shipped(profile: Profile) -> Table | None:
+def shipped_table(profile: Profile) -> Table | None:
     """The table of sites that was measured on such a device and ships with its profile."""
     for origin in (profile.runtime, torch_cuda.RUNTIME):
         stored = profiles.measured(profile.name, origin)
@@ -228,11 +233,11 @@ def shipped(profile: Profile) -> Table | None:
     return None
 
 
-def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
+def _estimate_costs(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
     """Times for a device that is not here: from its shipped table where that knows a shape, else roofline."""
     profile = job.profile
     # A table knows the shapes of one width; two widths are compared by one way of estimating.
-    table = shipped(profile) if job.narrowed is None else None
+    table = shipped_table(profile) if job.narrowed is None else None
     threads = 1 if table is None else table.threads
     alone = {
         site.name: {
@@ -247,20 +252,20 @@ def _estimated(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs
         for site in job.sites
     }
     inside = sum(alone[site.name]["dense"][site.units] for site in job.sites)
-    whole_ms = inside + _outside_ms(job)
+    whole_ms = inside + _estimate_outside_ms(job)
     whole = Whole(inside_ms=(inside,), whole_ms=(whole_ms,))
     if job.narrowed is not None:
         wide = job.baseline
         dense_ms = sum(roofline.roofline(s, s.units, profile, threads=threads) for s in wide.sites)
-        dense_ms += _outside_ms(wide)
+        dense_ms += _estimate_outside_ms(wide)
         whole = Whole(inside_ms=(inside,), whole_ms=(dense_ms,))
         if dense_ms > whole_ms:
             slower = inside * dense_ms / whole_ms
             whole = Whole(inside_ms=(slower, inside), whole_ms=(dense_ms, whole_ms))
-    return _costs(job, alone, 1.0, whole, "estimated")
+    return _select_costs(job, alone, 1.0, whole, "estimated")
 
 
-def _outside_ms(job: Job) -> float:
+def _estimate_outside_ms(job: Job) -> float:
     """A rough estimate of what lies outside every site: norms and sums, and the model's other products.
 
     Two operators follow every site; embedding tables are looked up and cost next to nothing.

@@ -27,9 +27,9 @@ from compress.sites.prune import Removal
 from compress.tasks.sampler import shuffled
 from compress.tasks.task import Batch
 from compress.training import distillation, pruning_aware
-from compress.training.distillation import Place
+from compress.training.distillation import HiddenState
 
-FILE = "aware.safetensors"
+WEIGHTS_FILE = "aware.safetensors"
 
 
 def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list[str]:
@@ -44,38 +44,41 @@ def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list
     formed = [name for name, one in removals.items() if one.form != "dense"]
     if formed:
         return [f"No pruning-aware tuning: {formed[0]} runs as {removals[formed[0]].form}."]
-    path, made_from = job.folder / FILE, artifacts.digest(job.key, job.recipe.recovery, *fingerprint(model))
-    weights = _stored(path, made_from)
+    path, made_from = (
+        job.folder / WEIGHTS_FILE,
+        artifacts.digest(job.key, job.recipe.recovery, *fingerprint(model)),
+    )
+    weights = _load_weights(path, made_from)
     if weights is None:
         try:
-            weights = _tuned(job, less.units, removals)
+            weights = _tune(job, less.units, removals)
         except CompressError as error:
             return [f"No pruning-aware tuning: {error}"]
         whole = {name: value.contiguous().clone() for name, value in weights.items()}
         save_file(whole, path, metadata={"made_from": made_from})
-    judge = recovery.Judge(job)
+    judge = recovery.Validator(job)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     first = judge(model)
     model.load_state_dict(weights)
     second = judge(model)
-    said = f"Pruning-aware tuning: {judge.name} {judge.worded(first)} -> {judge.worded(second)}"
+    said = f"Pruning-aware tuning: {judge.name} {judge.format_score(first)} -> {judge.format_score(second)}"
     if second >= first:
         return [said]
     model.load_state_dict(before)
     return [f"{said}, so it was not used"]
 
 
-def _tuned(job: Job, units: int, removals: Mapping[str, Removal]) -> dict[str, Tensor]:
+def _tune(job: Job, units: int, removals: Mapping[str, Removal]) -> dict[str, Tensor]:
     """The weights of the plan's model, tuned while the width fell to `units`."""
     wide, wanted = job.baseline, job.recipe.recovery
-    cut = cut_wide(wide, removals)
+    cut = prune_wide(wide, removals)
     for module in cut.modules():
         if isinstance(module, nn.Embedding):
             module.weight.requires_grad_(False)
     shapes = job.recipe.shapes
     stream = hidden_width.find_stream(cut, job.task.example(shapes.batch, shapes.tokens))
     second = hidden_width.moments(cut, stream, job.calibration)
-    count = sum(1 for _ in _batches(job))
+    count = sum(1 for _ in _training_batches(job))
     settings = pruning_aware.Settings(
         steps=wanted.epochs * count,
         learning_rate=wanted.rate,
@@ -85,22 +88,22 @@ def _tuned(job: Job, units: int, removals: Mapping[str, Removal]) -> dict[str, T
         seed=wanted.seed,
     )
     pruner = pruning_aware.Pruner(cut, stream, second, units, settings)
-    at = distillation.places(wide.task.model, wide.sites)
-    inside = tuple(Place(f"model.{place.name}", place.output) for place in at)
+    at = distillation.hidden_states(wide.task.model, wide.sites)
+    inside = tuple(HiddenState(f"model.{place.name}", place.output) for place in at)
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
         net.eval()  # as in all of recovery, the teacher speaks without noise
         with torch.no_grad():
-            goal = distillation.answers(job.task, wide.task.model, batch, at)
-        said = distillation.answers(job.task, net, batch, inside)
+            goal = distillation.run_model(job.task, wide.task.model, batch, at)
+        said = distillation.run_model(job.task, net, batch, inside)
         return distillation.loss(job.task, batch, said, goal, wanted)
 
     with job.stages("pruning-aware tuning") as tick:
-        merged = pruning_aware.tune(pruner, _epochs(job), loss, tick)
+        merged = pruning_aware.tune(pruner, _shuffled_epochs(job), loss, tick)
     return merged.state_dict()
 
 
-def cut_wide(wide: Job, removals: Mapping[str, Removal]) -> nn.Module:
+def prune_wide(wide: Job, removals: Mapping[str, Removal]) -> nn.Module:
     """The dense model without the units of a plan, its writers solved again at the whole width."""
     dense = wide.task.model
     start: dict[str, Removal] = {}
@@ -124,20 +127,20 @@ def cut_wide(wide: Job, removals: Mapping[str, Removal]) -> nn.Module:
     return prune.shrink(dense, wide.sites, better)
 
 
-def _batches(job: Job) -> Iterator[Batch]:
+def _training_batches(job: Job) -> Iterator[Batch]:
     wanted = job.recipe.recovery
     return job.task.batches("calibration", wanted.batch, wanted.samples)
 
 
-def _epochs(job: Job) -> Iterator[Batch]:
+def _shuffled_epochs(job: Job) -> Iterator[Batch]:
     """The batches of every epoch, each in an order of its own."""
     wanted = job.recipe.recovery
     for epoch in range(wanted.epochs):
-        for _, batch in shuffled(_batches(job), (wanted.seed, epoch)):
+        for _, batch in shuffled(_training_batches(job), (wanted.seed, epoch)):
             yield batch
 
 
-def _stored(path: Path, made_from: str) -> dict[str, Tensor] | None:
+def _load_weights(path: Path, made_from: str) -> dict[str, Tensor] | None:
     """Weights that were tuned before, None when there are none of the same."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -33,12 +33,14 @@ from compress.tasks.loading import Batch, Task
 from compress.tasks.loading import Run as Answering
 from compress.training import distillation, sltrain_layers, trainer, two_stage
 from compress.training.distillation import Teacher
-from compress.training.trainer import Lesson, Run
+from compress.training.trainer import DistillationData, TrainingRun
 
-NEARNESS = 512  # inputs that judge a student by its divergence; the dense answers are held in memory
-ANSWERS = "answers"
+DIVERGENCE_SAMPLES = (
+    512  # inputs that judge a student by its divergence; the dense answers are held in memory
+)
+TEACHER_CACHE = "answers"
 CHECKPOINT = "recovery.safetensors"
-FLOATS = "recovery-floats.safetensors"  # of the first stage, where there are two
+FLOAT_STAGE_CHECKPOINT = "recovery-floats.safetensors"  # of the first stage, where there are two
 
 
 def recover(
@@ -57,32 +59,32 @@ def recover(
     if wanted.mode == "none":
         return dict(removals), []
     if collectives.size() > 1:
-        _call(job, removals)
-    with collectives.working():
-        data = artifacts.digest(job.key, *map(_content, lessons(job.task, wanted)))
+        _start_followers(job, removals)
+    with collectives.synchronized():
+        data = artifacts.digest(job.key, *map(_batch_hash, training_batches(job.task, wanted)))
         alone = wanted.model_copy(update={"shard": False})  # where numbers are does not change them
-        judge = Judge(job)
-        desk = Desk(
+        judge = Validator(job)
+        desk = RecoveryContext(
             job.task,
             job.sites,
             judge,
             lambda words: job.stages(f"recover ({wanted.mode}){words}"),
             job.stages.progress.say,
-            job.folder / ANSWERS,
+            job.folder / TEACHER_CACHE,
             job.folder,
             artifacts.digest(data, alone, *fingerprint(model), *training_layers.fingerprint(removals)),
             artifacts.digest(data, collectives.size()),
         )
         down = None if job.narrowed is None else job.narrowed.down
-        found = learn(desk, wanted, model, removals, dense=job.baseline.task.model, down=down)
-    shutil.rmtree(job.folder / ANSWERS)
+        found = train_student(desk, wanted, model, removals, dense=job.baseline.task.model, down=down)
+    shutil.rmtree(job.folder / TEACHER_CACHE)
     forms = sorted({one.form for one in removals.values()} - {"dense"})
     forms += ["sparse plus low-rank updates"] if wanted.adapter == "sltrain" else []
-    return found.removals, [_said(found, judge, wanted.mode, forms)]
+    return found.removals, [_summary(found, judge, wanted.mode, forms)]
 
 
 @dataclass(frozen=True)
-class Desk:
+class RecoveryContext:
     """Where and before whom students are tuned, whatever they are.
 
     Attributes:
@@ -108,7 +110,12 @@ class Desk:
     data: str = ""
 
     def teacher(
-        self, model: nn.Module, at: Sequence[distillation.Place], wanted: Recovery, place: Path, data: str
+        self,
+        model: nn.Module,
+        at: Sequence[distillation.HiddenState],
+        wanted: Recovery,
+        place: Path,
+        data: str,
     ) -> Teacher:
         """A model that teaches; what it says is kept in `place`, where it belongs to `data`."""
         room = wanted.cache_mb / collectives.size()
@@ -118,19 +125,17 @@ class Desk:
         self,
         model: nn.Module,
         removals: Mapping[str, Removal],
-        lesson: Lesson,
+        lesson: DistillationData,
         file: str,
         made_from: str,
         factors: tuple[float, ...] = (),
-    ) -> Run:
+    ) -> TrainingRun:
         """A student in the forms of its removals, at the beginning or where a checkpoint left it."""
-        zeros = self.dressed(model, removals, lesson.wanted)
+        zeros = self.wrap(model, removals, lesson.wanted)
         path = None if self.checkpoints is None else self.checkpoints / file
-        return Run(model, lesson, zeros=zeros, checkpoint=path, made_from=made_from, factors=factors)
+        return TrainingRun(model, lesson, zeros=zeros, checkpoint=path, made_from=made_from, factors=factors)
 
-    def dressed(
-        self, model: nn.Module, removals: Mapping[str, Removal], wanted: Recovery
-    ) -> dict[str, Tensor]:
+    def wrap(self, model: nn.Module, removals: Mapping[str, Removal], wanted: Recovery) -> dict[str, Tensor]:
         """Let a model learn in the forms of its removals, and as updates where that is wanted; its zeros."""
         zeros = training_layers.insert(model, self.sites, removals)
         if wanted.adapter == "none":
@@ -139,17 +144,17 @@ class Desk:
 
     def settled(self, model: nn.Module, removals: Mapping[str, Removal]) -> dict[str, Removal]:
         """The removals as learned; the model is plain again."""
-        sltrain_layers.fold(model)
+        sltrain_layers.merge_updates(model)
         return training_layers.settle(model, self.sites, removals)
 
     def judged(self, model: nn.Module) -> float:
         """The first process's score of a model, in all of them."""
         score = 0.0 if collectives.rank() else self.judge(model)
-        return float(collectives.told({"score": score}).words["score"])
+        return float(collectives.broadcast({"score": score}).words["score"])
 
 
 @dataclass(frozen=True)
-class Learned:
+class RecoveryResult:
     """What tuning left: removals with learned codes and factors, and the scores before and after it.
 
     `epochs` are those of each stage. Where not `used`, model and removals are what they were.
@@ -162,15 +167,15 @@ class Learned:
     used: bool = True
 
 
-def learn(
-    desk: Desk,
+def train_student(
+    desk: RecoveryContext,
     wanted: Recovery,
     model: nn.Module,
     removals: Mapping[str, Removal],
     *,
     dense: nn.Module,
     down: Tensor | None = None,
-) -> Learned:
+) -> RecoveryResult:
     """Tune a shrunk model in place, in two stages where its plan both removes and runs on integers.
 
     Of several processes each calls this with the same model and data; the first one's judge, progress and
@@ -184,93 +189,103 @@ def learn(
         dense: the teacher.
         down: what of the teacher's hidden states a narrower student can have.
     """
-    collectives.alike("training data", collectives.contents(lessons(desk.task, wanted)))
-    collectives.spread(dense)
-    collectives.spread(model)
-    at = distillation.places(dense, desk.sites)
+    collectives.check_identical("training data", collectives.batch_bytes(training_batches(desk.task, wanted)))
+    collectives.broadcast_model(dense)
+    collectives.broadcast_model(model)
+    at = distillation.hidden_states(dense, desk.sites)
     teacher = desk.teacher(dense, at, wanted, desk.answers / "dense", desk.data)
-    count = sum(1 for _ in lessons(desk.task, wanted))
-    lesson = Lesson(desk.task, teacher, lambda: lessons(desk.task, wanted), count, wanted, down)
+    count = sum(1 for _ in training_batches(desk.task, wanted))
+    lesson = DistillationData(
+        desk.task, teacher, lambda: training_batches(desk.task, wanted), count, wanted, down
+    )
     if wanted.staged and two_stage.applies(desk.sites, removals, narrow=down is not None):
-        return _in_stages(desk, lesson, model, removals)
+        return _train_two_stages(desk, lesson, model, removals)
     with desk.stage("") as tick:
         run = desk.begin(model, removals, lesson, CHECKPOINT, desk.made_from)
         if not run.finished:
-            desk.say(f"recovery: {_announced(lesson, _forecast_s(run))}; {_holding(run)}")
-        scores = trainer.tune(run, desk.judge, tick)
+            desk.say(f"recovery: {_course_estimate(lesson, _forecast_s(run))}; {_memory_use(run)}")
+        scores = trainer.train(run, desk.judge, tick)
         found = desk.settled(model, removals)
-    return Learned(found, scores[0], max(scores), (run.state.epochs,))
+    return RecoveryResult(found, scores[0], max(scores), (run.state.epochs,))
 
 
-def _in_stages(desk: Desk, lesson: Lesson, model: nn.Module, removals: Mapping[str, Removal]) -> Learned:
+def _train_two_stages(
+    desk: RecoveryContext, lesson: DistillationData, model: nn.Module, removals: Mapping[str, Removal]
+) -> RecoveryResult:
     """The dense model teaches the plan in floats, which teaches it on integers; kept if it is no worse."""
-    sparse = prune.shrink(desk.task.model, desk.sites, two_stage.floats(removals))
-    collectives.spread(sparse)
+    sparse = prune.shrink(desk.task.model, desk.sites, two_stage.float_stage(removals))
+    collectives.broadcast_model(sparse)
     with desk.stage(", floats") as tick:
-        plain = two_stage.floats(removals)
-        run = desk.begin(sparse, plain, lesson, FLOATS, desk.made_from)
+        plain = two_stage.float_stage(removals)
+        run = desk.begin(sparse, plain, lesson, FLOAT_STAGE_CHECKPOINT, desk.made_from)
         if not run.finished:
-            desk.say(f"{_announced_both(desk, run, model, removals)}; {_holding(run)}")
-        trainer.tune(run, desk.judge, tick)
+            desk.say(f"{_two_stage_estimate(desk, run, model, removals)}; {_memory_use(run)}")
+        trainer.train(run, desk.judge, tick)
         epochs, factors = run.state.epochs, lesson.factors(sparse)
         plain = desk.settled(sparse, plain)
-        lesson.teacher.forget()
+        lesson.teacher.clear()
     with desk.stage(", integers") as tick:
         before = {name: value.clone() for name, value in model.state_dict().items()}
         first = desk.judged(quantized_layers.emulated(model, desk.sites, removals))
         model.load_state_dict(sparse.state_dict())
         plan = {name: replace(one, factors=plain[name].factors) for name, one in removals.items()}
-        codes = _rounded(desk, lesson, model, plan)
+        codes = _round_weights(desk, lesson, model, plan)
         made_from = artifacts.digest(
             desk.made_from, factors, *fingerprint(model), *training_layers.fingerprint(codes)
         )
         shared = artifacts.digest(made_from, collectives.size())
-        taught = _second(desk, lesson, sparse, desk.answers / "sparse", shared)
+        taught = _second_stage(desk, lesson, sparse, desk.answers / "sparse", shared)
         run = desk.begin(model, codes, taught, CHECKPOINT, made_from, factors)
         if not run.finished:
-            desk.say(f"recovery on integers: {_announced(taught, _forecast_s(run))}; {_holding(run)}")
-        last = max(trainer.tune(run, desk.judge, tick))
+            desk.say(
+                f"recovery on integers: {_course_estimate(taught, _forecast_s(run))}; {_memory_use(run)}"
+            )
+        last = max(trainer.train(run, desk.judge, tick))
         found = desk.settled(model, codes)
     if last < first:
         model.load_state_dict(before)
         found = dict(removals)
-    return Learned(found, first, last, (epochs, run.state.epochs), used=last >= first)
+    return RecoveryResult(found, first, last, (epochs, run.state.epochs), used=last >= first)
 
 
-def _rounded(desk: Desk, lesson: Lesson, model: nn.Module, plan: Mapping[str, Removal]) -> dict[str, Removal]:
+def _round_weights(
+    desk: RecoveryContext, lesson: DistillationData, model: nn.Module, plan: Mapping[str, Removal]
+) -> dict[str, Removal]:
     """What the first process rounds, in all of them."""
     made = dict(plan)
     if not collectives.rank():
-        seen = list(itertools.islice(lesson.batches(), two_stage.SEEN))
-        made = two_stage.rounded(desk.task, model, desk.sites, plan, seen)
-    told = collectives.told({}, _tensors(made)).tensors
-    collectives.spread(model)
+        seen = list(itertools.islice(lesson.batches(), two_stage.STATISTICS_BATCHES))
+        made = two_stage.quantize_model(desk.task, model, desk.sites, plan, seen)
+    told = collectives.broadcast({}, _tensors(made)).tensors
+    collectives.broadcast_model(model)
     return {
         name: candidate_store.unpacked(candidate_store.below(told, f"{name}/"), one.form)
         for name, one in plan.items()
     }
 
 
-def _second(desk: Desk, lesson: Lesson, sparse: nn.Module, place: Path, data: str) -> Lesson:
+def _second_stage(
+    desk: RecoveryContext, lesson: DistillationData, sparse: nn.Module, place: Path, data: str
+) -> DistillationData:
     """What the float model teaches the one on integers, which is no narrower."""
-    wanted = two_stage.second(lesson.wanted)
+    wanted = two_stage.second_stage_settings(lesson.wanted)
     teacher = desk.teacher(sparse, lesson.teacher.at, wanted, place, data)
     return replace(lesson, teacher=teacher, wanted=wanted, down=None)
 
 
-def lessons(task: Task, wanted: Recovery) -> Iterator[Batch]:
+def training_batches(task: Task, wanted: Recovery) -> Iterator[Batch]:
     """The inputs that are learned from, the same every time."""
     return task.batches("calibration", wanted.batch, wanted.samples)
 
 
-def _call(job: Job, removals: Mapping[str, Removal]) -> None:
+def _start_followers(job: Job, removals: Mapping[str, Removal]) -> None:
     """Tell the other processes what is to be tuned; they hold the dense model."""
     words = {
         "recovery": job.recipe.recovery.model_dump(mode="json"),
         "sites": [site.model_dump(mode="json") for site in job.sites],
         "forms": {name: one.form for name, one in removals.items()},
     }
-    collectives.call("recover", words, _tensors(removals))
+    collectives.send_command("recover", words, _tensors(removals))
 
 
 def _tensors(removals: Mapping[str, Removal]) -> dict[str, Tensor]:
@@ -282,13 +297,13 @@ def _tensors(removals: Mapping[str, Removal]) -> dict[str, Tensor]:
     }
 
 
-def _content(batch: Batch) -> str:
+def _batch_hash(batch: Batch) -> str:
     """A hash of inputs and labels."""
     labels = b"" if batch.labels is None else batch.labels.contiguous().numpy().tobytes()
     return artifacts.digest(content(batch), labels)
 
 
-def _announced(lesson: Lesson, seconds: float) -> str:
+def _course_estimate(lesson: DistillationData, seconds: float) -> str:
     """How long a course will take, before it begins."""
     wanted, steps = lesson.wanted, lesson.wanted.epochs * lesson.count
     course = f"{wanted.epochs} epochs, {steps:,} steps, about {duration(seconds)} (estimate)"
@@ -297,37 +312,39 @@ def _announced(lesson: Lesson, seconds: float) -> str:
     return f"at most {wanted.courses} courses of {course}; it ends when the score stops rising"
 
 
-def _announced_both(desk: Desk, run: Run, model: nn.Module, removals: Mapping[str, Removal]) -> str:
+def _two_stage_estimate(
+    desk: RecoveryContext, run: TrainingRun, model: nn.Module, removals: Mapping[str, Removal]
+) -> str:
     """How long both stages will take; the second is tried with the student and the teacher of now.
 
     In shards the second is not tried, because it would be whole: it is announced when it begins.
     """
     lesson, first = run.lesson, _forecast_s(run)
     if run.held.apart:
-        return f"recovery in floats, then on integers; in floats {_announced(lesson, first)}"
+        return f"recovery in floats, then on integers; in floats {_course_estimate(lesson, first)}"
     student = copy.deepcopy(model)
-    desk.dressed(student, removals, lesson.wanted)
+    desk.wrap(student, removals, lesson.wanted)
     with tempfile.TemporaryDirectory(prefix="compress-") as place:
-        second = _second(desk, lesson, run.model, Path(place), "")
+        second = _second_stage(desk, lesson, run.model, Path(place), "")
         seconds = first, trainer.forecast_s(student, second)
-    each = [_announced(*one) for one in zip((lesson, second), seconds, strict=True)]
+    each = [_course_estimate(*one) for one in zip((lesson, second), seconds, strict=True)]
     total = duration(sum(seconds))
     return f"recovery, {total} in all (estimate): in floats {each[0]}; then on integers {each[1]}"
 
 
-def _forecast_s(run: Run) -> float:
+def _forecast_s(run: TrainingRun) -> float:
     """Seconds that a course of a run will take."""
     return trainer.forecast_s(run.held.model, run.lesson)
 
 
-def _holding(run: Run) -> str:
+def _memory_use(run: TrainingRun) -> str:
     """What a run holds in memory from step to step."""
     where = f" in each of {collectives.size()} processes" if run.held.apart else ""
     return f"weights, gradients and moments take {digits(run.held_bytes / 1e6)} MB{where}"
 
 
-def _said(found: Learned, judge: "Judge", mode: str, forms: Sequence[str]) -> str:
-    before, after = (judge.worded(score) for score in (found.before, found.after))
+def _summary(found: RecoveryResult, judge: "Validator", mode: str, forms: Sequence[str]) -> str:
+    before, after = (judge.format_score(score) for score in (found.before, found.after))
     epochs = " + ".join(map(str, found.epochs))
     learned = f", learning in {', '.join(forms)}" if forms else ""
     stages = ", taught by its own floats" if len(found.epochs) > 1 else ""
@@ -335,7 +352,7 @@ def _said(found: Learned, judge: "Judge", mode: str, forms: Sequence[str]) -> st
     return f"Recovery ({mode}, {epochs} epochs{learned}{stages}): {judge.name} {before} -> {after}{unused}"
 
 
-class Judge:
+class Validator:
     """How good a student is on the validation split: the task's score, or nearness to the dense model.
 
     Larger is better. Without labels the divergence from the dense model stands in for the score;
@@ -351,8 +368,10 @@ class Judge:
         self.empty = first is None
         self.scored = first is not None and first.labels is not None and job.task.labelled
         if not self.empty and not self.scored:
-            self._batches = list(job.task.batches("validation", job.recipe.recovery.batch, NEARNESS))
-            self._dense = objective.logits(job.task, job.baseline.task.model, self._batches)
+            self._batches = list(
+                job.task.batches("validation", job.recipe.recovery.batch, DIVERGENCE_SAMPLES)
+            )
+            self._dense = objective.compute_logits(job.task, job.baseline.task.model, self._batches)
 
     @property
     def name(self) -> str:
@@ -361,7 +380,7 @@ class Judge:
             return "not judged, for want of validation data"
         return f"validation {self._task.metric if self.scored else 'divergence from dense'}"
 
-    def worded(self, score: float) -> str:
+    def format_score(self, score: float) -> str:
         """A score as it is usually written: not negated."""
         return f"{score if self.scored and self._task.higher_is_better else abs(score):.4g}"
 
@@ -371,7 +390,7 @@ class Judge:
             return 0.0
         with quantized_layers.held(model):
             if not self.scored:
-                return -objective.divergence(self._task, model, self._batches, self._dense)
+                return -objective.mean_divergence(self._task, model, self._batches, self._dense)
             found = self._task.score(self._run(model), "validation", self._limit)
         return found if self._task.higher_is_better else -found
 

@@ -27,14 +27,16 @@ from compress.sites.residual_stream import normalizes
 from compress.tasks.loading import Batch, Task
 
 INTEGERS = ("int8", "int8-static")  # moves that read all channels in one step
-SEEN = 16  # batches that say how loud channels are
-TRIED = 4  # inputs of a trial
-WIDEST = 2.0  # factor of a trial, and its inverse
-PART = 1e-3  # of what dividing channels does to the answers, that may be left when readers multiply them
-NOISE = 2e-6  # of the largest answer: sums in another order
+STATISTICS_BATCHES = 16  # batches that say how loud channels are
+EQUIVALENCE_SAMPLES = 4  # inputs of a trial
+MAX_TEST_FACTOR = 2.0  # factor of a trial, and its inverse
+MAX_RESIDUAL_SHARE = (
+    1e-3  # of what dividing channels does to the answers, that may be left when readers multiply them
+)
+SUMMATION_TOLERANCE = 2e-6  # of the largest answer: sums in another order
 
 
-class Spot(Document):
+class SmoothQuantPair(Document):
     """Channels that may be divided where they are made, if those who read them multiply.
 
     Attributes:
@@ -70,10 +72,10 @@ class Spot(Document):
 class Smoothing(Document):
     """All channels that were moved."""
 
-    spots: tuple[Spot, ...]
+    spots: tuple[SmoothQuantPair, ...]
 
 
-def smoothed(job: Job) -> tuple[Job, list[str]]:
+def smooth_model(job: Job) -> tuple[Job, list[str]]:
     """The job on a model that computes the same and is easier to round, and what is worth a note.
 
     It is the same job where nothing is to gain, and without a move to int8.
@@ -85,7 +87,7 @@ def smoothed(job: Job) -> tuple[Job, list[str]]:
         with job.stages("smooth"):
             # Weights that may end on 4 bits cannot take what those on 8 bits can.
             levels = smooth.FEW if "int4" in job.recipe.options.moves else smooth.LEVELS
-            spots = moved(job.task, job.sites, job.calibration[:SEEN], levels)
+            spots = find_pairs(job.task, job.sites, job.calibration[:STATISTICS_BATCHES], levels)
         return Smoothing(spots=tuple(spots))
 
     found = artifacts.saved(job.folder / "smoothing.json", Smoothing, job.key, find)
@@ -103,34 +105,34 @@ def smoothed(job: Job) -> tuple[Job, list[str]]:
     ]
 
 
-def moved(
+def find_pairs(
     task: Task, sites: Sequence[Site], batches: Sequence[Batch], levels: int = smooth.LEVELS
-) -> list[Spot]:
+) -> list[SmoothQuantPair]:
     """What gains by being moved into weights of so many levels, with its factors; the model is as before.
 
     Values go first: their rows are among what reads a norm.
     """
     model = copy.deepcopy(task.model)
-    few = {name: value[:TRIED] for name, value in batches[0].inputs.items()}
-    candidates = [*values(sites), *norms(model, sites, few)]
+    few = {name: value[:EQUIVALENCE_SAMPLES] for name, value in batches[0].inputs.items()}
+    candidates = [*writer_input_pairs(sites), *normalization_pairs(model, sites, few)]
     generator = torch.Generator().manual_seed(0)
     proven = []
     for spot in candidates:
         random = torch.rand(spot.channels, generator=generator, dtype=torch.float64)
-        if holds(model, spot, WIDEST ** (2 * random - 1), few):
+        if is_equivalent(model, spot, MAX_TEST_FACTOR ** (2 * random - 1), few):
             proven.append(spot)
-    seen = _loudness(model, proven, batches)
+    seen = _channel_statistics(model, proven, batches)
     found = []
     for spot, (largest, second) in zip(proven, seen, strict=True):
         readers = [part for name in spot.readers for part in _columns(model, spot, name)]
         divide = smooth.factors(largest, second, readers, levels)
-        if not bool((divide == 1).all()) and holds(model, spot, divide, few):
+        if not bool((divide == 1).all()) and is_equivalent(model, spot, divide, few):
             apply(model, spot, divide)
             found.append(spot.model_copy(update={"divide": tuple(divide.tolist())}))
     return found
 
 
-def values(sites: Sequence[Site]) -> Iterator[Spot]:
+def writer_input_pairs(sites: Sequence[Site]) -> Iterator[SmoothQuantPair]:
     """What writers read, for every set of rows that may make it alone."""
     for site in sites:
         sets: dict[tuple[str, int, int], list[Slice]] = {}
@@ -138,7 +140,7 @@ def values(sites: Sequence[Site]) -> Iterator[Spot]:
             sets.setdefault((owner(part.tensor), part.start, part.width), []).append(part)
         for made in sets.values():
             repeats = site.column.width // made[0].width
-            yield Spot(
+            yield SmoothQuantPair(
                 made=tuple(made),
                 readers=(site.writer,),
                 across=site.column.dim == 0,
@@ -147,7 +149,9 @@ def values(sites: Sequence[Site]) -> Iterator[Spot]:
             )
 
 
-def norms(model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Tensor]) -> Iterator[Spot]:
+def normalization_pairs(
+    model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Tensor]
+) -> Iterator[SmoothQuantPair]:
     """What normalizations write and linear layers of sites read, the very tensor."""
     written: dict[str, Tensor] = {}
     readers: dict[str, list[str]] = {}
@@ -184,26 +188,30 @@ def norms(model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Tensor])
         if own & set(names):
             parts = [name for name, _ in model.get_submodule(norm).named_parameters()]
             made = tuple(Slice(tensor=f"{norm}.{part}", dim=0, width=1) for part in parts)
-            yield Spot(made=made, readers=tuple(names), units=len(model.get_parameter(f"{norm}.weight")))
+            yield SmoothQuantPair(
+                made=made, readers=tuple(names), units=len(model.get_parameter(f"{norm}.weight"))
+            )
 
 
 @torch.no_grad()
-def holds(model: nn.Module, spot: Spot, divide: Tensor, inputs: Mapping[str, Tensor]) -> bool:
+def is_equivalent(
+    model: nn.Module, spot: SmoothQuantPair, divide: Tensor, inputs: Mapping[str, Tensor]
+) -> bool:
     """Whether readers make up for channels that are divided; the model is left as it was.
 
     Answers may differ by what float sums in another order do, and by a small part of what the division
     alone does to them: behind a GELU that reads small numbers, only that part tells.
     """
     before = model(**inputs)
-    with _kept(model, spot):
-        divide_made(model, spot, divide)
+    with _restored(model, spot):
+        divide_producers(model, spot, divide)
         alone = distance(model(**inputs), before)
-        multiply_read(model, spot, divide)
-        return distance(model(**inputs), before) <= PART * alone + NOISE
+        multiply_readers(model, spot, divide)
+        return distance(model(**inputs), before) <= MAX_RESIDUAL_SHARE * alone + SUMMATION_TOLERANCE
 
 
 @torch.no_grad()
-def divide_made(model: nn.Module, spot: Spot, divide: Tensor) -> None:
+def divide_producers(model: nn.Module, spot: SmoothQuantPair, divide: Tensor) -> None:
     """Divide channels where they are made, in place."""
     for part in spot.made:
         value = model.get_parameter(part.tensor).narrow(part.dim, part.start, spot.channels)
@@ -211,19 +219,19 @@ def divide_made(model: nn.Module, spot: Spot, divide: Tensor) -> None:
 
 
 @torch.no_grad()
-def multiply_read(model: nn.Module, spot: Spot, divide: Tensor) -> None:
+def multiply_readers(model: nn.Module, spot: SmoothQuantPair, divide: Tensor) -> None:
     """Multiply channels where they are read, in place."""
     smooth.move(spot.spread(divide), [], [_reader(model, spot, name) for name in spot.readers])
 
 
-def apply(model: nn.Module, spot: Spot, divide: Tensor) -> None:
+def apply(model: nn.Module, spot: SmoothQuantPair, divide: Tensor) -> None:
     """Move channels, in place."""
-    divide_made(model, spot, divide)
-    multiply_read(model, spot, divide)
+    divide_producers(model, spot, divide)
+    multiply_readers(model, spot, divide)
 
 
 @contextmanager
-def _kept(model: nn.Module, spot: Spot) -> Iterator[None]:
+def _restored(model: nn.Module, spot: SmoothQuantPair) -> Iterator[None]:
     """The tensors of a spot come out as they went in."""
     names = [*(part.tensor for part in spot.made), *spot.readers]
     before = {name: model.get_parameter(name).detach().clone() for name in names}
@@ -234,8 +242,8 @@ def _kept(model: nn.Module, spot: Spot) -> Iterator[None]:
             model.get_parameter(name).detach().copy_(value)
 
 
-def _loudness(
-    model: nn.Module, spots: Sequence[Spot], batches: Sequence[Batch]
+def _channel_statistics(
+    model: nn.Module, spots: Sequence[SmoothQuantPair], batches: Sequence[Batch]
 ) -> list[tuple[Tensor, Tensor]]:
     """Largest magnitude and mean square of every spot's channels, over all real rows."""
     sums: list[list[Tensor]] = [[] for _ in spots]
@@ -268,13 +276,13 @@ def _loudness(
     return found
 
 
-def _reader(model: nn.Module, spot: Spot, name: str) -> Tensor:
+def _reader(model: nn.Module, spot: SmoothQuantPair, name: str) -> Tensor:
     """A reader's weight as [out, in], a view of what is stored."""
     weight = model.get_parameter(name)
     return weight.T if spot.across else weight
 
 
-def _columns(model: nn.Module, spot: Spot, name: str) -> Iterator[Tensor]:
+def _columns(model: nn.Module, spot: SmoothQuantPair, name: str) -> Iterator[Tensor]:
     """A reader's weight as matrices [out, channels], one for each repeat of them."""
     weight = _reader(model, spot, name).detach()
     apart = weight.reshape(len(weight), spot.units, spot.repeats, -1)

@@ -18,7 +18,7 @@ from compress.pipeline.job import Job
 from compress.sites import prune
 from compress.sites.prune import Removal
 
-SHARES = (1.0, 0.5, 0.25, 0.0)
+UNIT_SHARES = (1.0, 0.5, 0.25, 0.0)
 Prices = Mapping[str, Mapping[int, float]]
 
 
@@ -48,12 +48,12 @@ def measure(job: Job, place: Place, prices: Prices) -> tuple[float, Whole]:
     with sites that are slower by as much as it is.
     """
     sizes: list[dict[str, int]] = []
-    for share in SHARES:
+    for share in UNIT_SHARES:
         size = {site.name: _nearest(prices[site.name], share * site.units) for site in job.sites}
-        if not sizes or _alone_ms(prices, size) < _alone_ms(prices, sizes[-1]):
+        if not sizes or _sum_ms(prices, size) < _sum_ms(prices, sizes[-1]):
             sizes.append(size)
-    whole_ms = _times(job, place, sizes)
-    alone_ms = [_alone_ms(prices, size) for size in sizes]
+    whole_ms = _time_models(job, place, sizes)
+    alone_ms = [_sum_ms(prices, size) for size in sizes]
     if job.narrowed is not None:
         alone_ms = [alone_ms[0] * max(1.0, whole_ms[0] / whole_ms[1]), *alone_ms]
     falling = [0]
@@ -67,11 +67,11 @@ def _nearest(row: Mapping[int, float], units: float) -> int:
     return min(row, key=lambda known: (abs(known - units), known))
 
 
-def _alone_ms(prices: Prices, size: Mapping[str, int]) -> float:
+def _sum_ms(prices: Prices, size: Mapping[str, int]) -> float:
     return sum(prices[name][units] for name, units in size.items())
 
 
-def _times(job: Job, place: Place, sizes: Sequence[Mapping[str, int]]) -> list[float]:
+def _time_models(job: Job, place: Place, sizes: Sequence[Mapping[str, int]]) -> list[float]:
     """Milliseconds of the dense model, whose file is there, and of this job's at every size.
 
     The first size leaves everything in place, which is the dense model itself unless the job is narrow.

@@ -27,49 +27,49 @@ from compress.pipeline.pricing import Costs
 from compress.report import schema
 from compress.report.schema import Chosen, Report, SiteReport
 from compress.search import knapsack
-from compress.search.closed_loop import Menus, OutOfReachError, Round, Rounds
-from compress.search.objective import Stitched
+from compress.search.closed_loop import CandidateTable, Iteration, OutOfReachError, SearchHistory
+from compress.search.objective import ModelObjective
 from compress.sites.residual_stream import Stream
 
 MOVE = "width"
-BEST = "no other width loses less within the budget"
-WORSE = "another width loses less within the budget"
-MISSED = "its plans miss the budget"
-FASTEST = "no width keeps the budget, and this one is the fastest"
-TOO_SLOW = "the budget is out of reach at this width"
+REASON_BEST = "no other width loses less within the budget"
+REASON_WORSE = "another width loses less within the budget"
+REASON_MISSED = "its plans miss the budget"
+REASON_FASTEST = "no width keeps the budget, and this one is the fastest"
+REASON_TOO_SLOW = "the budget is out of reach at this width"
 
 
 @dataclass(frozen=True)
-class Ground:
+class SearchSpace:
     """A model at one width with everything that its plans are chosen by."""
 
     job: Job
     costs: Costs
-    menus: Menus
-    judge: Stitched
+    table: CandidateTable
+    judge: ModelObjective
     prices: Prices | None
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The plan to keep on a ground, and the turns that led to it."""
 
-    ground: Ground
-    rounds: Rounds
-    turn: Round
+    space: SearchSpace
+    rounds: SearchHistory
+    iteration: Iteration
 
     def rank(self, asked: float) -> tuple[bool, float]:
         """Smaller is better: plans that keep the budget, by their loss; then the others, by their speed."""
-        missed = self.turn.timing is not None and self.turn.speedup < asked
-        return missed, -self.turn.speedup if missed else self.turn.loss
+        missed = self.iteration.timing is not None and self.iteration.speedup < asked
+        return missed, -self.iteration.speedup if missed else self.iteration.loss
 
     @property
     def speedup(self) -> float:
         """Measured, or predicted where nothing was timed."""
-        return self.turn.speedup or self.ground.costs.dense_ms / self.turn.predicted_ms
+        return self.iteration.speedup or self.space.costs.dense_ms / self.iteration.predicted_ms
 
 
-def stream_of(job: Job) -> Stream | None:
+def requested_stream(job: Job) -> Stream | None:
     """The residual stream of the job's model, None where the move was not asked for.
 
     Raises:
@@ -83,7 +83,7 @@ def stream_of(job: Job) -> Stream | None:
             "start one, or leave it out"
         )
     try:
-        return found_stream(job)
+        return find_stream(job)
     except CompressError as error:
         rest = [move for move in job.recipe.options.moves if move != MOVE] or ["structure"]
         raise CompressError(
@@ -91,7 +91,7 @@ def stream_of(job: Job) -> Stream | None:
         ) from error
 
 
-def found_stream(job: Job) -> Stream:
+def find_stream(job: Job) -> Stream:
     """The residual stream, asked for or not.
 
     Raises:
@@ -107,7 +107,7 @@ def found_stream(job: Job) -> Stream:
         )
 
 
-def levels(job: Job, stream: Stream) -> list[int]:
+def candidate_widths(job: Job, stream: Stream) -> list[int]:
     """The widths to try, the widest first: the recipe's fractions at multiples of the target's step.
 
     Fractions are of the width of the model that was asked about; where that was cut before, there may be
@@ -147,7 +147,7 @@ class Directions:
         return max(0.0, float(1 - inside / self.moments.sum()))
 
 
-def directions(job: Job, stream: Stream) -> Directions:
+def measure_directions(job: Job, stream: Stream) -> Directions:
     """The directions of the stream on the calibration data."""
     with job.stages("stream moments"):
         second = hidden_width.moments(job.task.model, stream, job.calibration)
@@ -178,10 +178,10 @@ def narrow(job: Job, found: Directions, units: int) -> Job:
         down=down if before is None else down @ before.down,
         stated=not recorded,
     )
-    return _at(job, model, tuple(narrow_site(site, stream, units) for site in job.sites), less)
+    return _narrowed_job(job, model, tuple(narrow_site(site, stream, units) for site in job.sites), less)
 
 
-def begun(job: Job, last: Job, model: nn.Module) -> Job:
+def from_previous(job: Job, last: Job, model: nn.Module) -> Job:
     """A job on the dense model, at what another member of its family has become.
 
     Args:
@@ -192,10 +192,10 @@ def begun(job: Job, last: Job, model: nn.Module) -> Job:
     """
     if last.narrowed is None:
         return job.on(model)
-    return _at(job, model, last.sites, replace(last.narrowed, wide=job))
+    return _narrowed_job(job, model, last.sites, replace(last.narrowed, wide=job))
 
 
-def _at(job: Job, model: nn.Module, sites: tuple[Site, ...], less: Narrowed) -> Job:
+def _narrowed_job(job: Job, model: nn.Module, sites: tuple[Site, ...], less: Narrowed) -> Job:
     """The job with a narrower model, in a folder of its own."""
     task = copy.copy(job.task)
     task.model = model
@@ -226,51 +226,52 @@ def narrow_site(site: Site, stream: Stream, units: int) -> Site:
 
 
 @dataclass
-class _Race:
+class _WidthTrials:
     """The best plan so far, and what came of every width."""
 
     asked: float
-    best: Found | None = None
+    best: SearchResult | None = None
     tried: dict[int, Width] = field(default_factory=dict)
-    refusals: dict[int, OutOfReachError] = field(default_factory=dict)
+    unreachable: dict[int, OutOfReachError] = field(default_factory=dict)
 
-    def enter(self, width: Width, job: Job, choose: Callable[[Job], Found]) -> None:
+    def search_width(self, width: Width, job: Job, choose: Callable[[Job], SearchResult]) -> None:
         """Search one width, that of `job`."""
         try:
             found = choose(job)
         except OutOfReachError as error:
-            self.refusals[width.units] = error
-            self.tried[width.units] = width.model_copy(update={"why": TOO_SLOW})
+            self.unreachable[width.units] = error
+            self.tried[width.units] = width.model_copy(update={"why": REASON_TOO_SLOW})
             return
-        menus = found.ground.menus
+        menus = found.space.table
         self.tried[width.units] = width.model_copy(
             update={
                 "latency_ms": menus.latency_ms(menus.dense),
-                "source": found.ground.costs.source,
-                "plan_loss": found.turn.loss,
+                "source": found.space.costs.source,
+                "plan_loss": found.iteration.loss,
                 "plan_speedup": found.speedup,
-                "why": MISSED if found.rank(self.asked)[0] else WORSE,
+                "why": REASON_MISSED if found.rank(self.asked)[0] else REASON_WORSE,
             }
         )
         if self.best is None or found.rank(self.asked) < self.best.rank(self.asked):
             self.best = found
 
-    def hopeless(self, width: Width) -> bool:
+    def cannot_win(self, width: Width) -> bool:
         """Whether a width cannot win, since nothing that is removed besides makes its loss smaller."""
         if self.best is None or (False, width.loss) < self.best.rank(self.asked):
             return False
-        why = f"with all units it loses {width.loss:.3g}, and another width's plan {self.best.turn.loss:.3g}"
+        other = self.best.iteration.loss
+        why = f"loss {width.loss:.3g} with all units; the best plan of another width has {other:.3g}"
         self.tried[width.units] = width.model_copy(update={"why": why})
         return True
 
 
 def search_widths(
-    ground: Ground,
+    ground: SearchSpace,
     stream: Stream,
     asked: float,
-    prepare: Callable[[Job], Ground],
-    choose: Callable[[Ground], Found],
-) -> tuple[Found, tuple[Width, ...]]:
+    prepare: Callable[[Job], SearchSpace],
+    choose: Callable[[SearchSpace], SearchResult],
+) -> tuple[SearchResult, tuple[Width, ...]]:
     """The best plan over the whole width and narrower ones, and what came of each width.
 
     Args:
@@ -283,52 +284,57 @@ def search_widths(
     Raises:
         OutOfReachError: no width reaches the budget.
     """
-    job, costs, race = ground.job, ground.costs, _Race(asked)
-    units = levels(job, stream)
+    job, costs, race = ground.job, ground.costs, _WidthTrials(asked)
+    units = candidate_widths(job, stream)
     loss = 0.0 if job.narrowed is None else ground.judge.of(job.task.model)
     whole = Width(units=stream.width, loss=loss, latency_ms=costs.dense_ms, source=costs.source)
-    race.enter(whole, job, lambda _: choose(ground))
-    seen = directions(job, stream)
-    for trial in _by_promise(ground, seen, units, race.best):
-        if not race.hopeless(trial):
+    race.search_width(whole, job, lambda _: choose(ground))
+    seen = measure_directions(job, stream)
+    for trial in _ranked_widths(ground, seen, units, race.best):
+        if not race.cannot_win(trial):
             said = f"divergence {trial.loss:.3g} with all units"
             job.stages.progress.say(f"hidden width {trial.units} of {stream.width}: {said}")
-            race.enter(trial, narrow(job, seen, trial.units), lambda own: choose(prepare(own)))
+            race.search_width(trial, narrow(job, seen, trial.units), lambda own: choose(prepare(own)))
     best = race.best
     if best is None:
-        raise race.refusals[min(race.refusals)]
-    less = best.ground.job.narrowed
+        raise race.unreachable[min(race.unreachable)]
+    less = best.space.job.narrowed
     kept = race.tried[stream.width if less is None else less.units]
-    why = FASTEST if best.rank(asked)[0] else BEST
+    why = REASON_FASTEST if best.rank(asked)[0] else REASON_BEST
     race.tried[kept.units] = kept.model_copy(update={"chosen": True, "why": why})
     return best, tuple(race.tried[one] for one in sorted(race.tried, reverse=True))
 
 
-def _by_promise(ground: Ground, seen: Directions, units: list[int], best: Found | None) -> list[Width]:
+def _ranked_widths(
+    ground: SearchSpace, seen: Directions, units: list[int], best: SearchResult | None
+) -> list[Width]:
     """The widths with their losses, judged with all units in place, the most promising first.
 
     A promise is that loss, and what the single losses of the sites at the whole width say of taking the
     rest of the time that the best plan there takes.
     """
-    job, menus = ground.job, ground.menus
-    limit_ms = menus.latency_ms(menus.cheapest()) if best is None else best.turn.predicted_ms
+    job, menus = ground.job, ground.table
+    limit_ms = menus.latency_ms(menus.cheapest()) if best is None else best.iteration.predicted_ms
     promises: list[tuple[float, Width]] = []
     with job.stages("narrow") as tick:
         for number, width in enumerate(units, 1):
-            loss, share = ground.judge.of(narrow_model(job, seen, width)), _share(job, seen.stream, width)
+            loss, share = (
+                ground.judge.of(narrow_model(job, seen, width)),
+                _time_share(job, seen.stream, width),
+            )
             ms = share * ground.costs.dense_ms
             trial = Width(units=width, loss=loss, latency_ms=ms, source="estimated")
-            promises.append((loss + _rest(menus, limit_ms / share), trial))
+            promises.append((loss + _estimated_loss(menus, limit_ms / share), trial))
             tick(number, len(units))
     return [trial for _, trial in sorted(promises, key=lambda pair: pair[0])]
 
 
-def outlook(job: Job, stream: Stream, dense_ms: float) -> list[dict[str, object]]:
+def estimate_widths(job: Job, stream: Stream, dense_ms: float) -> list[dict[str, object]]:
     """What each width would take and lose by itself, before anything is built; times are estimates."""
-    seen = directions(job, stream)
+    seen = measure_directions(job, stream)
     rows: list[dict[str, object]] = []
-    for units in levels(job, stream):
-        share = _share(job, stream, units)
+    for units in candidate_widths(job, stream):
+        share = _time_share(job, stream, units)
         rows.append(
             {
                 "width": units,
@@ -340,7 +346,7 @@ def outlook(job: Job, stream: Stream, dense_ms: float) -> list[dict[str, object]
     return rows
 
 
-def _share(job: Job, stream: Stream, units: int) -> float:
+def _time_share(job: Job, stream: Stream, units: int) -> float:
     """The time of all sites at a width, by the roofline, as a share of what they take at the whole one."""
 
     def total(sites: tuple[Site, ...]) -> float:
@@ -349,45 +355,45 @@ def _share(job: Job, stream: Stream, units: int) -> float:
     return total(tuple(narrow_site(site, stream, units) for site in job.sites)) / total(job.sites)
 
 
-def _rest(menus: Menus, limit_ms: float) -> float:
+def _estimated_loss(menus: CandidateTable, limit_ms: float) -> float:
     """What the sites would lose, by their single losses, in a model of the whole width within a time."""
     room = menus.whole.room_ms(limit_ms)
     try:
-        return knapsack.total(menus.scaled, knapsack.knapsack(menus.scaled, room))[1]
+        return knapsack.totals(menus.scaled, knapsack.solve(menus.scaled, room))[1]
     except knapsack.UnreachableError:
         return sum(float(menu.error.max()) for menu in menus.scaled)
 
 
-def told(result: Report, found: Found, widths: tuple[Width, ...]) -> Report:
+def add_to_report(result: Report, found: SearchResult, widths: tuple[Width, ...]) -> Report:
     """The report with the residual site where it was cut, and the widths that were tried, also in words."""
-    sites, less = list(result.sites), found.ground.job.narrowed
+    sites, less = list(result.sites), found.space.job.narrowed
     if less is not None:
-        sites.append(_site_report(less, found.ground))
+        sites.append(_site_report(less, found.space))
     ends = result.waterfall[0].ms, result.waterfall[-1].ms
     return result.model_copy(
         update={
             "sites": tuple(sites),
             "widths": widths,
             "waterfall": schema.steps(*ends, sites),
-            "attribution": (*result.attribution, *map(_line, widths)),
+            "attribution": (*result.attribution, *map(_summary_line, widths)),
         }
     )
 
 
-def _site_report(less: Narrowed, ground: Ground) -> SiteReport:
+def _site_report(less: Narrowed, ground: SearchSpace) -> SiteReport:
     """The residual site: every other one lies in it, so its times are those of the whole model."""
     return SiteReport(
         name=less.site.name,
         kind=less.site.kind,
         option=Chosen(units=less.units, units_total=less.site.units),
         error=less.error,
-        latency_ms=ground.menus.latency_ms(ground.menus.dense),
+        latency_ms=ground.table.latency_ms(ground.table.dense),
         dense_latency_ms=ground.costs.dense_ms,
         source=ground.costs.source,
     )
 
 
-def _line(width: Width) -> str:
+def _summary_line(width: Width) -> str:
     said = "" if width.source == "measured" else " (estimate)"
     alone = f"divergence {width.loss:.3g} and {width.latency_ms:.3g} ms{said} with all units"
     plan = ""

@@ -9,11 +9,11 @@ from torch import nn
 
 from compress.calibration import activation_statistics
 from compress.distributed import collectives
-from compress.distributed.collectives import Call
+from compress.distributed.collectives import Command
 from compress.ir import Site
 from compress.methods import candidate_store
 from compress.pipeline import job, recovery
-from compress.pipeline.recovery import Desk
+from compress.pipeline.recovery import RecoveryContext
 from compress.recipe import Recipe, Recovery
 from compress.sites import prune
 from compress.tasks.task import Batch, Task
@@ -26,13 +26,13 @@ def serve() -> int:
         CompressError: the first process has ended without a word.
     """
     follower = Follower()
-    acts: dict[str, Callable[[Call], None]] = {
+    acts: dict[str, Callable[[Command], None]] = {
         "load": follower.load,
         "calibrate": follower.calibrate,
         "recover": follower.recover,
     }
     while True:
-        call = collectives.called()
+        call = collectives.receive_command()
         if call.act == collectives.END:
             return int(call.words["code"])
         with contextlib.suppress(Exception):  # the first process knows of it, and says what follows
@@ -45,11 +45,11 @@ class Follower:
     task: Task
     batches: tuple[Batch, ...]
 
-    def load(self, call: Call) -> None:
+    def load(self, call: Command) -> None:
         """Load what the first process loads."""
         self.task, self.batches = job.load(Recipe.model_validate(call.words["recipe"]))
 
-    def calibrate(self, call: Call) -> None:
+    def calibrate(self, call: Command) -> None:
         """Observe a share of the calibration data."""
         activation_statistics.observe(
             self.task,
@@ -61,15 +61,15 @@ class Follower:
             readers=call.words["readers"],
         )
 
-    def recover(self, call: Call) -> None:
+    def recover(self, call: Command) -> None:
         """Tune the same student on a part of every batch."""
-        with collectives.working(), tempfile.TemporaryDirectory(prefix="compress-") as answers:
+        with collectives.synchronized(), tempfile.TemporaryDirectory(prefix="compress-") as answers:
             sites = _sites(call)
             removals = {
                 name: candidate_store.unpacked(candidate_store.below(call.tensors, f"{name}/"), form)
                 for name, form in call.words["forms"].items()
             }
-            desk = Desk(
+            desk = RecoveryContext(
                 self.task,
                 sites,
                 _nothing,
@@ -77,7 +77,7 @@ class Follower:
                 lambda line: None,
                 Path(answers),
             )
-            recovery.learn(
+            recovery.train_student(
                 desk,
                 Recovery.model_validate(call.words["recovery"]),
                 prune.shrink(self.task.model, sites, removals),
@@ -95,5 +95,5 @@ def _unseen(done: int, work: int) -> None:
     """The first process draws progress."""
 
 
-def _sites(call: Call) -> tuple[Site, ...]:
+def _sites(call: Command) -> tuple[Site, ...]:
     return tuple(Site.model_validate(site) for site in call.words["sites"])

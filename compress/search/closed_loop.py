@@ -15,12 +15,12 @@ import numpy as np
 from compress.errors import CompressError
 from compress.ir import Document, Option, Whole
 from compress.search import knapsack
-from compress.search.knapsack import Choices, Menu, UnreachableError
+from compress.search.knapsack import Choices, OptionCosts, UnreachableError
 
-WINDOW = 1.05
-PATIENT = 3  # turns after which a plan that is faster than the window asks for will do
-LEAST = 1e-3  # of the dense model's time: beyond the known points, lines may come to nothing
-AIM = 1.022  # where in the window to aim: a timer's noise on either side stays inside
+SPEEDUP_WINDOW = 1.05
+ITERATIONS_BEFORE_FASTER_PLAN = 3  # turns after which a plan that is faster than the window asks for will do
+MIN_LATENCY_SHARE = 1e-3  # of the dense model's time: beyond the known points, lines may come to nothing
+TARGET_OVERSHOOT = 1.022  # where in the window to aim: a timer's noise on either side stays inside
 Progress = Callable[[int, int], None]
 
 
@@ -37,7 +37,7 @@ class Timing(Document):
     measured_ms: float
 
 
-class Round(Document):
+class Iteration(Document):
     """One turn of the loop. `limit_ms` bounds the predicted time of the plan, `choices` are by site."""
 
     limit_ms: float
@@ -52,21 +52,21 @@ class Round(Document):
         return 0.0 if self.timing is None else self.timing.speedup
 
 
-class Rounds(Document):
+class SearchHistory(Document):
     """All turns so far, so that a killed run goes on with the next one."""
 
-    rounds: tuple[Round, ...] = ()
+    rounds: tuple[Iteration, ...] = ()
 
-    def chosen(self, asked: float) -> Round:
+    def chosen(self, asked: float) -> Iteration:
         """The turn to keep: the least compressed that met the request, else the fastest."""
         met = [turn for turn in self.rounds if turn.speedup >= asked]
         if met:
-            return min(met, key=lambda turn: (turn.speedup > asked * WINDOW, turn.loss))
+            return min(met, key=lambda turn: (turn.speedup > asked * SPEEDUP_WINDOW, turn.loss))
         return max(self.rounds, key=lambda turn: turn.speedup)
 
 
 @dataclass(frozen=True)
-class Menus:
+class CandidateTable:
     """The options of every site with their costs, and with two views of what they damage.
 
     `prior[i]` holds the costs of `options[i]` with the layer error, `scaled[i]` the same costs with the
@@ -77,14 +77,14 @@ class Menus:
     kinds: tuple[str, ...]
     options: tuple[tuple[Option, ...], ...]
     totals: tuple[int, ...]
-    prior: tuple[Menu, ...]
-    scaled: tuple[Menu, ...]
+    prior: tuple[OptionCosts, ...]
+    scaled: tuple[OptionCosts, ...]
     whole: Whole
 
     def latency_ms(self, choices: Choices) -> float:
         """Predicted time of the whole model."""
-        found = self.whole.latency_ms(knapsack.total(self.prior, choices)[0])
-        return max(found, LEAST * self.whole.dense_ms)
+        found = self.whole.latency_ms(knapsack.totals(self.prior, choices)[0])
+        return max(found, MIN_LATENCY_SHARE * self.whole.dense_ms)
 
     @property
     def dense(self) -> Choices:
@@ -107,7 +107,7 @@ class Menus:
 
 
 @dataclass(frozen=True)
-class Effort:
+class SearchEffort:
     """How hard `choose` tries; a `uniform` plan is the baseline without any search."""
 
     generations: int
@@ -116,11 +116,11 @@ class Effort:
     uniform: bool = False
 
 
-def choose(
-    menus: Menus,
+def search_plan(
+    menus: CandidateTable,
     limit_ms: float,
     judge: Callable[[Choices], float],
-    effort: Effort,
+    effort: SearchEffort,
     *,
     known: Sequence[Choices] = (),
     progress: Progress | None = None,
@@ -139,11 +139,11 @@ def choose(
             np.array([1.0 if option.units is None else option.units / total for option in options])
             for options, total in zip(menus.options, menus.totals, strict=True)
         ]
-        choices = knapsack.uniform(menus.prior, shares, room)
+        choices = knapsack.solve_uniform(menus.prior, shares, room)
         return choices, judge(choices)
-    starts = {knapsack.knapsack(menus.prior, room), knapsack.knapsack(menus.scaled, room)}
-    starts |= set(_unmixed(menus, room))
-    starts |= {plan for plan in known if knapsack.total(menus.prior, plan)[0] <= room}
+    starts = {knapsack.solve(menus.prior, room), knapsack.solve(menus.scaled, room)}
+    starts |= set(_single_method_plans(menus, room))
+    starts |= {plan for plan in known if knapsack.totals(menus.prior, plan)[0] <= room}
     start = min(sorted(starts), key=judge)
     return knapsack.evolve(
         menus.scaled,
@@ -157,13 +157,13 @@ def choose(
     )
 
 
-def _unmixed(menus: Menus, room: float) -> Iterator[Choices]:
+def _single_method_plans(menus: CandidateTable, room: float) -> Iterator[Choices]:
     """For every way to run products, the best plan within `room` that leaves a site dense or takes that way.
 
     Losses of different ways are compared from few probes, so that a mix may look better than it is: with
     these among the starts, what one way alone would reach is not lost.
     """
-    ways = [[_way(option) for option in row] for row in menus.options]
+    ways = [[_method(option) for option in row] for row in menus.options]
     for way in sorted({way for row in ways for way in row}):
         places = [
             [
@@ -173,32 +173,34 @@ def _unmixed(menus: Menus, room: float) -> Iterator[Choices]:
             ]
             for pair in zip(ways, menus.options, strict=True)
         ]
-        parts = [Menu(menu.cost[at], menu.error[at]) for menu, at in zip(menus.scaled, places, strict=True)]
+        parts = [
+            OptionCosts(menu.cost[at], menu.error[at]) for menu, at in zip(menus.scaled, places, strict=True)
+        ]
         try:
-            chosen = knapsack.knapsack(parts, room)
+            chosen = knapsack.solve(parts, room)
         except UnreachableError:
             continue
         yield tuple(at[option] for at, option in zip(places, chosen, strict=True))
 
 
-def _way(option: Option) -> str:
+def _method(option: Option) -> str:
     """How products run, without the numbers: `block` for every shape and density of block."""
     return "+".join(part.partition(":")[0] for part in option.form.split("+"))
 
 
-def close(
-    menus: Menus,
+def search_until_met(
+    menus: CandidateTable,
     asked: float,
     dense_ms: float,
     judge: Callable[[Choices], float],
-    effort: Effort,
+    effort: SearchEffort,
     time_plan: Callable[[dict[str, Option]], Timing],
     *,
     rounds: int,
-    stored: Rounds,
-    keep: Callable[[Rounds], None],
+    stored: SearchHistory,
+    keep: Callable[[SearchHistory], None],
     progress: Callable[[str], Progress],
-) -> Rounds:
+) -> SearchHistory:
     """Turn the loop until the measured speedup is in the window, at most `rounds` times.
 
     Args:
@@ -218,48 +220,48 @@ def close(
     """
     history = stored
     known = [menus.indices(turn.choices) for turn in history.rounds]
-    while len(history.rounds) < rounds and not _enough(history, asked):
+    while len(history.rounds) < rounds and not _is_met(history, asked):
         limit_ms = _limit_ms(history, asked, dense_ms)
         first = not history.rounds
         work = (
             effort
             if first
-            else Effort(effort.generations // 3, effort.offspring, effort.seed, effort.uniform)
+            else SearchEffort(effort.generations // 3, effort.offspring, effort.seed, effort.uniform)
         )
         ticks = progress(f"search {len(history.rounds) + 1}")
         try:
-            choices, loss = choose(menus, limit_ms, judge, work, known=known, progress=ticks)
+            choices, loss = search_plan(menus, limit_ms, judge, work, known=known, progress=ticks)
         except UnreachableError:
             choices = menus.cheapest()
             loss = judge(choices)
         timing = time_plan(menus.named(choices))
-        turn = Round(
+        turn = Iteration(
             limit_ms=limit_ms,
             predicted_ms=menus.latency_ms(choices),
             choices=menus.named(choices),
             loss=loss,
             timing=timing,
         )
-        history = Rounds(rounds=(*history.rounds, turn))
+        history = SearchHistory(rounds=(*history.rounds, turn))
         keep(history)
         if choices == menus.cheapest() and timing.speedup < asked:
-            raise out_of_reach(menus, asked, dense_ms, timing)
+            raise unreachable(menus, asked, dense_ms, timing)
         if choices in known:
             break
         known.append(choices)
     return history
 
 
-def _enough(history: Rounds, asked: float) -> bool:
+def _is_met(history: SearchHistory, asked: float) -> bool:
     """The last plan lies in the window; or several were tried, and one of them is fast enough."""
     if not history.rounds:
         return False
-    inside = asked <= history.rounds[-1].speedup <= asked * WINDOW
-    tried = len(history.rounds) >= PATIENT
+    inside = asked <= history.rounds[-1].speedup <= asked * SPEEDUP_WINDOW
+    tried = len(history.rounds) >= ITERATIONS_BEFORE_FASTER_PLAN
     return inside or (tried and any(turn.speedup >= asked for turn in history.rounds))
 
 
-def _limit_ms(history: Rounds, asked: float, dense_ms: float) -> float:
+def _limit_ms(history: SearchHistory, asked: float, dense_ms: float) -> float:
     """The bound on predicted time: what was asked, moved by how far measurements were off so far.
 
     All of them count alike, since a single one is as noisy as the machine, and following the last one
@@ -267,10 +269,12 @@ def _limit_ms(history: Rounds, asked: float, dense_ms: float) -> float:
     machine which has become slower since the tables were made does not look like a slower plan.
     """
     off = [math.log(dense_ms / turn.speedup / turn.predicted_ms) for turn in history.rounds]
-    return dense_ms / (asked * AIM) / math.exp(sum(off) / max(1, len(off)))
+    return dense_ms / (asked * TARGET_OVERSHOOT) / math.exp(sum(off) / max(1, len(off)))
 
 
-def out_of_reach(menus: Menus, asked: float, dense_ms: float, timing: Timing | None) -> OutOfReachError:
+def unreachable(
+    menus: CandidateTable, asked: float, dense_ms: float, timing: Timing | None
+) -> OutOfReachError:
     """Why a speedup cannot be had, what can, and by which moves."""
     least_ms = menus.latency_ms(menus.cheapest())
     reach = dense_ms / least_ms if timing is None else timing.speedup

@@ -21,12 +21,12 @@ Choices = tuple[int, ...]
 Fitness = Callable[[Choices], float]
 Progress = Callable[[int, int], None]
 
-SLACK = 1e-9  # relative room for sums of floats; far below any timer's resolution
-PATIENCE = 6  # generations without a better choice, after which the search ends
+RELATIVE_TOLERANCE = 1e-9  # relative room for sums of floats; far below any timer's resolution
+PATIENCE_GENERATIONS = 6  # generations without a better choice, after which the search ends
 
 
 @dataclass(frozen=True)
-class Menu:
+class OptionCosts:
     """What one site may become: `cost[i]` and `error[i]` of its option i, both non-negative."""
 
     cost: Floats
@@ -50,14 +50,14 @@ class UnreachableError(CompressError):
         self.least = least
 
 
-def total(menus: Sequence[Menu], choices: Choices) -> tuple[float, float]:
+def totals(menus: Sequence[OptionCosts], choices: Choices) -> tuple[float, float]:
     """Summed cost and summed error of one option per site."""
     pairs = list(zip(menus, choices, strict=True))
     cost = sum(float(menu.cost[option]) for menu, option in pairs)
     return cost, sum(float(menu.error[option]) for menu, option in pairs)
 
 
-def knapsack(menus: Sequence[Menu], budget: float) -> Choices:
+def solve(menus: Sequence[OptionCosts], budget: float) -> Choices:
     """The choice with the least summed error among all whose summed cost is within `budget`.
 
     Exact: Pareto fronts of partial sums are merged site by site, and a partial sum is dropped only
@@ -71,7 +71,7 @@ def knapsack(menus: Sequence[Menu], budget: float) -> Choices:
     >>> knapsack([cheap, cheap], 5.0) in {(0, 1), (1, 0)}
     True
     """
-    limit = budget * (1 + SLACK)
+    limit = budget * (1 + RELATIVE_TOLERANCE)
     least = sum(float(menu.cost.min()) for menu in menus)
     if least > limit:
         raise UnreachableError(budget, least)
@@ -79,8 +79,8 @@ def knapsack(menus: Sequence[Menu], budget: float) -> Choices:
     rest_cost = np.zeros(len(menus) + 1)
     for site in range(len(menus) - 1, -1, -1):
         rest_cost[site] = rest_cost[site + 1] + menus[site].cost.min()
-    incumbent = total(menus, _greedy(menus, hulls, limit))[1]
-    incumbent += SLACK * max(1.0, abs(incumbent))
+    incumbent = totals(menus, _greedy(menus, hulls, limit))[1]
+    incumbent += RELATIVE_TOLERANCE * max(1.0, abs(incumbent))
 
     cost, error = np.zeros(1), np.zeros(1)
     history: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
@@ -90,7 +90,7 @@ def knapsack(menus: Sequence[Menu], budget: float) -> Choices:
         room = limit - costs
         points = _relaxation(menus[site + 1 :], hulls[site + 1 :])
         hopeful = errors + np.interp(room, *points) <= incumbent
-        order = np.flatnonzero(hopeful & (room >= rest_cost[site + 1] * (1 - SLACK)))
+        order = np.flatnonzero(hopeful & (room >= rest_cost[site + 1] * (1 - RELATIVE_TOLERANCE)))
         order = order[np.lexsort((errors[order], costs[order]))]
         best = np.minimum.accumulate(errors[order])
         fresh = np.ones(len(order), dtype=bool)
@@ -107,7 +107,7 @@ def knapsack(menus: Sequence[Menu], budget: float) -> Choices:
     return tuple(reversed(choices))
 
 
-def _hull(menu: Menu) -> list[int]:
+def _hull(menu: OptionCosts) -> list[int]:
     """Options on the lower convex hull of (cost, error), from the cheapest on."""
     order = np.lexsort((menu.error, menu.cost))
     hull: list[int] = []
@@ -124,7 +124,7 @@ def _hull(menu: Menu) -> list[int]:
     return hull
 
 
-def _steps(menus: Sequence[Menu], hulls: Sequence[list[int]]) -> list[tuple[float, int, int]]:
+def _hull_edges(menus: Sequence[OptionCosts], hulls: Sequence[list[int]]) -> list[tuple[float, int, int]]:
     """Every hull edge as (error change per cost, site, position), the most useful first."""
     edges: list[tuple[float, int, int]] = []
     for site, (menu, hull) in enumerate(zip(menus, hulls, strict=True)):
@@ -135,12 +135,12 @@ def _steps(menus: Sequence[Menu], hulls: Sequence[list[int]]) -> list[tuple[floa
     return sorted(edges)
 
 
-def _greedy(menus: Sequence[Menu], hulls: Sequence[list[int]], limit: float) -> Choices:
+def _greedy(menus: Sequence[OptionCosts], hulls: Sequence[list[int]], limit: float) -> Choices:
     """A feasible choice: from the cheapest, take hull edges while there is room."""
     positions = [0] * len(menus)
     spent = sum(float(menu.cost[hull[0]]) for menu, hull in zip(menus, hulls, strict=True))
     blocked: set[int] = set()
-    for _, site, position in _steps(menus, hulls):
+    for _, site, position in _hull_edges(menus, hulls):
         menu, hull = menus[site], hulls[site]
         extra = float(menu.cost[hull[position]] - menu.cost[hull[position - 1]])
         if site in blocked or spent + extra > limit:
@@ -150,24 +150,24 @@ def _greedy(menus: Sequence[Menu], hulls: Sequence[list[int]], limit: float) -> 
     return tuple(hull[position] for hull, position in zip(hulls, positions, strict=True))
 
 
-def _relaxation(menus: Sequence[Menu], hulls: Sequence[list[int]]) -> tuple[Floats, Floats]:
+def _relaxation(menus: Sequence[OptionCosts], hulls: Sequence[list[int]]) -> tuple[Floats, Floats]:
     """Break points (cost, error) of the linear relaxation over all `menus`."""
     cost = [sum(float(menu.cost[hull[0]]) for menu, hull in zip(menus, hulls, strict=True))]
     error = [sum(float(menu.error[hull[0]]) for menu, hull in zip(menus, hulls, strict=True))]
-    for _, site, position in _steps(menus, hulls):
+    for _, site, position in _hull_edges(menus, hulls):
         a, b = hulls[site][position - 1], hulls[site][position]
         cost.append(cost[-1] + float(menus[site].cost[b] - menus[site].cost[a]))
         error.append(error[-1] + float(menus[site].error[b] - menus[site].error[a]))
     return np.array(cost), np.array(error)
 
 
-def front(menus: Sequence[Menu], budgets: Sequence[float]) -> list[Choices]:
+def pareto_front(menus: Sequence[OptionCosts], budgets: Sequence[float]) -> list[Choices]:
     """The best choice within each budget that can be met, in the order of `budgets`."""
     least = sum(float(menu.cost.min()) for menu in menus)
-    return [knapsack(menus, budget) for budget in budgets if budget * (1 + SLACK) >= least]
+    return [solve(menus, budget) for budget in budgets if budget * (1 + RELATIVE_TOLERANCE) >= least]
 
 
-def uniform(menus: Sequence[Menu], fractions: Sequence[Floats], budget: float) -> Choices:
+def solve_uniform(menus: Sequence[OptionCosts], fractions: Sequence[Floats], budget: float) -> Choices:
     """The largest common fraction of units that meets `budget`: the baseline without a search.
 
     `fractions[i]` holds the share of units that each option of site i keeps. Every site takes its
@@ -179,12 +179,12 @@ def uniform(menus: Sequence[Menu], fractions: Sequence[Floats], budget: float) -
     shares = np.unique(np.concatenate([np.asarray(share) for share in fractions]))
     for share in shares[::-1]:
         choices = tuple(int(np.argmin(np.abs(np.asarray(own) - share))) for own in fractions)
-        if total(menus, choices)[0] <= budget * (1 + SLACK):
+        if totals(menus, choices)[0] <= budget * (1 + RELATIVE_TOLERANCE):
             return choices
-    raise UnreachableError(budget, total(menus, choices)[0])
+    raise UnreachableError(budget, totals(menus, choices)[0])
 
 
-def probes(errors: Floats, count: int = 4) -> list[int]:
+def probe_options(errors: Floats, count: int = 4) -> list[int]:
     """Options whose errors are spread evenly, in square root, between lossless and the worst.
 
     A site's loss is measured at these few options only; `sensitivities` interpolates between them.
@@ -194,15 +194,15 @@ def probes(errors: Floats, count: int = 4) -> list[int]:
     return sorted(option for option in chosen if errors[option] > 0)
 
 
-def sensitivities(
-    menus: Sequence[Menu],
+def measure_sensitivities(
+    menus: Sequence[OptionCosts],
     dense: Choices,
     fitness: Fitness,
     *,
     groups: Sequence[Sequence[str]] | None = None,
     count: int = 4,
     progress: Progress | None = None,
-) -> list[Menu]:
+) -> list[OptionCosts]:
     """Menus whose errors are the stitched model's own loss when that site alone is changed.
 
     Finite differences at `count` options of each site (methods 8.2), interpolated over the layer
@@ -220,7 +220,7 @@ def sensitivities(
     asked: list[tuple[tuple[int, str], int]] = []
     for (site, group), own in curves.items():
         many = count if group == named[site][dense[site]] else max(1, count // 2)
-        asked += [((site, group), int(own[at])) for at in probes(menus[site].error[own], many)]
+        asked += [((site, group), int(own[at])) for at in probe_options(menus[site].error[own], many)]
     losses: dict[tuple[int, str], dict[int, float]] = {key: {} for key in curves}
     for done, (key, option) in enumerate(asked, 1):
         trial = (*dense[: key[0]], option, *dense[key[0] + 1 :])
@@ -238,11 +238,11 @@ def sensitivities(
         xs, ys = np.array([error for error, _ in known]), np.array([loss for _, loss in known])
         # A trace of the layer error breaks ties where the loss cannot tell two options apart.
         errors[site][own] = np.interp(menu.error[own], xs, np.maximum.accumulate(ys)) + 1e-6 * menu.error[own]
-    return [Menu(menu.cost, own) for menu, own in zip(menus, errors, strict=True)]
+    return [OptionCosts(menu.cost, own) for menu, own in zip(menus, errors, strict=True)]
 
 
 def evolve(
-    menus: Sequence[Menu],
+    menus: Sequence[OptionCosts],
     start: Choices,
     budget: float,
     fitness: Fitness,
@@ -261,14 +261,14 @@ def evolve(
     Raises:
         UnreachableError: `start` itself is over `budget`.
     """
-    spent = total(menus, start)[0]
-    if spent > budget * (1 + SLACK):
+    spent = totals(menus, start)[0]
+    if spent > budget * (1 + RELATIVE_TOLERANCE):
         raise UnreachableError(budget, spent)
     random = np.random.default_rng(seed)
     known = {start: fitness(start)}
     best, since = start, 0
     for generation in range(generations):
-        if since == PATIENCE:
+        if since == PATIENCE_GENERATIONS:
             break
         children = set()
         for _ in range(offspring * 8):
@@ -289,9 +289,11 @@ def evolve(
     return best, known[best]
 
 
-def _mutate(menus: Sequence[Menu], parent: Choices, budget: float, random: np.random.Generator) -> Choices:
+def _mutate(
+    menus: Sequence[OptionCosts], parent: Choices, budget: float, random: np.random.Generator
+) -> Choices:
     """A neighbour of `parent` within `budget`: cheaper at one or two sites, dearer at others."""
-    ladders = [_ladder(menu) for menu in menus]
+    ladders = [_pareto_options(menu) for menu in menus]
     child = list(parent)
     squeezed = random.permutation(len(menus))[: int(random.integers(1, 3))].tolist()
     for site in squeezed:
@@ -299,11 +301,11 @@ def _mutate(menus: Sequence[Menu], parent: Choices, budget: float, random: np.ra
         if lower:
             reach = min(len(lower), 1 + int(random.geometric(0.5)))
             child[site] = lower[-int(random.integers(1, reach + 1))]
-    spent = total(menus, tuple(child))[0]
+    spent = totals(menus, tuple(child))[0]
     for site in random.permutation(len(menus)).tolist():
         if site in squeezed:
             continue
-        room = budget * (1 + SLACK) - spent + float(menus[site].cost[child[site]])
+        room = budget * (1 + RELATIVE_TOLERANCE) - spent + float(menus[site].cost[child[site]])
         now = menus[site].cost[child[site]]
         upper = [o for o in ladders[site] if now < menus[site].cost[o] <= room]
         if upper:
@@ -314,7 +316,7 @@ def _mutate(menus: Sequence[Menu], parent: Choices, budget: float, random: np.ra
     return tuple(child)
 
 
-def _ladder(menu: Menu) -> list[int]:
+def _pareto_options(menu: OptionCosts) -> list[int]:
     """Options that no other beats in both cost and error, from the cheapest on."""
     ladder: list[int] = []
     for option in np.lexsort((menu.error, menu.cost)).tolist():

@@ -14,7 +14,7 @@ from compress.sites.prune import Removal
 from compress.tasks.loading import Batch, Task
 
 
-class Stitched:
+class ModelObjective:
     """How far the model stitched from stored candidates is from the dense one.
 
     Only the products of sites that changed since the last call are swapped; the shape of the model
@@ -45,7 +45,7 @@ class Stitched:
         self._directory = directory
         self._menus = menus
         self._batches = batches
-        self._dense = list(logits(task, dense or task.model, batches))
+        self._dense = list(compute_logits(task, dense or task.model, batches))
         self._model = copy.deepcopy(task.model).eval()
         self._original = [prune.products(self._model, site) for site in sites]
         self._now = tuple(options.index(Option()) for options in menus)
@@ -63,7 +63,7 @@ class Stitched:
             if option == self._now[index]:
                 continue
             removal = self.removal(index, option)
-            self._unstitch(index)
+            self._restore_site(index)
             if removal is not None:
                 prune.stitch(self._model, site, removal)
                 quantized_layers.insert(
@@ -72,7 +72,7 @@ class Stitched:
         self._now = tuple(choices)
         return self.of(self._model)
 
-    def _unstitch(self, index: int) -> None:
+    def _restore_site(self, index: int) -> None:
         """Put a site back as it was in the dense model."""
         original = self._original[index]
         quantized_layers.remove(self._model, original.weights)
@@ -80,17 +80,17 @@ class Stitched:
 
     def of(self, model: nn.Module) -> float:
         """The mean divergence of any model with the same outputs."""
-        return divergence(self._task, model, self._batches, self._dense)
+        return mean_divergence(self._task, model, self._batches, self._dense)
 
 
 @torch.inference_mode()
-def logits(task: Task, model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+def compute_logits(task: Task, model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
     """The quality-carrying output of `model` for every batch."""
     return [task.logits(model(**batch.inputs)) for batch in batches]
 
 
 @torch.inference_mode()
-def divergence(
+def mean_divergence(
     task: Task,
     model: nn.Module,
     batches: Sequence[Batch],

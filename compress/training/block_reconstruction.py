@@ -29,20 +29,20 @@ from compress.sites.modeling import owner
 from compress.sites.prune import Removal
 from compress.tasks.task import Batch
 from compress.training import distillation, sltrain_layers
-from compress.training.distillation import Place
+from compress.training.distillation import HiddenState
 from compress.training.sltrain_layers import SparseLowRank
 
 EPOCHS = 4
-RATE = 5e-4
-LEAST = 0.2  # of the rate, at the end of its cosine
+LEARNING_RATE = 5e-4
+FINAL_RATE_SHARE = 0.2  # of the rate, at the end of its cosine
 
 
-class _ReachedError(Exception):
+class _ForwardStoppedError(Exception):
     """What was wanted of a forward pass is there; the rest is not needed."""
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class BlockExample:
     """One call of a block: its arguments, the dense model's answer in real rows, and where padding is."""
 
     args: tuple[object, ...]
@@ -51,7 +51,7 @@ class Example:
     batch: Batch
 
 
-def match(
+def reconstruct(
     model: nn.Module,
     sites: Sequence[Site],
     removals: Mapping[str, Removal],
@@ -72,16 +72,16 @@ def match(
     """
     small = prune.shrink(model, sites, removals).requires_grad_(False)
     found = dict(removals)
-    blocks: dict[Place, list[Site]] = {}
+    blocks: dict[HiddenState, list[Site]] = {}
     for site in sites:
         if site.name in removals and removals[site.name].factors:
-            (place,) = distillation.places(model, [site])
+            (place,) = distillation.hidden_states(model, [site])
             blocks.setdefault(place, []).append(site)
     for done, (place, inside) in enumerate(blocks.items(), 1):
         layers = _split(small, inside, removals)
         if layers:
-            shown = examples(model, small, place, batches, memory_mb)
-            learn(small.get_submodule(place.name), place, layers, shown)
+            shown = collect_examples(model, small, place, batches, memory_mb)
+            train_block(small.get_submodule(place.name), place, layers, shown)
         for site in inside:
             found[site.name] = _removal(site, removals[site.name], layers)
         sltrain_layers.merge(small)
@@ -91,15 +91,15 @@ def match(
 
 
 @torch.no_grad()
-def examples(
-    model: nn.Module, small: nn.Module, place: Place, batches: Sequence[Batch], memory_mb: int
-) -> list[Example]:
+def collect_examples(
+    model: nn.Module, small: nn.Module, place: HiddenState, batches: Sequence[Batch], memory_mb: int
+) -> list[BlockExample]:
     """How a compressed model calls one block, and what that block answers in the dense one; at least one."""
-    found: list[Example] = []
+    found: list[BlockExample] = []
     held = 0
     for batch in batches:
-        args, kwargs = _call(small, place, batch)
-        found.append(Example(args, kwargs, real_rows(_answer(model, place, batch), batch), batch))
+        args, kwargs = _block_arguments(small, place, batch)
+        found.append(BlockExample(args, kwargs, real_rows(_block_output(model, place, batch), batch), batch))
         held += sum(value.nbytes for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         held += found[-1].goal.nbytes
         if held > memory_mb * 1e6:
@@ -107,63 +107,65 @@ def examples(
     return found
 
 
-def _call(model: nn.Module, place: Place, batch: Batch) -> tuple[tuple[object, ...], dict[str, object]]:
+def _block_arguments(
+    model: nn.Module, place: HiddenState, batch: Batch
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """What the block is called with. A cache of keys and values is left out: it would grow at every call."""
     caught: list[tuple[tuple[object, ...], dict[str, object]]] = []
 
     def before(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         caught.append((args, kwargs))
-        raise _ReachedError
+        raise _ForwardStoppedError
 
     hook = model.get_submodule(place.name).register_forward_pre_hook(before, with_kwargs=True)
-    _until_reached(model, batch, hook.remove)
+    _run_until_stopped(model, batch, hook.remove)
     ((args, kwargs),) = caught
     plain = tuple(None if isinstance(value, Cache) else value for value in args)
     return plain, {name: value for name, value in kwargs.items() if not isinstance(value, Cache)}
 
 
-def _answer(model: nn.Module, place: Place, batch: Batch) -> Tensor:
+def _block_output(model: nn.Module, place: HiddenState, batch: Batch) -> Tensor:
     """What the block gives."""
     caught: list[object] = []
 
     def after(_: nn.Module, __: object, output: object) -> None:
         caught.append(output)
-        raise _ReachedError
+        raise _ForwardStoppedError
 
     hook = model.get_submodule(place.name).register_forward_hook(after)
-    _until_reached(model, batch, hook.remove)
+    _run_until_stopped(model, batch, hook.remove)
     return _hidden(caught[0], place)
 
 
-def _until_reached(model: nn.Module, batch: Batch, finish: Callable[[], None]) -> None:
+def _run_until_stopped(model: nn.Module, batch: Batch, finish: Callable[[], None]) -> None:
     try:
         model(**batch.inputs)
-    except _ReachedError:
+    except _ForwardStoppedError:
         return
     finally:
         finish()
 
 
-def _hidden(output: object, place: Place) -> Tensor:
+def _hidden(output: object, place: HiddenState) -> Tensor:
     value = output[place.output] if isinstance(output, (tuple, list)) else output
     assert isinstance(value, Tensor)
     return value
 
 
-def distance(block: nn.Module, place: Place, example: Example) -> Tensor:
+def distance(block: nn.Module, place: HiddenState, example: BlockExample) -> Tensor:
     """Squared distance of a block's answer from the goal, in units of the goal."""
     found = real_rows(_hidden(block(*example.args, **example.kwargs), place), example.batch)
     return (found - example.goal).square().sum() / example.goal.square().sum()
 
 
-def learn(
+def train_block(
     block: nn.Module,
-    place: Place,
+    place: HiddenState,
     layers: Mapping[str, SparseLowRank],
-    shown: Sequence[Example],
+    shown: Sequence[BlockExample],
     *,
     epochs: int = EPOCHS,
-    rate: float = RATE,
+    rate: float = LEARNING_RATE,
 ) -> tuple[float, float]:
     """Tune the split layers of a block in place; its mean distance before and after, never larger.
 
@@ -177,7 +179,7 @@ def learn(
     """
     values = [value for layer in layers.values() for value in layer.parameters() if value.requires_grad]
     start = [value.detach().clone() for value in values]
-    before = _mean(block, place, shown)
+    before = _mean_distance(block, place, shown)
     optimizer = torch.optim.Adam(values, lr=rate)
     random = torch.Generator().manual_seed(0)
     order: list[int] = [
@@ -185,11 +187,13 @@ def learn(
     ]
     for step, number in enumerate(order):
         for group in optimizer.param_groups:
-            group["lr"] = rate * (LEAST + (1 - LEAST) * (1 + math.cos(math.pi * step / len(order))) / 2)
+            group["lr"] = rate * (
+                FINAL_RATE_SHARE + (1 - FINAL_RATE_SHARE) * (1 + math.cos(math.pi * step / len(order))) / 2
+            )
         optimizer.zero_grad()
         torch.autograd.backward(distance(block, place, shown[number]))
         optimizer.step()
-    after = _mean(block, place, shown)
+    after = _mean_distance(block, place, shown)
     if after < before:
         return before, after
     with torch.no_grad():
@@ -199,7 +203,7 @@ def learn(
 
 
 @torch.no_grad()
-def _mean(block: nn.Module, place: Place, shown: Sequence[Example]) -> float:
+def _mean_distance(block: nn.Module, place: HiddenState, shown: Sequence[BlockExample]) -> float:
     return sum(float(distance(block, place, example)) for example in shown) / len(shown)
 
 

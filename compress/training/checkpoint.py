@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
-class Stored:
+class Checkpoint:
     """A checkpoint that is open: what is in it, and where to read from."""
 
     state: str
@@ -51,7 +51,7 @@ def write(
     end = 0
     for name, (dtype, shape) in shapes.items():
         start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": KINDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     words = json.dumps(header).encode()
     words += b" " * (-len(words) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,10 +63,10 @@ def write(
     half.replace(path)
 
 
-def opened(path: Path, stack: ExitStack) -> Stored | None:
+def open_checkpoint(path: Path, stack: ExitStack) -> Checkpoint | None:
     """A checkpoint that stays open as long as the stack does; None where there is no whole one."""
     try:
         file = stack.enter_context(safe_open(path, framework="pt"))
-        return Stored(file.metadata()["state"], frozenset(file.keys()), file)
+        return Checkpoint(file.metadata()["state"], frozenset(file.keys()), file)
     except (OSError, SafetensorError, KeyError, TypeError):
         return None

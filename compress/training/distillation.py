@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.calibration.activation_statistics import real_rows
-from compress.distributed.collectives import WHOLE, Part
+from compress.distributed.collectives import WHOLE, BatchShare
 from compress.errors import CompressError
 from compress.ir import Site
 from compress.recipe import Recovery
@@ -35,11 +35,11 @@ from compress.tasks.loading import Batch, Task
 from compress.tasks.text import FeatureExtraction, pooled
 
 MEGABYTE = 10**6
-FACTORS = (0.25, 4.0)  # how little and how much one layer's features may count
+LAYER_FACTOR_RANGE = (0.25, 4.0)  # how little and how much one layer's features may count
 
 
 @dataclass(frozen=True)
-class Place:
+class HiddenState:
     """Where a hidden state is read: what the module `name` returns, at `output` when it is a tuple."""
 
     name: str
@@ -47,14 +47,14 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Answers:
+class ModelOutputs:
     """What a model says to one batch: its logits, and [real tokens, hidden] at every place."""
 
     logits: Tensor
     hidden: tuple[Tensor, ...]
 
 
-def places(model: nn.Module, sites: Sequence[Site]) -> tuple[Place, ...]:
+def hidden_states(model: nn.Module, sites: Sequence[Site]) -> tuple[HiddenState, ...]:
     """One place for every layer that holds a site, in the order of the sites.
 
     A layer is the outermost entry of a list of modules; a site outside of any list is read where its
@@ -66,7 +66,7 @@ def places(model: nn.Module, sites: Sequence[Site]) -> tuple[Place, ...]:
         inside = site.drop if site.drop is not None and site.drop.writer else None
         name = _layer(model, steps) or (".".join(steps) if inside is None else inside.module)
         output = inside.output if inside is not None and inside.module == name else None
-        found.append(Place(name, output or 0))
+        found.append(HiddenState(name, output or 0))
     return tuple(dict.fromkeys(found))
 
 
@@ -78,11 +78,11 @@ def _layer(model: nn.Module, steps: Sequence[str]) -> str | None:
     return None
 
 
-def answers(task: Task, model: nn.Module, batch: Batch, at: Sequence[Place]) -> Answers:
+def run_model(task: Task, model: nn.Module, batch: Batch, at: Sequence[HiddenState]) -> ModelOutputs:
     """One forward pass; gradients flow where they are enabled."""
-    caught: dict[Place, Tensor] = {}
+    caught: dict[HiddenState, Tensor] = {}
 
-    def catch(place: Place) -> RemovableHandle:
+    def catch(place: HiddenState) -> RemovableHandle:
         def hook(_: nn.Module, __: object, output: object) -> None:
             value = output[place.output] if isinstance(output, (tuple, list)) else output
             if not isinstance(value, Tensor):
@@ -100,10 +100,10 @@ def answers(task: Task, model: nn.Module, batch: Batch, at: Sequence[Place]) -> 
     finally:
         for handle in handles:
             handle.remove()
-    return Answers(logits, tuple(caught[place] for place in at))
+    return ModelOutputs(logits, tuple(caught[place] for place in at))
 
 
-def lowered(teacher: Answers, student: Answers, down: Tensor) -> Answers:
+def project_teacher(teacher: ModelOutputs, student: ModelOutputs, down: Tensor) -> ModelOutputs:
     """What the teacher says, its hidden states as a narrower student can have them.
 
     Args:
@@ -114,7 +114,7 @@ def lowered(teacher: Answers, student: Answers, down: Tensor) -> Answers:
     narrow = down.to(teacher.logits)
     pairs = zip(teacher.hidden, student.hidden, strict=True)
     hidden = (theirs @ narrow.T if ours.shape[-1] < theirs.shape[-1] else theirs for theirs, ours in pairs)
-    return Answers(teacher.logits, tuple(hidden))
+    return ModelOutputs(teacher.logits, tuple(hidden))
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -123,16 +123,18 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     Relative to each token, so that neither a deep layer's scale nor one token with huge activations
     outweighs the rest. Each entry is [tokens, hidden].
     """
-    each = [_apart(ours, theirs).mean() for ours, theirs in zip(student, teacher, strict=True)]
+    each = [_relative_distance(ours, theirs).mean() for ours, theirs in zip(student, teacher, strict=True)]
     return torch.stack(each).mean()
 
 
-def _apart(ours: Tensor, theirs: Tensor) -> Tensor:
+def _relative_distance(ours: Tensor, theirs: Tensor) -> Tensor:
     """[tokens] squared distances in units of the teacher's token."""
     return (ours - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=1e-12)
 
 
-def features(task: Task, batch: Batch, student: Answers, teacher: Answers, wanted: Recovery) -> Tensor:
+def feature_losses(
+    task: Task, batch: Batch, student: ModelOutputs, teacher: ModelOutputs, wanted: Recovery
+) -> Tensor:
     """[late layers] mean over all tokens of `1[agreed] |h_student - h_teacher|^2 / |h_teacher|^2`.
 
     A token counts where both models answer its input alike; embeddings are no choice, so all count, as
@@ -141,13 +143,13 @@ def features(task: Task, batch: Batch, student: Answers, teacher: Answers, wante
     """
     late = max(1, math.ceil(len(teacher.hidden) * wanted.late))
     pairs = zip(student.hidden[-late:], teacher.hidden[-late:], strict=True)
-    apart = torch.stack([_apart(ours, theirs) for ours, theirs in pairs])  # [late, tokens]
+    apart = torch.stack([_relative_distance(ours, theirs) for ours, theirs in pairs])  # [late, tokens]
     if wanted.gated and not isinstance(task, FeatureExtraction):
-        apart = apart * agreed(student.logits, teacher.logits, batch, apart.shape[1])
+        apart = apart * agreement_mask(student.logits, teacher.logits, batch, apart.shape[1])
     return apart.mean(1)
 
 
-def agreed(student: Tensor, teacher: Tensor, batch: Batch, tokens: int) -> Tensor:
+def agreement_mask(student: Tensor, teacher: Tensor, batch: Batch, tokens: int) -> Tensor:
     """[tokens] bool: whether the two choose the same label for what a token belongs to.
 
     Args:
@@ -163,7 +165,7 @@ def agreed(student: Tensor, teacher: Tensor, batch: Batch, tokens: int) -> Tenso
     return spread[batch.real] if padded else spread.reshape(-1)
 
 
-def aware(apart: Sequence[float]) -> tuple[float, ...]:
+def layer_factors(apart: Sequence[float]) -> tuple[float, ...]:
     """How much the features of each late layer count, from what earlier training left of their losses.
 
     `(1 / l_k) / mean(1 / l)`, held between 0.25 and 4: a layer that stayed far cannot be had, and is
@@ -174,7 +176,7 @@ def aware(apart: Sequence[float]) -> tuple[float, ...]:
     """
     inverse = [1 / max(each, 1e-12) for each in apart]
     mean = sum(inverse) / len(inverse)
-    low, high = FACTORS
+    low, high = LAYER_FACTOR_RANGE
     return tuple(min(max(each / mean, low), high) for each in inverse)
 
 
@@ -196,22 +198,22 @@ def margin_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return 2 * (student - teacher).var(dim=1).mean()
 
 
-def cosines(hidden: Tensor, batch: Batch, part: Part = WHOLE) -> Tensor:
+def cosines(hidden: Tensor, batch: Batch, part: BatchShare = WHOLE) -> Tensor:
     """[texts, texts] cosines between the embeddings of a batch, each text a query among the others.
 
     Where processes hold a part of the batch each, these are the cosines of all its texts.
     """
-    unit = part.stacked(nn.functional.normalize(pooled(hidden, batch.real), dim=-1))
+    unit = part.gather_rows(nn.functional.normalize(pooled(hidden, batch.real), dim=-1))
     return unit @ unit.T
 
 
 def loss(
     task: Task,
     batch: Batch,
-    student: Answers,
-    teacher: Answers,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
     wanted: Recovery,
-    part: Part = WHOLE,
+    part: BatchShare = WHOLE,
     factors: Sequence[float] = (),
 ) -> Tensor:
     """The weighted sum of all losses; those of weight 0, or without what they need, are left out.
@@ -238,7 +240,7 @@ def loss(
     if wanted.hidden and teacher.hidden:
         total = total + part.tokens * wanted.hidden * hidden_loss(student.hidden, teacher.hidden)
     if wanted.features and teacher.hidden:
-        each = features(task, batch, student, teacher, wanted)
+        each = feature_losses(task, batch, student, teacher, wanted)
         weights = each.new_tensor(factors) if factors else torch.ones_like(each)
         total = total + part.tokens * wanted.features * (weights * each).sum()
     return total
@@ -248,7 +250,7 @@ class Teacher:
     """The dense model's answers by the number of a batch: from disk, or computed and, with room, kept."""
 
     def __init__(
-        self, task: Task, model: nn.Module, at: Sequence[Place], directory: Path, room_mb: float
+        self, task: Task, model: nn.Module, at: Sequence[HiddenState], directory: Path, room_mb: float
     ) -> None:
         """Take up what `directory` holds.
 
@@ -269,24 +271,24 @@ class Teacher:
         """Megabytes on disk."""
         return self._used / MEGABYTE
 
-    def __call__(self, number: int, batch: Batch) -> Answers:
+    def __call__(self, number: int, batch: Batch) -> ModelOutputs:
         """The answers to batch `number`, the same bits whether they are read or computed."""
         path = self._directory / f"{number:06d}.safetensors"
         stored = _read(path, len(self.at))
         if stored is not None:
             return stored
         with torch.no_grad():
-            found = answers(self._task, self._model, batch, self.at)
+            found = run_model(self._task, self._model, batch, self.at)
         self._keep(path, found)
         return found
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Remove all answers from disk."""
         for path in self._directory.glob("*.safetensors"):
             path.unlink()
         self._used = 0
 
-    def _keep(self, path: Path, found: Answers) -> None:
+    def _keep(self, path: Path, found: ModelOutputs) -> None:
         tensors = {f"hidden.{place}": value for place, value in enumerate(found.hidden)}
         tensors = {name: value.contiguous() for name, value in [*tensors.items(), ("logits", found.logits)]}
         size = sum(value.numel() * value.element_size() for value in tensors.values()) + 4096  # and a header
@@ -299,10 +301,10 @@ class Teacher:
         self._used += path.stat().st_size - damaged
 
 
-def _read(path: Path, hidden: int) -> Answers | None:
+def _read(path: Path, hidden: int) -> ModelOutputs | None:
     """Answers in a whole file, None when there is none."""
     try:
         found = load_file(path)
-        return Answers(found["logits"], tuple(found[f"hidden.{place}"] for place in range(hidden)))
+        return ModelOutputs(found["logits"], tuple(found[f"hidden.{place}"] for place in range(hidden)))
     except (OSError, SafetensorError, KeyError):
         return None

@@ -24,7 +24,7 @@ from compress.sites.modeling import owner
 from compress.sites.residual_stream import Stream
 from compress.tasks.task import Batch
 
-SPREAD = 1.0  # scores start between this and its negative, by rank of the direction
+INITIAL_SCORE = 1.0  # scores start between this and its negative, by rank of the direction
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -65,7 +65,7 @@ class Settings(Document):
     seed: int = 0
 
 
-class Hybrid(nn.Module):
+class HybridRotation(nn.Module):
     """D = I + L1 diag(v) L0 on k directions; the identity at first, with orthonormal L0 and L1."""
 
     def __init__(self, directions: int, rank: int, generator: torch.Generator) -> None:
@@ -127,11 +127,11 @@ class Pruner(nn.Module):
         directions = basis.shape[1]
         dtype = next(self.model.parameters()).dtype
         self.register_buffer("basis", basis.to(dtype))
-        self.scores = nn.Parameter(torch.linspace(SPREAD, -SPREAD, directions))
+        self.scores = nn.Parameter(torch.linspace(INITIAL_SCORE, -INITIAL_SCORE, directions))
         rank = max(1, round(settings.hybrid * stream.width))
         # A weight and its bias pass through one module; stored tensors each through their own.
         places = dict.fromkeys(_place(part.tensor) for part in stream.writers)
-        self.hybrids = nn.ModuleDict({key: Hybrid(directions, rank, generator) for key in places})
+        self.hybrids = nn.ModuleDict({key: HybridRotation(directions, rank, generator) for key in places})
         self.adapters = nn.ModuleDict()
         if settings.adapters:
             self.model.requires_grad_(False)
@@ -147,13 +147,13 @@ class Pruner(nn.Module):
         self.progress = progress / (1 - self.settings.hard)
 
     @property
-    def hardened(self) -> bool:
+    def is_hard(self) -> bool:
         """Whether the mask is the final one."""
         return self.progress >= 1
 
     def mask(self) -> Tensor:
         """[k] between 0 and 1, its sum exactly the budget of this moment."""
-        if self.hardened:
+        if self.is_hard:
             return hard_mask(self.scores, self.active)
         budget = annealed(self.progress, float(len(self.scores)), float(self.active))
         heat = cooled(self.progress, self.settings.hot, self.settings.cold)
@@ -170,7 +170,7 @@ class Pruner(nn.Module):
             key = _place(part.tensor)
             if key not in turns:
                 hybrid = self.hybrids[key]
-                assert isinstance(hybrid, Hybrid)
+                assert isinstance(hybrid, HybridRotation)
                 turns[key] = (self.basis * mask) @ hybrid.matrix() @ self.basis.T
             value = made.get(part.tensor, named[part.tensor])
             turned = value.movedim(part.dim, -1) @ turns[key].T
@@ -183,7 +183,7 @@ class Pruner(nn.Module):
 
     def identity_loss(self) -> Tensor:
         """The sum over all hybrid modules."""
-        losses = [hybrid.loss() for hybrid in self.hybrids.values() if isinstance(hybrid, Hybrid)]
+        losses = [hybrid.loss() for hybrid in self.hybrids.values() if isinstance(hybrid, HybridRotation)]
         return torch.stack(losses).sum()
 
     def merge(self) -> nn.Module:
@@ -192,7 +192,7 @@ class Pruner(nn.Module):
         Raises:
             CompressError: the mask is not hard yet, so what would be merged was never run.
         """
-        if not self.hardened:
+        if not self.is_hard:
             raise CompressError(
                 f"the mask is still soft ({self.progress:.0%} of its way); run the steps with the hard mask "
                 "before merging"

@@ -233,7 +233,7 @@ def adapt(
     return left
 
 
-def fold(model: nn.Module) -> int:
+def merge_updates(model: nn.Module) -> int:
     """Put the layers back that `adapt` took, with what was learned, in place; how many there were."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, Updated)}
     for name, layer in found.items():

@@ -33,18 +33,18 @@ from compress.recipe import Recovery
 from compress.tasks.loading import Batch, Task
 from compress.tasks.sampler import shuffled
 from compress.training import checkpoint, distillation
-from compress.training.distillation import Answers, Teacher
+from compress.training.distillation import ModelOutputs, Teacher
 from compress.training.sltrain_layers import Updated
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-CALMER = 0.2  # of the rate, after a course that made the model worse
-LOOKED_AT = 8  # batches that tell how far late layers are after a course
+RETRY_RATE_FACTOR = 0.2  # of the rate, after a course that made the model worse
+FEATURE_LOSS_BATCHES = 8  # batches that tell how far late layers are after a course
 
 Batches = Callable[[], Iterable[Batch]]
 Progress = Callable[[int, int], None]
 
 
-class State(Document):
+class TrainingState(Document):
     """How far a run is: steps taken, and the score before the first and after every epoch.
 
     `factors` weigh the features of late layers: those that were given, and since the last course its own.
@@ -60,7 +60,7 @@ class State(Document):
         """Epochs that were finished and judged."""
         return len(self.scores) - 1
 
-    def harmed(self, epochs: int) -> list[bool]:
+    def worse_courses(self, epochs: int) -> list[bool]:
         """For every whole course of so many epochs: is its best score below the best before it?"""
         ends = range(epochs, len(self.scores), epochs)
         return [
@@ -70,7 +70,7 @@ class State(Document):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationData:
     """What is learned from: `batches` gives the same `count` batches in the same order every time.
 
     `down` [n, d] is there where the student's residual stream is narrower than the teacher's.
@@ -101,12 +101,12 @@ class Lesson:
     def apart(self, model: nn.Module) -> list[float]:
         """How far each late layer of a model is from the teacher's, in the mean of a few batches."""
         found = []
-        for number, batch in self.spread(LOOKED_AT):
+        for number, batch in self.spread(FEATURE_LOSS_BATCHES):
             mine, part = collectives.split(batch)
             said, goal = self._pair(model, number, mine)
-            found.append(part.tokens * distillation.features(self.task, mine, said, goal, self.wanted))
+            found.append(part.tokens * distillation.feature_losses(self.task, mine, said, goal, self.wanted))
         mean = torch.stack(found).mean(0)
-        collectives.add_up([mean])
+        collectives.all_reduce([mean])
         apart: list[float] = mean.tolist()
         return apart
 
@@ -114,17 +114,17 @@ class Lesson:
         """How much the features of each late layer of a tuned model count from now on; none without any."""
         if not self.wanted.features or not self.teacher.at:
             return ()
-        return distillation.aware(self.apart(model))
+        return distillation.layer_factors(self.apart(model))
 
-    def _pair(self, model: nn.Module, number: int, batch: Batch) -> tuple[Answers, Answers]:
+    def _pair(self, model: nn.Module, number: int, batch: Batch) -> tuple[ModelOutputs, ModelOutputs]:
         """What student and teacher say of a batch."""
         goal = self.teacher(number, batch)
-        said = distillation.answers(self.task, model, batch, self.teacher.at)
-        return said, goal if self.down is None else distillation.lowered(goal, said, self.down)
+        said = distillation.run_model(self.task, model, batch, self.teacher.at)
+        return said, goal if self.down is None else distillation.project_teacher(goal, said, self.down)
 
 
-def tune(
-    run: "Run", judge: Callable[[nn.Module], float], progress: Progress | None = None
+def train(
+    run: "TrainingRun", judge: Callable[[nn.Module], float], progress: Progress | None = None
 ) -> tuple[float, ...]:
     """Take a run to its end and its model to the best weights; the scores before and after each epoch.
 
@@ -160,13 +160,13 @@ def tune(
     return run.state.scores
 
 
-class Run:
+class TrainingRun:
     """One student on its way: weights, moments, the best weights, and how far it is."""
 
     def __init__(
         self,
         model: nn.Module,
-        lesson: Lesson,
+        lesson: DistillationData,
         *,
         zeros: Mapping[str, Tensor] | None = None,
         checkpoint: Path | None = None,
@@ -190,7 +190,7 @@ class Run:
         self.model, self.lesson, self.state = (
             model.eval(),
             lesson,
-            State(made_from=made_from, factors=factors),
+            TrainingState(made_from=made_from, factors=factors),
         )
         self._flags = {value: value.requires_grad for value in model.parameters()}
         still = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
@@ -198,8 +198,8 @@ class Run:
         for value in model.parameters():
             value.requires_grad_(id(value) not in still)
         own = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        fitting = {name: mask for name, mask in (zeros or {}).items() if _fits(own, name, mask)}
-        self.held = fsdp.held(model, shard=lesson.wanted.shard)
+        fitting = {name: mask for name, mask in (zeros or {}).items() if _check_mask(own, name, mask)}
+        self.held = fsdp.place_student(model, shard=lesson.wanted.shard)
         self.values = self.held.values
         self._zeros = [(self.values[name], self.held.part(name, mask)) for name, mask in fitting.items()]
         self._hold()
@@ -215,7 +215,7 @@ class Run:
         wanted, epochs = self.lesson.wanted, self.state.epochs
         if epochs <= 0 or epochs % wanted.epochs:
             return False
-        harmed = self.state.harmed(wanted.epochs)
+        harmed = self.state.worse_courses(wanted.epochs)
         if harmed[-1]:
             most = 2 if wanted.mode == "fast" else wanted.courses
             return len(harmed) >= most or harmed[-2:] == [True, True]
@@ -233,7 +233,7 @@ class Run:
             )
             loss = self.lesson.loss(self.held.model, number, batch, self.state.factors)
             whole = torch.stack([loss.detach(), loss.new_tensor(float(self._due))])
-            collectives.add_up([whole])
+            collectives.all_reduce([whole])
             if not bool(torch.isfinite(whole[0])):
                 raise CompressError(
                     f"recovery: the loss became {whole[0].item()} at step {self.state.step}; lower rate in "
@@ -245,7 +245,7 @@ class Run:
             if value.grad is not None:
                 value.grad.masked_fill_(mask, 0)
         nn.utils.clip_grads_with_norm_(self.values.values(), wanted.clip, self.held.norm())
-        calm = CALMER ** sum(self.state.harmed(wanted.epochs))
+        calm = RETRY_RATE_FACTOR ** sum(self.state.worse_courses(wanted.epochs))
         for group in self.optimizer.param_groups:
             group["lr"] = calm * rate_at(self.state.step % course, course, wanted)
         self.optimizer.step()
@@ -257,9 +257,9 @@ class Run:
 
     def judge(self, judge: Callable[[nn.Module], float]) -> None:
         """Add a score; weights that are as good as the best so far become the best."""
-        with self.held.lent():
+        with self.held.materialized():
             own = 0.0 if collectives.rank() else judge(self.model)
-            score = float(collectives.told({"score": own}).words["score"])
+            score = float(collectives.broadcast({"score": own}).words["score"])
         if score >= max(self.state.scores, default=score):
             self.best = self._copy()
         self.state = self.state.model_copy(update={"scores": (*self.state.scores, score)})
@@ -351,19 +351,19 @@ class Run:
                 "names": [] if stored is None else sorted(stored[1].names),
                 "keeps": self._checkpoint is not None,
             }
-            said = collectives.told(words).words
-            self.state, self._keeps = State.model_validate(said["state"]), bool(said["keeps"])
+            said = collectives.broadcast(words).words
+            self.state, self._keeps = TrainingState.model_validate(said["state"]), bool(said["keeps"])
             for name in said["names"]:
                 own = {} if stored is None else {name: stored[1].read(name)}
-                self._put(name, collectives.told({}, own).tensors[name])
+                self._put(name, collectives.broadcast({}, own).tensors[name])
 
-    def _stored(self, stack: ExitStack) -> tuple[State, checkpoint.Stored] | None:
+    def _stored(self, stack: ExitStack) -> tuple[TrainingState, checkpoint.Checkpoint] | None:
         """The first process's checkpoint where there is one of the same."""
-        found = None if self._checkpoint is None else checkpoint.opened(self._checkpoint, stack)
+        found = None if self._checkpoint is None else checkpoint.open_checkpoint(self._checkpoint, stack)
         if found is None:
             return None
         try:
-            state = State.model_validate_json(found.state)
+            state = TrainingState.model_validate_json(found.state)
         except ValidationError:
             return None
         needed = {f"{key}.{name}" for key in ("now", "best") for name in self.values}
@@ -382,7 +382,7 @@ class Run:
             self.optimizer.state.setdefault(self.values[name], {})[kind] = part
 
 
-def _fits(values: Mapping[str, Tensor], name: str, mask: Tensor) -> bool:
+def _check_mask(values: Mapping[str, Tensor], name: str, mask: Tensor) -> bool:
     """True, or the reason why a mask cannot be held."""
     if name not in values or mask.shape != values[name].shape or mask.dtype != torch.bool:
         own = list(values[name].shape) if name in values else "not a tuned parameter"
@@ -402,7 +402,7 @@ def rate_at(step: int, steps: int, wanted: Recovery) -> float:
     return wanted.rate * ((step + 1) / up if step < up else (steps - step) / (steps - up))
 
 
-def forecast_s(model: nn.Module, lesson: Lesson, batches: int = 6) -> float:
+def forecast_s(model: nn.Module, lesson: DistillationData, batches: int = 6) -> float:
     """Seconds that one course will take, from a few batches; neither weights nor moments move."""
     asked, learned = [], []
     for number, batch in lesson.spread(batches):

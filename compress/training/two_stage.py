@@ -26,9 +26,9 @@ from compress.sites.prune import Removal
 from compress.tasks.loading import Batch, Task
 
 INTEGERS = ("int8-dynamic", "int8-static", "int4")
-EPOCHS, RATE = 0.5, 0.4  # of the second stage, as shares of the first
-ROOM = 2**30  # bytes of moments that are held at a time
-SEEN = 32  # batches that say what products on integers read
+EPOCHS_SHARE, RATE_SHARE = 0.5, 0.4  # of the second stage, as shares of the first
+MAX_MOMENT_BYTES = 2**30  # bytes of moments that are held at a time
+STATISTICS_BATCHES = 32  # batches that say what products on integers read
 
 
 def applies(sites: Sequence[Site], removals: Mapping[str, Removal], *, narrow: bool = False) -> bool:
@@ -41,12 +41,12 @@ def applies(sites: Sequence[Site], removals: Mapping[str, Removal], *, narrow: b
     """
     units = {site.name: site.units for site in sites}
     sparse = any(
-        len(one.kept) < units[name] or _floating(one.form) != "dense" for name, one in removals.items()
+        len(one.kept) < units[name] or _float_form(one.form) != "dense" for name, one in removals.items()
     )
-    return (sparse or narrow) and any(_on_integers(one) for one in removals.values())
+    return (sparse or narrow) and any(_is_quantized(one) for one in removals.values())
 
 
-def floats(removals: Mapping[str, Removal]) -> dict[str, Removal]:
+def float_stage(removals: Mapping[str, Removal]) -> dict[str, Removal]:
     """The plan without its integers: for `prune.shrink`, the student of the first stage.
 
     Readers are the dense model's own again where no pattern and no factors stand for them; all else has
@@ -54,21 +54,21 @@ def floats(removals: Mapping[str, Removal]) -> dict[str, Removal]:
     """
     found = dict(removals)
     for name, one in removals.items():
-        if _on_integers(one):
-            form = _floating(one.form)
+        if _is_quantized(one):
+            form = _float_form(one.form)
             readers = {} if form == "dense" else one.readers
             found[name] = replace(one, form=form, readers=readers, codes={})
     return found
 
 
-def second(wanted: Recovery) -> Recovery:
+def second_stage_settings(wanted: Recovery) -> Recovery:
     """Settings of the second stage: the same losses for fewer epochs at a lower rate."""
-    changes = {"epochs": math.ceil(EPOCHS * wanted.epochs), "rate": RATE * wanted.rate}
+    changes = {"epochs": math.ceil(EPOCHS_SHARE * wanted.epochs), "rate": RATE_SHARE * wanted.rate}
     return wanted.model_copy(update=changes)
 
 
 @torch.no_grad()
-def rounded(
+def quantize_model(
     task: Task,
     model: nn.Module,
     sites: Sequence[Site],
@@ -92,7 +92,7 @@ def rounded(
     names = {
         weight: (name, Option.of(one.form, None).precision)
         for name, one in wanted.items()
-        if _on_integers(one)
+        if _is_quantized(one)
         for weight in one.codes
     }
     seeing = copy.copy(task)
@@ -117,11 +117,11 @@ def rounded(
     return {name: replace(one, codes=codes.get(name, one.codes)) for name, one in removals.items()}
 
 
-def _on_integers(removal: Removal) -> bool:
+def _is_quantized(removal: Removal) -> bool:
     return bool(removal.codes) and Option.of(removal.form, None).precision in INTEGERS
 
 
-def _floating(form: str) -> str:
+def _float_form(form: str) -> str:
     """A form in the model's own precision."""
     return Option.of(form, None).model_copy(update={"precision": "fp32"}).form
 
@@ -132,7 +132,7 @@ def _groups(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
     held = 0
     for name in names:
         size = 8 * model.get_parameter(name).shape[1] ** 2
-        if group and held + size > ROOM:
+        if group and held + size > MAX_MOMENT_BYTES:
             yield group
             group, held = [], 0
         group.append(name)

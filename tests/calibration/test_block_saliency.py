@@ -207,7 +207,7 @@ def test_a_recipe_says_how_blocks_are_ranked(tmp_path, monkeypatch, asked, tile)
         block_saliency, "collect", lambda *given, **_: said.update(tile=given[4], at=given[3])
     )
     monkeypatch.setattr(candidate_store, "build", lambda *_, **words: said.update(felt=words["felt"]))
-    plan_search.candidates(job, costs)
+    plan_search.build_candidates(job, costs)
     assert said.get("tile") == tile
     assert said["felt"] == said.get("at")
 

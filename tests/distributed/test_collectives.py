@@ -14,8 +14,8 @@ from support.lessons import lesson, student
 
 from compress.calibration import activation_statistics
 from compress.distributed import collectives
-from compress.distributed.collectives import Part
-from compress.distributed.process_env import Launch, launched
+from compress.distributed.collectives import BatchShare
+from compress.distributed.process_env import ProcessInfo, process_info
 from compress.tasks.loading import Batch
 from compress.training import distillation
 
@@ -94,10 +94,10 @@ def test_pairs_of_texts_in_two_parts_count_as_in_one(monkeypatch):
     expected = distillation.margin_loss(distillation.cosines(whole, Batch({})), goal)
     expected.backward()
     units = torch.nn.functional.normalize(hidden.mean(1), dim=-1)
-    monkeypatch.setattr(collectives, "add_up", lambda tensors: tensors[0].copy_(units))
+    monkeypatch.setattr(collectives, "all_reduce", lambda tensors: tensors[0].copy_(units))
     for start, stop in ((0, 2), (2, 5)):
         mine = hidden[start:stop].clone().requires_grad_()
-        part = Part(0.0, 0.0, 1.0, start, 5 - stop)
+        part = BatchShare(0.0, 0.0, 1.0, start, 5 - stop)
         found = distillation.margin_loss(distillation.cosines(mine, Batch({}), part), goal)
         found.backward()
         assert found.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -105,11 +105,11 @@ def test_pairs_of_texts_in_two_parts_count_as_in_one(monkeypatch):
 
 
 def test_small_tensors_travel_together_and_others_apart(monkeypatch):
-    monkeypatch.setattr(collectives, "BUCKET", 10)
+    monkeypatch.setattr(collectives, "BUCKET_ELEMENTS", 10)
     sizes = [(2, 2), (3,), (9,), (30,), (1,)]
     tensors = [torch.full(shape, float(place)) for place, shape in enumerate(sizes)]
     tensors.append(torch.zeros(2, dtype=torch.float64))
-    flat = list(collectives._flat(tensors))
+    flat = list(collectives._buckets(tensors))
     assert [[list(one.shape) for one in group] for _, group in flat] == [
         [[2, 2], [3]], [[9]], [[30]], [[1]], [[2]],
     ]  # fmt: skip
@@ -123,24 +123,24 @@ def test_alone_everything_is_as_it_was(tmp_path):
     assert collectives.split(batch) == (batch, collectives.WHOLE)
     assert collectives.share([1, 2, 3]) == [1, 2, 3]
     tensors = {"a": torch.ones(2)}
-    collectives.add_up(list(tensors.values()))
+    collectives.all_reduce(list(tensors.values()))
     assert torch.equal(tensors["a"], torch.ones(2))
-    assert collectives.told({"score": 0.1}, tensors).words == {"score": 0.1}
-    collectives.call("load", {})
-    collectives.alike("data", iter([b"never", 3]))
-    with pytest.raises(KeyError), collectives.working():
+    assert collectives.broadcast({"score": 0.1}, tensors).words == {"score": 0.1}
+    collectives.send_command("load", {})
+    collectives.check_identical("data", iter([b"never", 3]))
+    with pytest.raises(KeyError), collectives.synchronized():
         raise KeyError
-    collectives.dismiss(0)
+    collectives.stop_followers(0)
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ({}, Launch()),
-        ({"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "1"}, Launch(2, 4)),
-        ({"RANK": "2", "WORLD_SIZE": "4", "MASTER_PORT": "1"}, Launch()),
-        ({"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "here"}, Launch()),
-        ({"RANK": "", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "1"}, Launch()),
+        ({}, ProcessInfo()),
+        ({"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "1"}, ProcessInfo(2, 4)),
+        ({"RANK": "2", "WORLD_SIZE": "4", "MASTER_PORT": "1"}, ProcessInfo()),
+        ({"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "here"}, ProcessInfo()),
+        ({"RANK": "", "WORLD_SIZE": "4", "MASTER_ADDR": "here", "MASTER_PORT": "1"}, ProcessInfo()),
     ],
 )
 def test_a_process_is_one_of_several_only_where_they_can_meet(monkeypatch, words, expected):
@@ -148,7 +148,7 @@ def test_a_process_is_one_of_several_only_where_they_can_meet(monkeypatch, words
         monkeypatch.delenv(name, raising=False)
     for name, value in words.items():
         monkeypatch.setenv(name, value)
-    assert launched() == expected
+    assert process_info() == expected
 
 
 @pytest.mark.parametrize(("words", "code"), [(["doctor"], 0), (["--help"], 0), (["--no-such-flag"], 2)])

@@ -16,14 +16,14 @@ from torch import nn
 
 from compress.distributed import collectives, fsdp
 from compress.training import sltrain_layers, trainer
-from compress.training.trainer import Run
+from compress.training.trainer import TrainingRun
 
 
 @pytest.fixture
 def alone(monkeypatch):
     """A group of one process, in which students are held in shards."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    monkeypatch.setattr(fsdp, "held", lambda model, shard: fsdp.Shards(model))
+    monkeypatch.setattr(fsdp, "place_student", lambda model, shard: fsdp.Sharded(model))
     yield
     dist.destroy_process_group()
 
@@ -52,8 +52,8 @@ def test_what_comes_together_is_a_layer_that_shares_nothing():
 
 
 def test_one_process_gives_a_replica(tmp_path):
-    run = Run(student(), lesson(tmp_path / "c", shard=True))
-    assert type(run.held) is fsdp.Replica
+    run = TrainingRun(student(), lesson(tmp_path / "c", shard=True))
+    assert type(run.held) is fsdp.Replicated
     assert run.held.model is run.model
 
 
@@ -73,21 +73,21 @@ def test_a_run_in_shards_is_a_run(tmp_path, alone, monkeypatch, updates):
     path, plan = tmp_path / "run.safetensors", lesson(tmp_path / "a", epochs=1)
     model, zeros, mask = prepared(updates)
     before = model.classifier.bias
-    run = Run(model, plan, zeros=zeros, checkpoint=path, made_from="x")
+    run = TrainingRun(model, plan, zeros=zeros, checkpoint=path, made_from="x")
     assert all(value.numel() == 0 for value in model.parameters())
-    scores = trainer.tune(run, judge)
+    scores = trainer.train(run, judge)
     assert model.classifier.bias is before
     with monkeypatch.context() as patch:
-        patch.setattr(fsdp, "held", lambda model, shard: fsdp.Replica(model))
+        patch.setattr(fsdp, "place_student", lambda model, shard: fsdp.Replicated(model))
         other, zeros, _ = prepared(updates)
-        again = trainer.tune(Run(other, plan, zeros=zeros), judge)
+        again = trainer.train(TrainingRun(other, plan, zeros=zeros), judge)
         resumed, zeros, _ = prepared(updates)
-        taken = Run(resumed, plan, zeros=zeros, checkpoint=path, made_from="x")
+        taken = TrainingRun(resumed, plan, zeros=zeros, checkpoint=path, made_from="x")
         assert taken.state.step == run.state.step
-        assert trainer.tune(taken, judge) == pytest.approx(scores)
+        assert trainer.train(taken, judge) == pytest.approx(scores)
     assert scores == pytest.approx(again, rel=1e-4)
     for one in (model, other, resumed):
-        sltrain_layers.fold(one)
+        sltrain_layers.merge_updates(one)
     assert bool((model.get_parameter(MASKED)[mask] == 0).all())
     assert type(copy.deepcopy(model)) is type(student())
     assert same(weights(model), weights(resumed))
@@ -106,11 +106,11 @@ def small():
 
 def test_scalars_are_held_by_every_process_and_counted_once(alone, monkeypatch):
     model = small()
-    found = fsdp.Shards(model)
+    found = fsdp.Sharded(model)
     assert found.values["heat"].shape == ()
     assert found.values["0.weight"].shape == (3, 4)
     assert [name for name, value in model.named_parameters() if value.numel()] == []
-    with found.lent():
+    with found.materialized():
         assert float(model.heat.detach()) == 2.0
         assert model[0].weight.shape == (3, 4)
     found.values["heat"].grad, found.values["0.bias"].grad = torch.tensor(3.0), torch.tensor([0.0, 0.0, 4.0])
@@ -122,7 +122,7 @@ def test_scalars_are_held_by_every_process_and_counted_once(alone, monkeypatch):
 def test_what_computes_are_the_values_as_they_are_now_and_in_the_end_the_model_has_them(alone):
     model, x = small(), torch.ones(1, 4)
     expected = copy.deepcopy(model)
-    found = fsdp.Shards(model)
+    found = fsdp.Sharded(model)
     with torch.no_grad():
         assert torch.allclose(found.model(x), expected(x))
         for value, same_value in zip(found.values.values(), expected.parameters(), strict=True):

@@ -12,7 +12,7 @@ from compress.export.onnx import writer
 from compress.ir import Option
 from compress.methods import apply, candidate_store, quantized_layers
 from compress.methods import lower as in_files
-from compress.search.objective import Stitched, divergence, logits
+from compress.search.objective import ModelObjective, compute_logits, mean_divergence
 from compress.sites import prune
 
 HALF = "block:4x4@0.5"
@@ -135,9 +135,9 @@ def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form, 
     )
     batches = list(task.batches("calibration", 16))
     menus = [(Option(), options[site.name][0]) for site in sites]
-    judged = Stitched(task, sites, tmp_path, menus, batches)((1,) * len(sites))
-    dense = logits(task, task.model, batches)
-    assert judged == pytest.approx(divergence(task, reference, batches, dense), rel=1e-3)
+    judged = ModelObjective(task, sites, tmp_path, menus, batches)((1,) * len(sites))
+    dense = compute_logits(task, task.model, batches)
+    assert judged == pytest.approx(mean_divergence(task, reference, batches, dense), rel=1e-3)
     with onnxruntime.OrtRunner(file, threads=1) as runner, torch.no_grad():
         for batch in batches:
             found = runner.infer({name: value.numpy() for name, value in batch.inputs.items()})["logits"]
@@ -238,13 +238,13 @@ def test_stored_candidates_of_a_form_are_judged_and_shrunk_alike(statistics, tmp
         assert both > formed * 0.5
     batches = list(task.batches("calibration", 16))
     menus = [(Option(), *options[site.name]) for site in sites]
-    judge = Stitched(task, sites, tmp_path, menus, batches)
+    judge = ModelObjective(task, sites, tmp_path, menus, batches)
     removals = {
         site.name: candidate_store.removal(tmp_path, index, options[site.name][2])
         for index, site in enumerate(sites)
     }
-    dense = logits(task, task.model, batches)
+    dense = compute_logits(task, task.model, batches)
     shrunk = prune.shrink(task.model, sites, removals)
-    assert judge((3,) * len(sites)) == pytest.approx(divergence(task, shrunk, batches, dense), rel=1e-4)
+    assert judge((3,) * len(sites)) == pytest.approx(mean_divergence(task, shrunk, batches, dense), rel=1e-4)
     assert judge((0,) * len(sites)) == pytest.approx(0, abs=1e-6)
     assert judge((1,) * len(sites)) < judge((3,) * len(sites))

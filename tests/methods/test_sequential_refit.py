@@ -8,7 +8,7 @@ from compress.ir import Option
 from compress.methods import candidate_store
 from compress.methods import sequential_refit as refitting
 from compress.methods.sequential_refit import refit
-from compress.search.objective import Stitched, divergence, logits
+from compress.search.objective import ModelObjective, compute_logits, mean_divergence
 from compress.sites import prune
 from compress.tasks.loading import Batch
 
@@ -33,15 +33,15 @@ def test_the_stitched_model_is_the_masked_model_whatever_came_before(half):
     folder, batches, removals = half
     task, sites = padded()
     menus = [tuple(Option(units=u) for u in (None, site.units // 2, 0)) for site in sites]
-    judge = Stitched(task, sites, folder / "c", menus, batches)
-    dense = logits(task, task.model, batches)
-    everything = divergence(task, prune.mask(task.model, sites, removals), batches, dense)
+    judge = ModelObjective(task, sites, folder / "c", menus, batches)
+    dense = compute_logits(task, task.model, batches)
+    everything = mean_divergence(task, prune.mask(task.model, sites, removals), batches, dense)
     first = judge((1,) * len(sites))
     assert first == pytest.approx(everything, rel=1e-5)
     assert judge((0,) * len(sites)) == pytest.approx(0, abs=1e-6)
     alone = judge((0, 1, *(0,) * (len(sites) - 2)))
     one = prune.mask(task.model, sites, {sites[1].name: removals[sites[1].name]})
-    assert alone == pytest.approx(divergence(task, one, batches, dense), rel=1e-5)
+    assert alone == pytest.approx(mean_divergence(task, one, batches, dense), rel=1e-5)
     assert 0 < alone < first
     assert judge((2,) * len(sites)) > first
     assert judge((1,) * len(sites)) == first
@@ -51,7 +51,7 @@ def test_judging_leaves_the_dense_model_alone(half):
     folder, batches, _ = half
     task, sites = padded()
     before = {name: value.clone() for name, value in task.model.state_dict().items()}
-    judge = Stitched(task, sites, folder / "c", [(Option(), Option(units=1))] * len(sites), batches)
+    judge = ModelObjective(task, sites, folder / "c", [(Option(), Option(units=1))] * len(sites), batches)
     judge((1,) * len(sites))
     assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
 
@@ -63,7 +63,7 @@ def test_divergence_weighs_batches_by_their_size(half):
     found = []
     for size in (48, 20):
         batches = list(task.batches("calibration", size))
-        found.append(divergence(task, masked, batches, logits(task, task.model, batches)))
+        found.append(mean_divergence(task, masked, batches, compute_logits(task, task.model, batches)))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
@@ -95,9 +95,9 @@ def test_the_refit_brings_the_model_nearer_to_the_dense_one_and_keeps_the_struct
     _, batches, removals = half
     task, sites = padded()
     better = refit(task.model, sites, removals, batches, damping=1e-2)
-    dense = logits(task, task.model, batches)
-    before = divergence(task, prune.mask(task.model, sites, removals), batches, dense)
-    after = divergence(task, prune.mask(task.model, sites, better), batches, dense)
+    dense = compute_logits(task, task.model, batches)
+    before = mean_divergence(task, prune.mask(task.model, sites, removals), batches, dense)
+    after = mean_divergence(task, prune.mask(task.model, sites, better), batches, dense)
     assert after < before
     for name, removal in removals.items():
         assert torch.equal(better[name].kept, removal.kept)

@@ -64,7 +64,7 @@ def test_what_is_tuned_is_what_the_file_computes(candidates, tmp_path, form):
     assert f"learning in {form}" in notes[0]
     reference = quantized_layers.emulated(model, sites, learned)
     # The weights that were judged best are those that are left: the note says how far they are.
-    assert recovery.Judge(one).worded(recovery.Judge(one)(reference)) in notes[0]
+    assert recovery.Validator(one).format_score(recovery.Validator(one)(reference)) in notes[0]
     file = tmp_path / "model.onnx"
     batches = list(task.batches("calibration", 16))
     writer.export(

@@ -21,7 +21,7 @@ from compress.export.place import Place
 from compress.ir import Matmul, Site, Slice
 from compress.methods import apply
 from compress.pipeline import block_patterns, compilation, inspection, pricing
-from compress.pipeline.block_patterns import Fastest, Offer, Patterns
+from compress.pipeline.block_patterns import Patterns, SitePatterns, TimedProduct
 
 pytestmark = pytest.mark.slow
 
@@ -66,8 +66,10 @@ def timed(tmp_path, monkeypatch):
 
 
 def test_every_product_is_timed_in_every_pattern_that_fits_it(timed, tmp_path):
-    found = block_patterns.of(job(tmp_path, site(), site()))
-    assert len(timed) == len(set(timed)) == 2 * len(block_patterns.SHAPES) * len(block_patterns.DENSITIES)
+    found = block_patterns.find_patterns(job(tmp_path, site(), site()))
+    assert (
+        len(timed) == len(set(timed)) == 2 * len(block_patterns.BLOCK_SHAPES) * len(block_patterns.DENSITIES)
+    )
     assert {(shape.out, shape.inner) for shape in timed} == {(3072, 768), (768, 3072)}
     by_inner = {
         (one.inner, one.pattern): (one.layout, one.speedup) for one in found.sites[site().shape].products
@@ -77,12 +79,12 @@ def test_every_product_is_timed_in_every_pattern_that_fits_it(timed, tmp_path):
 
 
 def test_the_finest_blocks_that_are_nearly_the_fastest_are_offered(timed, tmp_path):
-    found = block_patterns.of(job(tmp_path, site()))
+    found = block_patterns.find_patterns(job(tmp_path, site()))
     assert found.offered(site()) == ("block:64x32@0.5", "block:64x32@0.25")
     gains = {"block:32x32@0.5": 1.0, "block:64x32@0.5": 1.5, "block:64x64@0.5": 1.9, "block:128x32@0.5": 1.95}
-    assert block_patterns.offered(gains | {"block:128x64@0.5": 2.0}) == ("block:128x32@0.5",)
-    assert block_patterns.offered(gains | {"block:128x64@0.5": 3.0}) == ("block:128x64@0.5",)
-    assert block_patterns.offered({}) == ()
+    assert block_patterns.select_patterns(gains | {"block:128x64@0.5": 2.0}) == ("block:128x32@0.5",)
+    assert block_patterns.select_patterns(gains | {"block:128x64@0.5": 3.0}) == ("block:128x64@0.5",)
+    assert block_patterns.select_patterns({}) == ()
 
 
 def test_the_gain_of_a_site_is_that_of_its_products_one_after_the_other():
@@ -91,34 +93,36 @@ def test_the_gain_of_a_site_is_that_of_its_products_one_after_the_other():
 
 
 def test_what_was_timed_on_this_machine_is_not_timed_again(timed, tmp_path):
-    first = block_patterns.of(job(tmp_path, site()))
+    first = block_patterns.find_patterns(job(tmp_path, site()))
     count = len(timed)
-    assert block_patterns.of(job(tmp_path, site())) == first
+    assert block_patterns.find_patterns(job(tmp_path, site())) == first
     (tmp_path / "patterns.json").unlink()
-    assert block_patterns.of(job(tmp_path, site())) == first
+    assert block_patterns.find_patterns(job(tmp_path, site())) == first
     assert len(timed) == count
-    block_patterns.of(job(tmp_path, site(), site(1536)))  # made from other sites: only the new ones are timed
+    block_patterns.find_patterns(
+        job(tmp_path, site(), site(1536))
+    )  # made from other sites: only the new ones are timed
     assert {(shape.out, shape.inner) for shape in timed[count:]} == {(1536, 768), (768, 1536)}
 
 
 def test_other_threads_are_other_times(timed, tmp_path):
-    block_patterns.of(job(tmp_path, site()))
+    block_patterns.find_patterns(job(tmp_path, site()))
     count = len(timed)
     two = Place(profiles.load("cpu"), "onnxruntime", "cpu", 2)
-    block_patterns.of(job(tmp_path, site(), place=two))
+    block_patterns.find_patterns(job(tmp_path, site(), place=two))
     assert timed[count:] == timed[:count]
 
 
 def test_nothing_is_timed_that_nobody_asked_for_or_that_is_elsewhere(timed, tmp_path):
     gpu = Place(profiles.load("h100"), "torch-cuda", "cuda", 1)
     for asked in (job(tmp_path, site(), moves=("structure", "int8")), job(tmp_path, site(), place=gpu)):
-        found = block_patterns.of(asked)
+        found = block_patterns.find_patterns(asked)
         assert found == Patterns()
         assert found.offered(site()) is None
         assert found.written(site())(768, 3072, None) == "concat"
     elsewhere = job(tmp_path, site())
     elsewhere.place = None
-    assert block_patterns.of(elsewhere) == Patterns()
+    assert block_patterns.find_patterns(elsewhere) == Patterns()
     assert not timed
     assert not (tmp_path / "patterns.json").exists()
 
@@ -127,17 +131,17 @@ def test_a_matrix_with_rows_that_no_unit_owns_is_not_timed(timed, tmp_path):
     shared = site().model_copy(
         update={"slices": (Slice(tensor="up", dim=0, width=2), Slice(tensor="down", dim=1, width=1))}
     )
-    assert block_patterns.of(job(tmp_path, shared)) == Patterns()
+    assert block_patterns.find_patterns(job(tmp_path, shared)) == Patterns()
     assert not timed
 
 
 def test_a_pattern_that_does_not_keep_what_it_says_is_not_timed():
-    found = block_patterns.fitting(site(1536, 384))
+    found = block_patterns.fitting_patterns(site(1536, 384))
     # A quarter of six blocks of 64 inputs is 1.5: two stay, a third of the weight.
     quarter = {f"block:{size}@0.25" for size in ("64x32", "128x32")}
-    assert set(found) == quarter | {f"block:{size}@0.5" for size in block_patterns.SHAPES}
-    assert block_patterns.fitting(site(40, 20)) == {}
-    narrower = block_patterns.fitting(site(1000, 768))["block:128x64@0.5"]
+    assert set(found) == quarter | {f"block:{size}@0.5" for size in block_patterns.BLOCK_SHAPES}
+    assert block_patterns.fitting_patterns(site(40, 20)) == {}
+    narrower = block_patterns.fitting_patterns(site(1000, 768))["block:128x64@0.5"]
     assert [(shape.out, shape.inner) for shape in narrower] == [(1024 - 128, 768), (768, 1024 - 128)]
 
 
@@ -152,10 +156,12 @@ def test_a_form_that_would_keep_no_block_has_no_levels():
 def known(own, *layouts_of):
     """What patterns.json says of a site whose products were fastest in these layouts."""
     products = tuple(
-        Fastest(rows=m.rows, out=m.out, inner=m.inner, pattern="block:4x4@0.5", layout=layout, speedup=2.0)
+        TimedProduct(
+            rows=m.rows, out=m.out, inner=m.inner, pattern="block:4x4@0.5", layout=layout, speedup=2.0
+        )
         for m, layout in zip(own.matmuls, layouts_of, strict=True)
     )
-    return Patterns(sites={own.shape: Offer(patterns=("block:4x4@0.5",), products=products)})
+    return Patterns(sites={own.shape: SitePatterns(patterns=("block:4x4@0.5",), products=products)})
 
 
 def test_a_site_is_priced_in_the_layouts_that_were_found(monkeypatch):
@@ -182,8 +188,8 @@ def test_the_price_and_the_file_take_the_layouts_of_the_job(monkeypatch, tmp_pat
     monkeypatch.setattr(
         pricing.site_timing, "measure", lambda sites, missing, **rest: {key: {} for key in missing}
     )
-    pricing.table_of(here, place, {"ffn": {"block:4x4@0.5": [8]}}, found)
-    monkeypatch.setattr(block_patterns, "of", lambda job: found)
+    pricing.latency_table_of(here, place, {"ffn": {"block:4x4@0.5": [8]}}, found)
+    monkeypatch.setattr(block_patterns, "find_patterns", lambda job: found)
     monkeypatch.setattr(compilation.model_files, "write", lambda job, model, file, lower: lower(None))
     monkeypatch.setattr(
         compilation.lower, "lower", lambda graph, sites, removals, written: seen.append(written)
@@ -194,9 +200,9 @@ def test_the_price_and_the_file_take_the_layouts_of_the_job(monkeypatch, tmp_pat
 
 
 def test_a_plan_prints_what_blocks_gain(timed, tmp_path):
-    found = block_patterns.of(job(tmp_path, site(), site(1536)))
+    found = block_patterns.find_patterns(job(tmp_path, site(), site(1536)))
     rows = inspection._blocks(found)
-    assert len(rows) == 4 * len(block_patterns.SHAPES) * len(block_patterns.DENSITIES)
+    assert len(rows) == 4 * len(block_patterns.BLOCK_SHAPES) * len(block_patterns.DENSITIES)
     (row,) = [r for r in rows if r["product"] == "768x3072" and r["pattern"] == "block:64x32@0.25"]
     assert row == {
         "product": "768x3072", "rows": 32, "pattern": "block:64x32@0.25", "layout": "gather",
@@ -206,9 +212,9 @@ def test_a_plan_prints_what_blocks_gain(timed, tmp_path):
 
 
 def test_what_is_stored_is_read_back_whole(timed, tmp_path):
-    found = block_patterns.of(job(tmp_path, site()))
+    found = block_patterns.find_patterns(job(tmp_path, site()))
     text = (tmp_path / "patterns.json").read_text()
     assert Patterns.model_validate(json.loads(text)["value"]) == found
     broken = text.replace('"conv"', '"co')
     (tmp_path / "patterns.json").write_text(broken)
-    assert block_patterns.of(job(tmp_path, site())) == found
+    assert block_patterns.find_patterns(job(tmp_path, site())) == found

@@ -16,8 +16,8 @@ from compress.ir import Budget, Option, Whole
 from compress.pipeline import energy_budget
 from compress.pipeline.pricing import Costs
 from compress.search import knapsack
-from compress.search.closed_loop import Menus
-from compress.search.knapsack import Menu
+from compress.search.closed_loop import CandidateTable
+from compress.search.knapsack import OptionCosts
 
 SITES = (ffn(), heads())
 ROWS = {"ffn": {"dense": {12: 4.0, 6: 2.0, 0: 0.0}}, "heads": {"dense": {3: 3.0, 1: 1.0}}}
@@ -130,21 +130,21 @@ def test_a_budget_of_energy_prunes_more_the_smaller_it_is_and_its_wrong_sign_wou
         rows={"a": priced, "b": priced}, fixed_mj=5.0, idle_w=1.0, source="estimated", meter="m"
     )
     error = np.array([0.0, 0.1, 0.3, 0.6, 1.0])
-    same = tuple(Menu(np.array(list(row.values())), scale * error) for scale in (1.0, 2.0))
+    same = tuple(OptionCosts(np.array(list(row.values())), scale * error) for scale in (1.0, 2.0))
     whole = Whole(inside_ms=(8.0,), whole_ms=(9.0,))
-    known = Menus(("a", "b"), ("ffn", "ffn"), (options, options), (12, 12), same, same, whole)
+    known = CandidateTable(("a", "b"), ("ffn", "ffn"), (options, options), (12, 12), same, same, whole)
     menus = energy_budget.menus(known, prices)
     kept = []
     for limit in (85.0, 65.0, 45.0, 25.0, 5.0):
-        choices = knapsack.knapsack(menus, limit - prices.fixed_mj)
+        choices = knapsack.solve(menus, limit - prices.fixed_mj)
         named = {name: options[place] for name, place in zip("ab", choices, strict=True)}
         assert prices.of(named) <= limit
         kept.append(sum(list(row)[place] for place in choices))
     assert kept == sorted(kept, reverse=True)
     assert (kept[0], kept[-1]) == (24, 0)
     # The control: with the energy of what is gone instead, the smallest budget leaves the model dense.
-    wrong = [Menu(menu.cost.max() - menu.cost, menu.error) for menu in menus]
-    assert knapsack.knapsack(wrong, 0.0) == (0, 0)
+    wrong = [OptionCosts(menu.cost.max() - menu.cost, menu.error) for menu in menus]
+    assert knapsack.solve(wrong, 0.0) == (0, 0)
 
 
 def test_nothing_is_metered_that_was_not_asked_for_or_is_not_here():

@@ -19,8 +19,8 @@ from compress.pipeline.pricing import Costs
 from compress.progress import Quiet
 from compress.recipe import Bench, Options, Recipe, Search
 from compress.report import schema, summary
-from compress.search.closed_loop import Menus, Round
-from compress.search.knapsack import Menu
+from compress.search.closed_loop import CandidateTable, Iteration
+from compress.search.knapsack import OptionCosts
 
 UNITS = (12, 8, 4, 2, 0)
 OPTIONS = (Option(), *(Option(units=units) for units in UNITS[1:]))
@@ -32,8 +32,8 @@ ERRORS = np.array([0.0, 0.1, 0.3, 0.5, 1.0])
 def menus():
     ms = np.array([MS[units] for units in UNITS])
     whole = Whole(inside_ms=(8.0,), whole_ms=(9.0,))
-    both = (Menu(ms, ERRORS), Menu(ms, 2 * ERRORS))
-    return Menus(("a", "b"), ("ffn", "ffn"), (OPTIONS, OPTIONS), (12, 12), both, both, whole)
+    both = (OptionCosts(ms, ERRORS), OptionCosts(ms, 2 * ERRORS))
+    return CandidateTable(("a", "b"), ("ffn", "ffn"), (OPTIONS, OPTIONS), (12, 12), both, both, whole)
 
 
 ROW = {option.key: MJ[units] for option, units in zip(OPTIONS, UNITS, strict=True)}
@@ -89,7 +89,7 @@ def test_the_least_compressed_plan_within_the_energy_is_found(limit):
 def test_time_would_have_chosen_another_plan():
     """A control: the same share of the time is a milder plan than that share of the energy."""
     by_energy = chosen(Budget(energy_mj=0.5 * PRICES.dense_mj))
-    by_time = plan_search.choose_once(job(Budget(speedup=2.0)), menus(), judge, 4.5, 2.0)
+    by_time = plan_search.search_once(job(Budget(speedup=2.0)), menus(), judge, 4.5, 2.0)
     assert by_energy.choices != by_time.choices
     assert energy(by_time.choices) < energy(by_energy.choices)
 
@@ -142,7 +142,7 @@ def test_a_budget_that_no_round_kept_ends_with_the_thriftiest():
 
 def test_a_counter_that_falls_silent_leaves_the_estimate():
     turn = chosen(Budget(energy_mj=500.0), lambda choices: None)
-    assert isinstance(turn, Round)
+    assert isinstance(turn, Iteration)
     assert turn.choices == chosen(Budget(energy_mj=500.0)).choices
 
 

@@ -86,7 +86,7 @@ def test_a_later_member_begins_at_the_width_of_the_one_before_and_may_become_nar
         atol=1e-5,
     )
     job = sized(tmp_path / "second", (0.9, 0.7, 0.33), 22_000)
-    begun = widths.begun(job, first.job, first.expanded())
+    begun = widths.from_previous(job, first.job, first.expanded())
     assert (begun.baseline, begun.narrowed.units) == (job, 16)
     assert torch.equal(logits(job.task, begun.task.model, inputs), logits(job.task, first.expanded(), inputs))
     second = compilation.compiled(job, first)
@@ -101,8 +101,10 @@ def test_a_later_member_begins_at_the_width_of_the_one_before_and_may_become_nar
     assert second.report.compressed.parameters < first.report.compressed.parameters
     again = compress.load(tmp_path / "second")
     assert sum(value.numel() for value in again.parameters()) == second.report.compressed.parameters
-    third = widths.begun(sized(tmp_path / "third", (0.7, 0.33), 22_000), second.job, second.expanded())
-    assert widths.levels(third, widths.found_stream(third)) == []
+    third = widths.from_previous(
+        sized(tmp_path / "third", (0.7, 0.33), 22_000), second.job, second.expanded()
+    )
+    assert widths.candidate_widths(third, widths.find_stream(third)) == []
 
 
 @pytest.mark.slow

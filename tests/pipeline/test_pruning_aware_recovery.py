@@ -25,7 +25,7 @@ WANTED = Recovery(mode="fast", epochs=25, batch=2, rate=3e-3)
 def plan(tmp_path_factory):
     """A narrow job, its model with units gone, and what was removed."""
     wide = job_of("llama", tmp_path_factory.mktemp("aware") / "out", recovery=WANTED)
-    seen = width_search.directions(wide, width_search.stream_of(wide))
+    seen = width_search.measure_directions(wide, width_search.requested_stream(wide))
     job = width_search.narrow(wide, seen, UNITS)
     removals = {
         site.name: Removal(torch.arange(site.units // 2, site.units), bias=torch.zeros(UNITS))
@@ -35,13 +35,13 @@ def plan(tmp_path_factory):
 
 
 def away(job, model):
-    dense = objective.logits(job.task, job.baseline.task.model, job.calibration)
-    return objective.divergence(job.task, model, job.calibration, dense)
+    dense = objective.compute_logits(job.task, job.baseline.task.model, job.calibration)
+    return objective.mean_divergence(job.task, model, job.calibration, dense)
 
 
 def test_units_go_first_and_what_stays_is_solved_again_at_the_whole_width(plan):
     job, _, removals = plan
-    cut = pruning_aware_recovery.cut_wide(job.baseline, removals)
+    cut = pruning_aware_recovery.prune_wide(job.baseline, removals)
     plain = {}
     for site in job.baseline.sites:
         if site.name in removals:
@@ -66,7 +66,7 @@ def test_a_plan_is_tuned_while_its_width_falls_and_keeps_its_shapes(plan, monkey
     assert {name: value.shape for name, value in before.items()} == {
         name: value.shape for name, value in after.items()
     }
-    monkeypatch.setattr(pruning_aware_recovery, "_tuned", None)  # a second run reads what the first one wrote
+    monkeypatch.setattr(pruning_aware_recovery, "_tune", None)  # a second run reads what the first one wrote
     again = copy.deepcopy(small)
     assert pruning_aware_recovery.recover(job, again, removals) == [note]
     assert all(torch.equal(value, after[name]) for name, value in again.state_dict().items())
@@ -79,7 +79,7 @@ def test_a_plan_is_tuned_while_its_width_falls_and_keeps_its_shapes(plan, monkey
         raise CompressError("tuned anew")
 
     with monkeypatch.context() as anew:  # what other settings or weights gave is not taken
-        anew.setattr(pruning_aware_recovery, "_tuned", refuse)
+        anew.setattr(pruning_aware_recovery, "_tune", refuse)
         changed = copy.deepcopy(small)
         changed.get_parameter(next(iter(before))).data.add_(1.0)
         for one, start in ((replace(job, recipe=other), small), (job, changed)):
@@ -88,13 +88,13 @@ def test_a_plan_is_tuned_while_its_width_falls_and_keeps_its_shapes(plan, monkey
             ]
     assert len(fresh) == 2
 
-    class Contrary(recovery.Judge):
+    class Contrary(recovery.Validator):
         """Likes best what is farthest from the dense model."""
 
         def __call__(self, model):
             return -super().__call__(model)
 
-    monkeypatch.setattr(recovery, "Judge", Contrary)
+    monkeypatch.setattr(recovery, "Validator", Contrary)
     left = copy.deepcopy(small)
     (note,) = pruning_aware_recovery.recover(job, left, removals)
     assert note.endswith(", so it was not used")

@@ -34,7 +34,9 @@ def student(task=None):
 
 def away(task, model):
     batches = list(task.batches("test", 16))
-    return objective.divergence(task, model, batches, objective.logits(task, task.model, batches))
+    return objective.mean_divergence(
+        task, model, batches, objective.compute_logits(task, task.model, batches)
+    )
 
 
 def test_none_changes_nothing_and_says_nothing(tmp_path):
@@ -96,12 +98,12 @@ def test_other_settings_other_labels_or_another_student_begin_anew(tmp_path):
 def test_the_judge_prefers_what_is_better_whatever_the_direction_of_the_score(tmp_path):
     task = Padded()
     one = job(tmp_path / "out", task)
-    dense, small = recovery.Judge(one)(task.model), recovery.Judge(one)(student())
+    dense, small = recovery.Validator(one)(task.model), recovery.Validator(one)(student())
     task.higher_is_better = False
-    assert recovery.Judge(one)(task.model) == -dense
+    assert recovery.Validator(one)(task.model) == -dense
     bare = job(tmp_path / "out", Bare())
-    assert recovery.Judge(bare)(bare.task.model) == pytest.approx(0, abs=1e-6)
-    assert recovery.Judge(bare)(student()) < -1e-2
+    assert recovery.Validator(bare)(bare.task.model) == pytest.approx(0, abs=1e-6)
+    assert recovery.Validator(bare)(student()) < -1e-2
     assert 0 <= small <= 1
 
 

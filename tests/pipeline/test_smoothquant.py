@@ -32,8 +32,8 @@ def spots(model, inputs):
     """All places with channels, whether or not they may be moved, and their kind."""
     sites = discovery.find_sites(model, inputs).sites
     kinds = {site.writer: {"heads": "values", "ffn": "neurons"}[site.kind] for site in sites}
-    inside = [(kinds[spot.readers[0]], spot) for spot in smoothquant.values(sites)]
-    return [*inside, *(("norms", spot) for spot in smoothquant.norms(model, sites, inputs))]
+    inside = [(kinds[spot.readers[0]], spot) for spot in smoothquant.writer_input_pairs(sites)]
+    return [*inside, *(("norms", spot) for spot in smoothquant.normalization_pairs(model, sites, inputs))]
 
 
 def factors(spot, strength=2.0, seed=0):
@@ -48,7 +48,7 @@ def test_channels_move_where_the_answers_stay_and_nowhere_else(name):
         before = model(**inputs)
         kinds = {}
         for kind, spot in spots(model, inputs):
-            holds = smoothquant.holds(model, spot, factors(spot), inputs)
+            holds = smoothquant.is_equivalent(model, spot, factors(spot), inputs)
             kinds.setdefault(kind, []).append(holds)
             assert distance(model(**inputs), before) == 0  # a trial leaves no trace
             changed = copy.deepcopy(model)
@@ -64,7 +64,7 @@ def loud(name):
     """A model of a family with one loud channel in every place, that computes the same; and its parts."""
     model, inputs = families.build(name)
     for _, spot in spots(model, inputs):
-        if smoothquant.holds(model, spot, factors(spot), inputs):
+        if smoothquant.is_equivalent(model, spot, factors(spot), inputs):
             divide = torch.ones(spot.channels, dtype=torch.float64)
             divide[3] = 1 / 50
             smoothquant.apply(model, spot, divide)
@@ -92,7 +92,7 @@ def rounded(task, sites, batches):
 def test_loud_channels_are_found_and_rounding_loses_less(name):
     task, sites, batches = loud(name)
     before = copy.deepcopy(task.model.state_dict())
-    found = smoothquant.moved(task, sites, batches)
+    found = smoothquant.find_pairs(task, sites, batches)
     assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
     assert len(found) == families.LAYERS * {"vit": 3, "fused": 3}.get(name, 4)
     # The planted channel is what is divided by most.
@@ -138,7 +138,7 @@ def request_of(tmp_path):
 
 def test_a_job_is_smoothed_once_and_its_baseline_stays(request_of, monkeypatch):
     job = prepare(request_of("structure", "int8"), Quiet())
-    calm, notes = smoothquant.smoothed(job)
+    calm, notes = smoothquant.smooth_model(job)
     assert calm.baseline is job
     assert calm.key != job.key
     assert notes == [
@@ -148,24 +148,24 @@ def test_a_job_is_smoothed_once_and_its_baseline_stays(request_of, monkeypatch):
     inputs = job.calibration[0].inputs
     with torch.no_grad():
         assert 0 < distance(calm.task.model(**inputs).logits, job.task.model(**inputs).logits) < 1e-5
-    monkeypatch.setattr(smoothquant, "moved", None)  # what was found is read, not found again
-    again, _ = smoothquant.smoothed(job)
+    monkeypatch.setattr(smoothquant, "find_pairs", None)  # what was found is read, not found again
+    again, _ = smoothquant.smooth_model(job)
     assert again.key == calm.key
     monkeypatch.undo()
-    member = smoothquant.smoothed(job.on(copy.deepcopy(job.task.model)).on(job.task.model))
+    member = smoothquant.smooth_model(job.on(copy.deepcopy(job.task.model)).on(job.task.model))
     assert member[0].baseline is job
 
 
 @pytest.mark.parametrize("move", ["lowrank", "int4"])
 def test_without_int8_nothing_is_moved(request_of, move):
     job = prepare(request_of("structure", move), Quiet())
-    assert smoothquant.smoothed(job) == (job, [])
+    assert smoothquant.smooth_model(job) == (job, [])
 
 
 def test_less_is_moved_into_weights_that_may_end_on_4_bits(request_of):
     def most(*moves):
         job = prepare(request_of(*moves), Quiet())
-        smoothquant.smoothed(job)
+        smoothquant.smooth_model(job)
         found = artifacts.stored_at(job.folder / "smoothing.json", smoothquant.Smoothing, job.key)
         return sum(max(spot.divide) / min(spot.divide) for spot in found.spots)
 

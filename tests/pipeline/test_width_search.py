@@ -23,12 +23,18 @@ from compress.methods.hidden_width import find_stream, narrow
 from compress.pipeline import compilation, evaluation, model_files, plan_search, pricing, recovery
 from compress.pipeline import width_search as widths
 from compress.pipeline.job import Stages
-from compress.pipeline.width_search import Found, Ground, levels, narrow_site, search_widths
+from compress.pipeline.width_search import (
+    SearchResult,
+    SearchSpace,
+    candidate_widths,
+    narrow_site,
+    search_widths,
+)
 from compress.progress import Quiet
 from compress.recipe import Options, Recovery, Search
 from compress.search import objective
-from compress.search.closed_loop import Menus, OutOfReachError, Round, Rounds, Timing
-from compress.search.knapsack import Menu
+from compress.search.closed_loop import CandidateTable, Iteration, OutOfReachError, SearchHistory, Timing
+from compress.search.knapsack import OptionCosts
 from compress.sites import prune
 from compress.sites.discovery import find_sites
 from compress.sites.prune import Removal
@@ -54,11 +60,11 @@ def at(step, fractions=(0.875, 0.75, 0.625, 0.5)):
 
 def test_widths_are_multiples_of_the_step_of_the_target():
     wide = SimpleNamespace(width=768)
-    assert levels(at(64), wide) == [640, 576, 512, 384]
-    assert levels(at(8), wide) == [672, 576, 480, 384]
-    assert levels(at(8, (0.99, 0.01)), wide) == [760, 8]
+    assert candidate_widths(at(64), wide) == [640, 576, 512, 384]
+    assert candidate_widths(at(8), wide) == [672, 576, 480, 384]
+    assert candidate_widths(at(8, (0.99, 0.01)), wide) == [760, 8]
     with pytest.raises(CompressError, match=r"hidden width is 48, box .* multiples of 64, and none"):
-        levels(at(64, (0.5,)), SimpleNamespace(width=48))
+        candidate_widths(at(64, (0.5,)), SimpleNamespace(width=48))
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -84,10 +90,10 @@ def test_the_outlook_is_a_share_of_the_dense_time_by_the_products_of_the_sites(m
 
     monkeypatch.setattr(widths.latency_table, "price", price)
     monkeypatch.setattr(
-        widths, "directions", lambda job, stream: SimpleNamespace(error=lambda units: units / 100)
+        widths, "measure_directions", lambda job, stream: SimpleNamespace(error=lambda units: units / 100)
     )
     job = SimpleNamespace(**vars(at(8, (0.5, 0.75))), sites=(site,))
-    rows = widths.outlook(job, stream, 10.0)
+    rows = widths.estimate_widths(job, stream, 10.0)
     assert [row["width"] for row in rows] == [48, 32]
     for row in rows:
         share = (2 * 30 * row["width"] + 70) / (2 * 30 * 64 + 70)
@@ -98,7 +104,7 @@ def test_the_outlook_is_a_share_of_the_dense_time_by_the_products_of_the_sites(m
 
 FULL = 64
 LEVELS = (56, 48, 40, 32)
-SITE = Menu(np.array([4.0, 2.0, 1.0]), np.array([0.0, 0.1, 0.5]))
+SITE = OptionCosts(np.array([4.0, 2.0, 1.0]), np.array([0.0, 0.1, 0.5]))
 
 
 def play(monkeypatch, alone, plans, speeds=None, asked=2.0):
@@ -107,7 +113,7 @@ def play(monkeypatch, alone, plans, speeds=None, asked=2.0):
     Returns what is kept and told, and the widths that were searched, in order.
     """
     searched = []
-    menus = Menus(
+    menus = CandidateTable(
         names=("a",), kinds=("ffn",), options=((Option(), Option(units=2), Option(units=1)),), totals=(4,),
         prior=(SITE,), scaled=(SITE,), whole=Whole(inside_ms=(4.0,), whole_ms=(5.0,)),
     )  # fmt: skip
@@ -119,7 +125,7 @@ def play(monkeypatch, alone, plans, speeds=None, asked=2.0):
     job = SimpleNamespace(**vars(at(8)), units=FULL, stages=Stages(Quiet()))
 
     def ground(own):
-        return Ground(own, costs, menus, SimpleNamespace(of=lambda units: alone[units]), None)
+        return SearchSpace(own, costs, menus, SimpleNamespace(of=lambda units: alone[units]), None)
 
     def choose(one):
         units = one.job.units
@@ -129,13 +135,13 @@ def play(monkeypatch, alone, plans, speeds=None, asked=2.0):
         timing = None
         if speeds is not None:
             timing = Timing(speedup=speeds[units], interval95=(1, 9), dense_ms=5.0, measured_ms=2.5)
-        turn = Round(limit_ms=2.5, predicted_ms=2.5, choices={}, loss=plans[units], timing=timing)
-        return Found(one, Rounds(rounds=(turn,)), turn)
+        turn = Iteration(limit_ms=2.5, predicted_ms=2.5, choices={}, loss=plans[units], timing=timing)
+        return SearchResult(one, SearchHistory(rounds=(turn,)), turn)
 
     monkeypatch.setattr(widths, "narrow", narrowed)
     monkeypatch.setattr(widths, "narrow_model", lambda job, seen, units: units)
-    monkeypatch.setattr(widths, "directions", lambda job, stream: SimpleNamespace(stream=stream))
-    monkeypatch.setattr(widths, "_share", lambda job, stream, units: units / FULL)
+    monkeypatch.setattr(widths, "measure_directions", lambda job, stream: SimpleNamespace(stream=stream))
+    monkeypatch.setattr(widths, "_time_share", lambda job, stream, units: units / FULL)
     found, tried = search_widths(ground(job), SimpleNamespace(width=FULL), asked, ground, choose)
     return found, tried, searched
 
@@ -153,13 +159,13 @@ def test_the_best_plan_over_all_widths_is_kept_and_only_hopeless_ones_are_not_se
             continue
         found, tried, searched = play(monkeypatch, alone, plans)
         best = min(reached, key=reached.__getitem__)
-        assert found.turn.loss == reached[best]
+        assert found.iteration.loss == reached[best]
         assert [one.units for one in tried] == [FULL, *LEVELS]
         assert [one.units for one in tried if one.chosen] == [best]
         for one in tried:
             assert one.loss == alone[one.units]
             assert one.plan_loss == (reached.get(one.units) if one.units in searched else None)
-            assert one.units in searched or one.loss >= found.turn.loss
+            assert one.units in searched or one.loss >= found.iteration.loss
         skipped += len(alone) - len(searched)
     assert skipped > 100
 
@@ -167,7 +173,7 @@ def test_the_best_plan_over_all_widths_is_kept_and_only_hopeless_ones_are_not_se
 def test_a_width_that_gains_by_pruning_breaks_the_bound_and_is_missed(monkeypatch):
     alone = {FULL: 0.0, 56: 0.5, 48: 0.6, 40: 0.7, 32: 0.8}
     found, _, searched = play(monkeypatch, alone, {FULL: 0.3, 56: 0.1, 48: 0.1, 40: 0.1, 32: 0.1})
-    assert (found.turn.loss, searched) == (0.3, [FULL])
+    assert (found.iteration.loss, searched) == (0.3, [FULL])
 
 
 def test_a_plan_that_keeps_the_budget_wins_over_one_that_loses_less_and_misses_it(monkeypatch):
@@ -175,10 +181,10 @@ def test_a_plan_that_keeps_the_budget_wins_over_one_that_loses_less_and_misses_i
     plans = {FULL: 0.1, 56: 0.45, 48: 0.55, 40: 0.65, 32: 0.75}
     speeds = {FULL: 1.9, 56: 1.9, 48: 2.01, 40: 2.2, 32: 2.3}
     found, tried, searched = play(monkeypatch, alone, plans, speeds)
-    assert (found.ground.job.units, found.turn.loss) == (48, 0.55)
+    assert (found.space.job.units, found.iteration.loss) == (48, 0.55)
     assert 40 not in searched
-    assert [one.why for one in tried if one.chosen] == [widths.BEST]
-    assert {one.why for one in tried if one.units in (FULL, 56)} == {widths.MISSED}
+    assert [one.why for one in tried if one.chosen] == [widths.REASON_BEST]
+    assert {one.why for one in tried if one.units in (FULL, 56)} == {widths.REASON_MISSED}
     assert found.rank(2.0) == (False, 0.55)
 
 
@@ -186,8 +192,8 @@ def test_the_fastest_plan_is_kept_when_none_keeps_the_budget(monkeypatch):
     alone = {FULL: 0.0, 56: 0.4, 48: 0.5, 40: 0.6, 32: 0.7}
     speeds = {FULL: 1.2, 56: 1.5, 48: 1.9, 40: 1.7, 32: 1.6}
     found, tried, searched = play(monkeypatch, alone, dict.fromkeys(alone, 0.9), speeds)
-    assert (found.ground.job.units, len(searched)) == (48, 5)
-    assert [one.why for one in tried if one.chosen] == [widths.FASTEST]
+    assert (found.space.job.units, len(searched)) == (48, 5)
+    assert [one.why for one in tried if one.chosen] == [widths.REASON_FASTEST]
 
 
 def test_widths_are_searched_in_order_of_promise(monkeypatch):
@@ -207,14 +213,14 @@ def test_the_error_of_the_narrowest_is_told_when_no_width_is_fast_enough(monkeyp
 @pytest.mark.parametrize("family", ["vit", "gpt2", "opt", "llama", "mistral", "qwen2", "qwen3"])
 def test_a_narrow_and_cut_model_is_saved_loaded_and_exported_alike(family, tmp_path):
     wide = job_of(family, tmp_path / "out")
-    seen = widths.directions(wide, widths.stream_of(wide))
+    seen = widths.measure_directions(wide, widths.requested_stream(wide))
     job = widths.narrow(wide, seen, 16)
     choices = {site.name: Option(units=site.units - 1) for site in job.sites}
     removals = {
         site.name: Removal(torch.arange(1, site.units), bias=0.1 * torch.ones(16)) for site in job.sites
     }
     model = prune.shrink(job.task.model, job.sites, removals)
-    compilation.save(job, Round(limit_ms=1, predicted_ms=1, choices=choices, loss=0), model, removals)
+    compilation.save(job, Iteration(limit_ms=1, predicted_ms=1, choices=choices, loss=0), model, removals)
     again = compress.load(tmp_path / "out")
     inputs = wide.task.example(2, 7)
     expected = logits(job.task, model, inputs)
@@ -231,31 +237,31 @@ def test_a_narrow_and_cut_model_is_saved_loaded_and_exported_alike(family, tmp_p
 
 def test_a_stream_of_few_directions_loses_nothing_at_their_number_and_is_judged_by_the_dense_model(tmp_path):
     wide = job_of("llama", tmp_path / "out", rank=10)
-    seen = widths.directions(wide, widths.stream_of(wide))
+    seen = widths.measure_directions(wide, widths.requested_stream(wide))
     menus = SimpleNamespace(options=tuple((Option(),) for _ in wide.sites))
-    dense = plan_search.judge_of(wide, menus)
+    dense = plan_search.build_objective(wide, menus)
     exact, less = widths.narrow(wide, seen, 10), widths.narrow(wide, seen, 6)
     assert seen.error(10) < 1e-6 < seen.error(6)
     assert dense.of(exact.task.model) == pytest.approx(0, abs=1e-6)
     lost = dense.of(less.task.model)
     assert lost > 1e-4
-    own = plan_search.judge_of(less, menus)
+    own = plan_search.build_objective(less, menus)
     assert own(tuple(0 for _ in wide.sites)) == pytest.approx(lost, rel=1e-5)
     assert less.baseline is wide is wide.baseline
 
 
 def test_a_narrow_student_is_held_against_what_its_stream_can_hold(tmp_path):
     wide = job_of("gpt2", tmp_path / "out", rank=9)
-    seen = widths.directions(wide, widths.stream_of(wide))
-    at = distillation.places(wide.task.model, wide.sites)
+    seen = widths.measure_directions(wide, widths.requested_stream(wide))
+    at = distillation.hidden_states(wide.task.model, wide.sites)
     batch = wide.calibration[0]
     with torch.no_grad():
-        told = distillation.answers(wide.task, wide.task.model, batch, at)
+        told = distillation.run_model(wide.task, wide.task.model, batch, at)
     for units, near in ((10, True), (6, False)):
         job = widths.narrow(wide, seen, units)
         with torch.no_grad():
-            said = distillation.answers(job.task, job.task.model, batch, at)
-        goal = distillation.lowered(told, said, job.narrowed.down)
+            said = distillation.run_model(job.task, job.task.model, batch, at)
+        goal = distillation.project_teacher(told, said, job.narrowed.down)
         assert [part.shape for part in goal.hidden] == [part.shape for part in said.hidden]
         assert torch.equal(goal.logits, told.logits)
         loss = float(distillation.hidden_loss(said.hidden, goal.hidden))
@@ -265,13 +271,13 @@ def test_a_narrow_student_is_held_against_what_its_stream_can_hold(tmp_path):
 def test_recovery_of_a_narrow_model_brings_it_nearer_to_the_dense_one(tmp_path):
     wanted = Recovery(mode="fast", epochs=12, batch=2, rate=3e-3)
     wide = job_of("llama", tmp_path / "out", recovery=wanted)
-    seen = widths.directions(wide, widths.stream_of(wide))
+    seen = widths.measure_directions(wide, widths.requested_stream(wide))
     job = widths.narrow(wide, seen, 16)
     model = copy.deepcopy(job.task.model)
-    dense = objective.logits(wide.task, wide.task.model, wide.calibration)
-    before = objective.divergence(wide.task, model, wide.calibration, dense)
+    dense = objective.compute_logits(wide.task, wide.task.model, wide.calibration)
+    before = objective.mean_divergence(wide.task, model, wide.calibration, dense)
     recovery.recover(job, model, {})
-    assert objective.divergence(wide.task, model, wide.calibration, dense) < 0.7 * before
+    assert objective.mean_divergence(wide.task, model, wide.calibration, dense) < 0.7 * before
 
 
 def test_the_report_tells_the_width_as_a_site_as_a_step_and_in_words():
@@ -281,7 +287,7 @@ def test_the_report_tells_the_width_as_a_site_as_a_step_and_in_words():
     )
     menus = SimpleNamespace(dense=(0,), latency_ms=lambda choices: 3.5)
     costs = SimpleNamespace(dense_ms=4.1, source="measured")
-    ground = Ground(SimpleNamespace(narrowed=less), costs, menus, None, None)
+    ground = SearchSpace(SimpleNamespace(narrowed=less), costs, menus, None, None)
     tried = (
         Width(units=64, loss=0.0, latency_ms=4.1, source="measured", plan_loss=0.3, plan_speedup=2.0,
               why="a"),
@@ -289,7 +295,7 @@ def test_the_report_tells_the_width_as_a_site_as_a_step_and_in_words():
               chosen=True, why="b"),
         Width(units=32, loss=0.4, latency_ms=2.9, source="estimated", why="c"),
     )  # fmt: skip
-    found = widths.told(before, Found(ground, Rounds(), None), tried)
+    found = widths.add_to_report(before, SearchResult(ground, SearchHistory(), None), tried)
     assert found.sites[:-1] == before.sites
     assert (found.sites[-1].option.units, found.sites[-1].option.units_total) == (48, 64)
     added = {step.name: step.ms for step in found.waterfall}
@@ -306,8 +312,8 @@ def test_the_report_tells_the_width_as_a_site_as_a_step_and_in_words():
         "chosen: b.",
         "Hidden width 32: divergence 0.4 and 2.9 ms (estimate) with all units; not chosen: c.",
     )
-    plain = Ground(SimpleNamespace(narrowed=None), costs, menus, None, None)
-    assert widths.told(before, Found(plain, Rounds(), None), ()) == before
+    plain = SearchSpace(SimpleNamespace(narrowed=None), costs, menus, None, None)
+    assert widths.add_to_report(before, SearchResult(plain, SearchHistory(), None), ()) == before
 
 
 def test_post_norm_is_refused_in_one_message_that_names_the_place_and_the_remedy(tmp_path):
@@ -324,7 +330,7 @@ def test_post_norm_is_refused_in_one_message_that_names_the_place_and_the_remedy
 def test_without_the_move_nothing_is_looked_for(tmp_path):
     job = job_of("bert", tmp_path / "out")
     plain = job.recipe.model_copy(update={"options": Options()})
-    assert widths.stream_of(replace(job, recipe=plain)) is None
+    assert widths.requested_stream(replace(job, recipe=plain)) is None
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from compress.ir import Offer, Option, Whole
 from compress.pipeline import attribution
 from compress.pipeline.pricing import Costs
 from compress.report import methods_table, render
-from compress.search.closed_loop import Menus, Round
-from compress.search.knapsack import Menu
+from compress.search.closed_loop import CandidateTable, Iteration
+from compress.search.knapsack import OptionCosts
 
 SITE = ffn(64)
 ROWS = {
@@ -38,12 +38,12 @@ def found(given, untimed=(), others=None):
         row.index(option) for option in options for row in [[o for o in options if o.form == option.form]]
     ]
     lost = np.array([row[k] for row, k in zip(losses, order, strict=True)])
-    menu = Menu(np.array([costs.latency_ms(SITE, option) for option in options]), lost)
-    menus = Menus(
+    menu = OptionCosts(np.array([costs.latency_ms(SITE, option) for option in options]), lost)
+    menus = CandidateTable(
         names=("ffn",), kinds=("ffn",), options=(options,), totals=(64,), prior=(menu,), scaled=(menu,),
         whole=costs.whole,
     )  # fmt: skip
-    turn = Round(limit_ms=1, predicted_ms=1, choices={"ffn": given}, loss=0.0)
+    turn = Iteration(limit_ms=1, predicted_ms=1, choices={"ffn": given}, loss=0.0)
     return {offer.form: offer for offer in attribution.offers(costs, menus, turn, SITE)}
 
 

@@ -6,17 +6,24 @@ import pytest
 from compress.errors import CompressError
 from compress.ir import Option, Whole
 from compress.search import knapsack
-from compress.search.closed_loop import Effort, Menus, Rounds, Timing, choose, close
-from compress.search.knapsack import Menu
+from compress.search.closed_loop import (
+    CandidateTable,
+    SearchEffort,
+    SearchHistory,
+    Timing,
+    search_plan,
+    search_until_met,
+)
+from compress.search.knapsack import OptionCosts
 
-EFFORT = Effort(generations=6, offspring=4, seed=0)
+EFFORT = SearchEffort(generations=6, offspring=4, seed=0)
 
 
 def menus(sites=6, fixed_ms=1.0):
     options = tuple(Option(units=units) for units in (None, 6, 4, 3, 2, 1, 0))
     kept = np.array([8, 6, 4, 3, 2, 1, 0]) / 8
-    menu = Menu(kept, (1 - kept) ** 2)
-    return Menus(
+    menu = OptionCosts(kept, (1 - kept) ** 2)
+    return CandidateTable(
         names=tuple(f"site{i}" for i in range(sites)),
         kinds=("heads", "ffn") * (sites // 2),
         options=(options,) * sites,
@@ -57,8 +64,9 @@ def turn(table, device, asked, stored=None, rounds=8, kept=None):
             choices, float(sum(menu.error[c] for menu, c in zip(table.prior, choices, strict=True)))
         )
 
-    return close(
-        table, asked, device.dense_ms(), judge, EFFORT, device, rounds=rounds, stored=stored or Rounds(),
+    return search_until_met(
+        table, asked, device.dense_ms(), judge, EFFORT, device,
+        rounds=rounds, stored=stored or SearchHistory(),
         keep=(kept if kept is not None else []).append, progress=lambda name: lambda done, total: None,
     )  # fmt: skip
 
@@ -95,7 +103,7 @@ def test_a_speedup_out_of_reach_is_refused_with_what_was_measured():
 
 def test_a_uniform_plan_keeps_the_same_share_everywhere():
     table = menus()
-    plan, _ = choose(table, 4.0, lambda choices: 0.0, Effort(0, 1, 0, uniform=True))
+    plan, _ = search_plan(table, 4.0, lambda choices: 0.0, SearchEffort(0, 1, 0, uniform=True))
     assert len(set(plan)) == 1
     assert table.latency_ms(plan) <= 4.0
 
@@ -134,8 +142,9 @@ def test_later_turns_search_a_third_as_long():
         return lambda done, total: totals.setdefault(name, total)
 
     device = Device(table, 1.0, 2.2)
-    close(
-        table, asked, device.dense_ms(), judge, Effort(9, 4, 0), device, rounds=3, stored=Rounds(),
+    search_until_met(
+        table, asked, device.dense_ms(), judge, SearchEffort(9, 4, 0), device,
+        rounds=3, stored=SearchHistory(),
         keep=lambda rounds: None, progress=progress,
     )  # fmt: skip
     assert list(totals.values())[:2] == [9, 3]
@@ -177,7 +186,10 @@ def test_a_mix_that_only_looks_better_does_not_hide_what_one_way_alone_reaches()
         Option(pattern="block:64x32@0.5"),
     )
     cost = np.array([1.0, 0.5, 0.5, 0.4])
-    first, second = Menu(cost, np.array([0, 1.0, 3.0, 3.5])), Menu(cost, np.array([0, 3.0, 1.0, 3.5]))
+    first, second = (
+        OptionCosts(cost, np.array([0, 1.0, 3.0, 3.5])),
+        OptionCosts(cost, np.array([0, 3.0, 1.0, 3.5])),
+    )
     table = replace(
         menus(2), options=(options, options), prior=(first, second), scaled=(first, second),
         whole=Whole(inside_ms=(2.0,), whole_ms=(2.0,)),
@@ -187,8 +199,8 @@ def test_a_mix_that_only_looks_better_does_not_hide_what_one_way_alone_reaches()
         ways = {options[choice].form.partition(":")[0] for choice in choices if choice}
         return 100.0 * (len(ways) - 1) + sum(choices)
 
-    still = Effort(generations=0, offspring=1, seed=0)
-    assert knapsack.knapsack(table.scaled, 1.0) == (1, 2)
-    assert choose(table, 1.0, judge, still) == ((1, 1), 2.0)
+    still = SearchEffort(generations=0, offspring=1, seed=0)
+    assert knapsack.solve(table.scaled, 1.0) == (1, 2)
+    assert search_plan(table, 1.0, judge, still) == ((1, 1), 2.0)
     # Units alone cannot come to this, blocks of two shapes can.
-    assert choose(table, 0.9, judge, still)[0] == (3, 2)
+    assert search_plan(table, 0.9, judge, still)[0] == (3, 2)

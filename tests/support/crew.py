@@ -117,7 +117,7 @@ def recipe(kind, out, **changes):
 
 def loaded(asked):
     """The task of a recipe in all processes, its batches and sites."""
-    collectives.call("load", {"recipe": asked.model_dump(mode="json")})
+    collectives.send_command("load", {"recipe": asked.model_dump(mode="json")})
     task, batches = load(asked)
     return task, batches, find_sites(Padded().model, task.example(1, 9)).sites
 
@@ -168,11 +168,11 @@ def lead(folder):
     for kind in (Poisoned, Other, Buggy, Unreadable):
         said[kind.__name__] = refused(kind, folder / kind.__name__)
     statistics(folder / "after", taylor=True, readers=True)
-    collectives.call(collectives.END, {"code": 0})
-    collectives.add_up = lambda tensors: None
+    collectives.send_command(collectives.END, {"code": 0})
+    collectives.all_reduce = lambda tensors: None
     statistics(folder / "blind", taylor=True, readers=True)
     tuned(folder / "tuned blind")
-    collectives.dismiss(7)
+    collectives.stop_followers(7)
     (folder / "said.json").write_text(json.dumps(said))
 
 
@@ -183,7 +183,7 @@ def main():
         return 7
     collectives.join()
     worker.serve()
-    collectives.add_up = lambda tensors: None
+    collectives.all_reduce = lambda tensors: None
     return worker.serve()
 
 

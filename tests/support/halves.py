@@ -92,12 +92,12 @@ def tuned(folder, name, said, *, shard=False, steps=None):
         words["judged"] = float(one(torch.ones(1, 7, dtype=torch.float64)).detach())
         return 0.0
 
-    with collectives.working():
-        run = trainer.Run(
+    with collectives.synchronized():
+        run = trainer.TrainingRun(
             model, Lesson(shard), zeros={"layers.0.weight": zeros}, checkpoint=path, made_from="x"
         )
         words["from"] = run.state.step
-        trainer.tune(run, judge, progress)
+        trainer.train(run, judge, progress)
     if first:
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(state, folder / f"{name}.safetensors")
@@ -108,11 +108,11 @@ def broken(folder):
     """What the other process is told when one fails in the middle of a step."""
     lesson = Lesson(shard=True)
     try:
-        with collectives.working():
-            run = trainer.Run(Net(), lesson)
+        with collectives.synchronized():
+            run = trainer.TrainingRun(Net(), lesson)
             if collectives.rank():
                 run.held.model.layers[1].register_forward_hook(refuse)
-            trainer.tune(run, lambda one: 0.0)
+            trainer.train(run, lambda one: 0.0)
     except CompressError as error:
         return str(error)
     return None
@@ -144,7 +144,7 @@ def main():
         tuned(folder, "again", said, shard=True, steps=4)
     tuned(folder, "again", said, shard=True)
     said["broken"] = broken(folder)
-    collectives.scatter_sum = lonely
+    collectives.reduce_scatter = lonely
     tuned(folder, "lonely", said, shard=True)
     (folder / f"said{rank}.json").write_text(json.dumps(said))
     return os.waitpid(child, 0)[1] if child else 0

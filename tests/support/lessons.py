@@ -8,7 +8,7 @@ from compress.sites.prune import Removal
 from compress.tasks.loading import Batch
 from compress.training import distillation
 from compress.training.distillation import Teacher
-from compress.training.trainer import Lesson
+from compress.training.trainer import DistillationData
 from support.classifier import padded
 
 SIZE = 8
@@ -25,7 +25,7 @@ def student(units=0.5):
 
 def lesson(folder, labels=True, **changes):
     task, sites = padded()
-    at = distillation.places(task.model, sites)
+    at = distillation.hidden_states(task.model, sites)
     folder.mkdir(exist_ok=True)
 
     def batches():
@@ -33,7 +33,7 @@ def lesson(folder, labels=True, **changes):
             yield batch if labels else Batch(batch.inputs, None, batch.real)
 
     teacher = Teacher(task, task.model, at, folder, 10)
-    return Lesson(task, teacher, batches, len(list(batches())), Recovery(**(FAST | changes)))
+    return DistillationData(task, teacher, batches, len(list(batches())), Recovery(**(FAST | changes)))
 
 
 def judge(model):

@@ -47,7 +47,9 @@ def candidates(tmp_path_factory):
 def away(task, model):
     """Divergence from the dense model on its data."""
     batches = list(task.batches("test", 16))
-    return objective.divergence(task, model, batches, objective.logits(task, task.model, batches))
+    return objective.mean_divergence(
+        task, model, batches, objective.compute_logits(task, task.model, batches)
+    )
 
 
 def same(first, second):

@@ -20,8 +20,8 @@ from compress.sites import prune
 from compress.sites.prune import Removal
 from compress.tasks.loading import Batch
 from compress.training import block_reconstruction, distillation, sltrain_layers
-from compress.training.block_reconstruction import Example
-from compress.training.distillation import Place
+from compress.training.block_reconstruction import BlockExample
+from compress.training.distillation import HiddenState
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def split(tmp_path_factory):
 @pytest.fixture(scope="module")
 def matched(split):
     task, sites, batches, removals = split
-    return block_reconstruction.match(task.model, sites, removals, batches)
+    return block_reconstruction.reconstruct(task.model, sites, removals, batches)
 
 
 def away(split, removals):
@@ -100,7 +100,7 @@ def test_the_model_and_what_came_in_are_left_alone(split):
     model, copied = copy.deepcopy(task.model.state_dict()), copy.deepcopy(removals)
     told = []
     only = {sites[0].name: removals[sites[0].name], sites[1].name: Removal(torch.arange(3))}
-    found = block_reconstruction.match(
+    found = block_reconstruction.reconstruct(
         task.model, sites, only, batches, progress=lambda *done: told.append(done)
     )
     assert found[sites[1].name] is only[sites[1].name]
@@ -129,8 +129,10 @@ def linear(seed=0):
 
 def test_a_single_linear_layer_reaches_the_closed_form_and_never_passes_it():
     layer, x, weight, best = linear()
-    shown = [Example((x,), {}, x @ weight.T, Batch({}))]
-    before, after = block_reconstruction.learn(layer, Place(""), {"w": layer}, shown, epochs=800, rate=2e-2)
+    shown = [BlockExample((x,), {}, x @ weight.T, Batch({}))]
+    before, after = block_reconstruction.train_block(
+        layer, HiddenState(""), {"w": layer}, shown, epochs=800, rate=2e-2
+    )
     assert before > 5 * best
     assert best * (1 - 1e-4) < after < 1.05 * best
 
@@ -139,8 +141,10 @@ def test_what_gets_no_nearer_goes_back():
     """The control: steps so large that they do harm."""
     layer, x, weight, _ = linear()
     start = copy.deepcopy(layer.state_dict())
-    shown = [Example((x,), {}, x @ weight.T, Batch({}))]
-    before, after = block_reconstruction.learn(layer, Place(""), {"w": layer}, shown, epochs=2, rate=1e3)
+    shown = [BlockExample((x,), {}, x @ weight.T, Batch({}))]
+    before, after = block_reconstruction.train_block(
+        layer, HiddenState(""), {"w": layer}, shown, epochs=2, rate=1e3
+    )
     assert before == after
     assert all(torch.equal(value, start[name]) for name, value in layer.state_dict().items())
 
@@ -148,15 +152,16 @@ def test_what_gets_no_nearer_goes_back():
 def test_a_goal_of_other_data_is_not_reached(split):
     """The control: answers that belong to other inputs teach nothing that helps."""
     task, sites, batches, removals = split
-    place = distillation.places(task.model, sites)[0]
+    place = distillation.hidden_states(task.model, sites)[0]
     small = prune.shrink(task.model, sites, removals).requires_grad_(False)
-    shown = block_reconstruction.examples(task.model, small, place, batches, 100)
+    shown = block_reconstruction.collect_examples(task.model, small, place, batches, 100)
     assert len(shown) == len(batches)
-    assert len(block_reconstruction.examples(task.model, small, place, batches, 0)) == 1
+    assert len(block_reconstruction.collect_examples(task.model, small, place, batches, 0)) == 1
     assert all(len(one.goal) == int(one.batch.real.sum()) for one in shown)
     block = task.model.get_submodule(place.name)
     shuffled = [
-        Example(one.args, one.kwargs, one.goal[torch.randperm(len(one.goal))], one.batch) for one in shown
+        BlockExample(one.args, one.kwargs, one.goal[torch.randperm(len(one.goal))], one.batch)
+        for one in shown
     ]
     with torch.no_grad():
         right, wrong = (
@@ -200,8 +205,8 @@ def test_the_rate_falls_along_a_cosine_to_a_fifth(monkeypatch):
 
     monkeypatch.setattr(torch.optim, "Adam", Watched)
     layer, x, weight, _ = linear()
-    shown = [Example((x,), {}, x @ weight.T, Batch({}))]
-    block_reconstruction.learn(layer, Place(""), {"w": layer}, shown, epochs=50, rate=0.1)
+    shown = [BlockExample((x,), {}, x @ weight.T, Batch({}))]
+    block_reconstruction.train_block(layer, HiddenState(""), {"w": layer}, shown, epochs=50, rate=0.1)
     expected = [0.1 * (0.2 + 0.8 * (1 + math.cos(math.pi * step / 50)) / 2) for step in range(50)]
     assert rates == pytest.approx(expected)
 
@@ -210,8 +215,8 @@ def test_the_rate_falls_along_a_cosine_to_a_fifth(monkeypatch):
 def test_a_block_of_a_decoder_that_keeps_a_cache_answers_alike_every_time(name):
     model, inputs = families.build(name)
     batch = Batch({**inputs, "use_cache": True})
-    place = Place({"llama": "model.layers.1", "gpt2": "transformer.h.1"}[name])
-    (shown,) = block_reconstruction.examples(model, model, place, [batch], 100)
+    place = HiddenState({"llama": "model.layers.1", "gpt2": "transformer.h.1"}[name])
+    (shown,) = block_reconstruction.collect_examples(model, model, place, [batch], 100)
     block = model.get_submodule(place.name)
     with torch.no_grad():
         assert [float(block_reconstruction.distance(block, place, shown)) for _ in range(3)] == [0.0] * 3

@@ -28,7 +28,7 @@ def test_a_checkpoint_is_what_safetensors_reads(tmp_path):
     assert {name: value.dtype for name, value in read.items()} == {n: v.dtype for n, v in found.items()}
     assert all(torch.equal(read[name], value) for name, value in found.items())
     with ExitStack() as stack:
-        stored = checkpoint.opened(path, stack)
+        stored = checkpoint.open_checkpoint(path, stack)
         assert (stored.state, stored.names) == ('{"step": 3}', set(found))
         assert all(torch.equal(stored.read(name), value) for name, value in found.items())
     assert [one.name for one in path.parent.iterdir()] == ["run.safetensors"]
@@ -49,10 +49,10 @@ def test_a_tensor_is_asked_for_after_the_one_before_was_written(tmp_path):
 def test_what_is_in_pieces_or_no_checkpoint_is_none(tmp_path):
     path = tmp_path / "run.safetensors"
     with ExitStack() as stack:
-        assert checkpoint.opened(path, stack) is None
+        assert checkpoint.open_checkpoint(path, stack) is None
         written(path, tensors())
         path.write_bytes(path.read_bytes()[:-1])
-        assert checkpoint.opened(path, stack) is None
+        assert checkpoint.open_checkpoint(path, stack) is None
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path):

@@ -12,7 +12,7 @@ from compress.sites import prune
 from compress.sites.prune import Removal
 from compress.tasks.loading import Batch, load_task
 from compress.training import distillation
-from compress.training.distillation import Answers, Place, Teacher
+from compress.training.distillation import HiddenState, ModelOutputs, Teacher
 
 ALONE = {"task": 0.0, "logits": 0.0, "hidden": 0.0, "ranking": 0.0}
 
@@ -32,7 +32,7 @@ def random(*shape, seed=0):
 
 def said(task, model=None, batch=None, sites=()):
     model = task.model if model is None else model
-    return distillation.answers(task, model, batch, distillation.places(task.model, sites))
+    return distillation.run_model(task, model, batch, distillation.hidden_states(task.model, sites))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_the_logits_loss_is_the_divergence_of_softened_distributions(job, heat):
     task, _, batch, _ = job
     ours, theirs = random(16, 3), 3 * random(16, 3, seed=1)
     found = distillation.loss(
-        task, batch, Answers(ours, ()), Answers(theirs, ()), only(logits=1.0, temperature=heat)
+        task, batch, ModelOutputs(ours, ()), ModelOutputs(theirs, ()), only(logits=1.0, temperature=heat)
     )
     total = 0.0
     for row in range(16):
@@ -103,7 +103,7 @@ def test_embeddings_keep_directions_and_margins(embeddings):
         rows = [hidden[i][real[i]].mean(0) for i in range(len(hidden))]
         means.append(np.array([row / np.linalg.norm(row) for row in rows]))
     away = np.mean([1 - a @ b for a, b in zip(*means, strict=True)])
-    pair = Answers(ours, ()), Answers(theirs, ())
+    pair = ModelOutputs(ours, ()), ModelOutputs(theirs, ())
     found = distillation.loss(embeddings, batch, *pair, only(logits=1.0, temperature=4.0))
     assert found.item() == pytest.approx(away, rel=1e-5)
     scores = [torch.from_numpy(mean @ mean.T) for mean in means]
@@ -144,10 +144,10 @@ def test_every_loss_pulls_on_the_student_by_its_exact_slope_and_not_on_the_teach
     mine = said(task, student, batch, sites)
     wanted = only(**{name: 1.0})
     leaves = [value.detach().double().requires_grad_() for value in (mine.logits, *mine.hidden)]
-    teacher = Answers(goal.logits.double(), tuple(value.double() for value in goal.hidden))
+    teacher = ModelOutputs(goal.logits.double(), tuple(value.double() for value in goal.hidden))
 
     def found(*values):
-        return distillation.loss(task, batch, Answers(values[0], values[1:]), teacher, wanted)
+        return distillation.loss(task, batch, ModelOutputs(values[0], values[1:]), teacher, wanted)
 
     assert torch.autograd.gradcheck(found, leaves, fast_mode=True)
     pulled = torch.autograd.grad(found(*leaves), leaves, allow_unused=True)
@@ -204,12 +204,12 @@ def test_without_labels_the_task_loss_is_left_out(job):
 
 def test_a_layer_is_read_once_where_its_list_ends_also_when_its_sites_are_dropped(job):
     task, sites, batch, _ = job
-    at = distillation.places(task.model, sites)
-    assert at == tuple(Place(f"bert.encoder.layer.{k}") for k in range(len(at)))
+    at = distillation.hidden_states(task.model, sites)
+    assert at == tuple(HiddenState(f"bert.encoder.layer.{k}") for k in range(len(at)))
     assert 1 < len(at) < len(sites)
     gone = {site.name: Removal(torch.arange(0)) for site in sites[:2]}
     student = prune.shrink(task.model, sites, gone)
-    hidden = distillation.answers(task, student, batch, at).hidden
+    hidden = distillation.run_model(task, student, batch, at).hidden
     assert [tuple(value.shape) for value in hidden] == [
         tuple(v.shape) for v in said(task, None, batch, sites).hidden
     ]
@@ -217,9 +217,9 @@ def test_a_layer_is_read_once_where_its_list_ends_also_when_its_sites_are_droppe
 
 def test_a_cached_answer_is_the_computed_one_and_the_cache_keeps_its_bound(job, tmp_path):
     task, sites, _, _ = job
-    at = distillation.places(task.model, sites)
+    at = distillation.hidden_states(task.model, sites)
     batches = list(task.batches("calibration", 8))
-    fresh = [distillation.answers(task, task.model, batch, at) for batch in batches]
+    fresh = [distillation.run_model(task, task.model, batch, at) for batch in batches]
     one = sum(v.numel() * 4 for v in (fresh[0].logits, *fresh[0].hidden)) + 4096
     for room, least in ((2.5 * one / 1e6, 1), (0, 0), (100, len(batches))):
         folder = tmp_path / f"{room:.3f}"
@@ -242,7 +242,7 @@ def test_a_cached_answer_is_the_computed_one_and_the_cache_keeps_its_bound(job, 
 
 def test_a_damaged_answer_is_computed_and_written_again(job, tmp_path):
     task, sites, batch, _ = job
-    teacher = Teacher(task, task.model, distillation.places(task.model, sites), tmp_path, 10)
+    teacher = Teacher(task, task.model, distillation.hidden_states(task.model, sites), tmp_path, 10)
     first = teacher(0, batch)
     path = tmp_path / "000000.safetensors"
     whole = path.read_bytes()
@@ -281,10 +281,12 @@ REAL = torch.tensor([[True, True, True, False], [True, True, False, False], [Tru
 def apart(seed=0):
     """Answers of a student and a teacher to three padded texts, in four layers; they agree on two."""
     rows = int(REAL.sum())
-    student = Answers(random(3, 3, seed=seed), tuple(random(rows, 5, seed=seed + k) for k in range(1, 5)))
+    student = ModelOutputs(
+        random(3, 3, seed=seed), tuple(random(rows, 5, seed=seed + k) for k in range(1, 5))
+    )
     said = student.logits + 0.0
     said[1] = said[1].roll(1)
-    teacher = Answers(said * 2, tuple(3 * random(rows, 5, seed=seed + k) for k in range(5, 9)))
+    teacher = ModelOutputs(said * 2, tuple(3 * random(rows, 5, seed=seed + k) for k in range(5, 9)))
     return student, teacher, Batch({}, None, REAL)
 
 
@@ -294,7 +296,7 @@ def test_features_are_those_of_late_layers_where_both_agree(job, share, late, ga
     student, teacher, batch = apart()
     wanted = only(features=5.0, late=share, gated=gated)
     expected = by_hand(student, teacher, REAL, late, gated)
-    found = distillation.features(job[0], batch, student, teacher, wanted)
+    found = distillation.feature_losses(job[0], batch, student, teacher, wanted)
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
     plain = distillation.loss(job[0], batch, student, teacher, wanted)
     assert plain.item() == pytest.approx(5 * sum(expected), rel=1e-5)
@@ -309,15 +311,15 @@ def test_what_student_and_teacher_see_differently_pulls_on_no_feature(job):
     student, teacher, batch = apart()
     wanted = only(features=1.0, late=1.0)
     states = [value.requires_grad_() for value in student.hidden]
-    told = distillation.loss(job[0], batch, Answers(student.logits, tuple(states)), teacher, wanted)
+    told = distillation.loss(job[0], batch, ModelOutputs(student.logits, tuple(states)), teacher, wanted)
     told.backward()
     text = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])  # of each row
     for value in states:
         assert value.grad[text == 1].abs().max() == 0
         assert value.grad[text != 1].abs().min(1).values.max() > 0
-    wrong = Answers(-teacher.logits, student.hidden)
+    wrong = ModelOutputs(-teacher.logits, student.hidden)
     assert distillation.loss(job[0], batch, wrong, teacher, wanted).item() == 0
-    right = Answers(teacher.logits, student.hidden)
+    right = ModelOutputs(teacher.logits, student.hidden)
     ungated = only(features=1.0, late=1.0, gated=False)
     whole = distillation.loss(job[0], batch, right, teacher, wanted).item()
     assert whole > told.item() > 0
@@ -326,15 +328,15 @@ def test_what_student_and_teacher_see_differently_pulls_on_no_feature(job):
 
 def test_pictures_and_tokens_agree_each_in_its_own_way(embeddings):
     picture = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[0.0, 2.0], [0.0, 2.0]])
-    assert distillation.agreed(*picture, Batch({}), 6).tolist() == [True] * 3 + [False] * 3
+    assert distillation.agreement_mask(*picture, Batch({}), 6).tolist() == [True] * 3 + [False] * 3
     token = torch.eye(3)[None, [0, 1, 2, 0]].repeat(3, 1, 1), torch.eye(3)[None, [0, 1, 1, 1]].repeat(3, 1, 1)
-    real = distillation.agreed(*token, Batch({}, None, REAL), int(REAL.sum()))
+    real = distillation.agreement_mask(*token, Batch({}, None, REAL), int(REAL.sum()))
     assert real.tolist() == [True, True, False, True, True, True, True, False, False]
-    assert distillation.agreed(*token, Batch({}), 12).tolist() == [True, True, False, False] * 3
+    assert distillation.agreement_mask(*token, Batch({}), 12).tolist() == [True, True, False, False] * 3
     batch = next(embeddings.batches("calibration", 3))
     hidden = (random(int(batch.real.sum()), 4),), (random(int(batch.real.sum()), 4, seed=1),)
-    ours, theirs = (Answers(random(*batch.real.shape, 8, seed=k), hidden[k]) for k in range(2))
-    found = distillation.features(embeddings, batch, ours, theirs, only(features=1.0))
+    ours, theirs = (ModelOutputs(random(*batch.real.shape, 8, seed=k), hidden[k]) for k in range(2))
+    found = distillation.feature_losses(embeddings, batch, ours, theirs, only(features=1.0))
     assert found.item() == pytest.approx(
         distillation.hidden_loss(ours.hidden, theirs.hidden).item(), rel=1e-6
     )
@@ -343,16 +345,16 @@ def test_pictures_and_tokens_agree_each_in_its_own_way(embeddings):
 def test_a_layer_that_stayed_far_counts_less():
     losses = [0.4, 0.1, 0.2, 0.3]
     mean = (1 / 0.4 + 1 / 0.1 + 1 / 0.2 + 1 / 0.3) / 4
-    assert distillation.aware(losses) == pytest.approx([1 / loss / mean for loss in losses])
-    assert np.mean(distillation.aware(losses)) == pytest.approx(1)
-    assert np.argsort(distillation.aware(losses)).tolist() == np.argsort(losses)[::-1].tolist()
-    assert distillation.aware([0.0] * 3) == (1.0,) * 3
-    assert distillation.aware([1e-3, *[1.0] * 9]) == (4.0, *[0.25] * 9)
+    assert distillation.layer_factors(losses) == pytest.approx([1 / loss / mean for loss in losses])
+    assert np.mean(distillation.layer_factors(losses)) == pytest.approx(1)
+    assert np.argsort(distillation.layer_factors(losses)).tolist() == np.argsort(losses)[::-1].tolist()
+    assert distillation.layer_factors([0.0] * 3) == (1.0,) * 3
+    assert distillation.layer_factors([1e-3, *[1.0] * 9]) == (4.0, *[0.25] * 9)
 
 
 def test_a_teacher_has_no_features_to_teach_itself(job):
     task, sites, batch, student = job
     goal = said(task, None, batch, sites)
-    assert distillation.features(task, batch, goal, goal, only(features=1.0)).tolist() == [0.0]
+    assert distillation.feature_losses(task, batch, goal, goal, only(features=1.0)).tolist() == [0.0]
     ours = said(task, student, batch, sites)
     assert distillation.loss(task, batch, ours, goal, only(features=1.0)).item() > 0

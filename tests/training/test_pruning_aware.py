@@ -9,7 +9,7 @@ from compress.core.rotation import principal
 from compress.errors import CompressError
 from compress.methods.hidden_width import find_stream, narrow
 from compress.tasks.task import Batch
-from compress.training.pruning_aware import Adapter, Hybrid, Pruner, Settings, tune
+from compress.training.pruning_aware import Adapter, HybridRotation, Pruner, Settings, tune
 
 EXACT = 1e-9  # float64
 KINDS = ("vit", "gpt2", "opt", "llama", "qwen2", "qwen3")
@@ -104,7 +104,7 @@ def test_the_mask_of_every_step_has_its_exact_budget_and_hardens():
         if step >= 75:
             assert set(mask.tolist()) == {0.0, 1.0}
             assert not mask.requires_grad
-            assert pruner.hardened
+            assert pruner.is_hard
         elif step:
             assert mask.requires_grad
     assert sums[0] == 24
@@ -170,7 +170,7 @@ def test_scores_learn_while_the_mask_is_soft_and_rest_when_it_is_hard():
     before, after = pruner.scores.detach().clone(), []
 
     def loss(net, batch):
-        if net.hardened:
+        if net.is_hard:
             after.append(net.scores.detach().clone())
         return cross_entropy(net, batch)
 
@@ -235,7 +235,7 @@ def test_a_layers_weight_and_bias_share_a_module():
 
 def test_parts_start_as_they_are_said_to():
     generator = torch.Generator().manual_seed(0)
-    assert torch.equal(Hybrid(8, 2, generator).matrix(), torch.eye(8))
+    assert torch.equal(HybridRotation(8, 2, generator).matrix(), torch.eye(8))
     adapter = Adapter(torch.Size([4, 6]), 9, 2.0, generator)
     assert adapter.right.shape == (4, 6)
     assert not adapter().any()

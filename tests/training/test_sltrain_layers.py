@@ -116,10 +116,10 @@ def test_updates_begin_at_the_layers_and_untrained_ones_change_no_bit():
         "other"
     }
     assert torch.allclose(model(x), masked(x), atol=1e-6)
-    assert sltrain_layers.fold(model) == 2
+    assert sltrain_layers.merge_updates(model) == 2
     assert list(model) == layers
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), masked.parameters(), strict=True))
-    assert sltrain_layers.fold(model) == 0
+    assert sltrain_layers.merge_updates(model) == 0
 
 
 def test_learned_updates_are_folded_in_with_equal_outputs_and_exact_zeros():
@@ -136,7 +136,7 @@ def test_learned_updates_are_folded_in_with_equal_outputs_and_exact_zeros():
     assert torch.allclose(second.weight, before[2].weight + moved, atol=1e-6)
     x = torch.randn(5, 3, 12)
     expected = model(x)
-    sltrain_layers.fold(model)
+    sltrain_layers.merge_updates(model)
     assert [type(module) for module in model] == [nn.Linear, nn.Tanh, nn.Linear]
     assert torch.allclose(model(x), expected, atol=1e-6)
     assert torch.equal(model[0].weight == 0, zeros["0.weight"])
@@ -170,6 +170,6 @@ def test_a_weight_stored_the_other_way_round_is_updated_as_it_is_stored():
         model[0].values.normal_(generator=generator)
     x = torch.randn(5, 16)
     expected = model(x)
-    sltrain_layers.fold(model)
+    sltrain_layers.merge_updates(model)
     assert torch.allclose(model(x), expected, atol=1e-4)
     assert torch.equal(model[0].weight == 0, zeros["0.weight"])

@@ -12,7 +12,7 @@ from compress.recipe import Recovery
 from compress.tasks.loading import Batch
 from compress.tasks.sampler import shuffled
 from compress.training import distillation, trainer
-from compress.training.trainer import Lesson, Run
+from compress.training.trainer import DistillationData, TrainingRun
 
 
 class Killed(Exception):  # noqa: N818
@@ -23,7 +23,7 @@ class Killed(Exception):  # noqa: N818
 def straight(folder, **changes):
     """Weights and scores of a run that nothing interrupts."""
     model = student()
-    scores = trainer.tune(Run(model, lesson(folder, **changes)), judge)
+    scores = trainer.train(TrainingRun(model, lesson(folder, **changes)), judge)
     return weights(model), scores
 
 
@@ -37,7 +37,7 @@ def test_the_student_comes_nearer_to_the_dense_model_on_every_seed(tmp_path):
 def test_it_can_learn_eight_inputs_by_heart(tmp_path):
     whole = lesson(tmp_path / "c", epochs=60, hidden=0.0, task=0.0)
     first = next(iter(whole.batches()))
-    few = Lesson(whole.task, whole.teacher, lambda: [first], 1, whole.wanted)
+    few = DistillationData(whole.task, whole.teacher, lambda: [first], 1, whole.wanted)
     model = student()
     goal = whole.teacher(0, first).logits
 
@@ -45,7 +45,7 @@ def test_it_can_learn_eight_inputs_by_heart(tmp_path):
         with torch.no_grad():
             return -whole.task.divergence(candidate(**first.inputs).logits, goal, first).item()
 
-    scores = trainer.tune(Run(model, few), near)
+    scores = trainer.train(TrainingRun(model, few), near)
     assert -max(scores) < 0.02 * -scores[0]
 
 
@@ -56,7 +56,7 @@ def test_zeros_stay_exact_zeros_after_every_step(tmp_path, decay):
     generator = torch.Generator().manual_seed(4)
     masks = {n: torch.rand(model.get_parameter(n).shape, generator=generator) < 0.6 for n in names}
     before = weights(model)
-    run = Run(model, lesson(tmp_path / "c", decay=decay), zeros=masks)
+    run = TrainingRun(model, lesson(tmp_path / "c", decay=decay), zeros=masks)
     for number, batch in enumerate(run.lesson.batches()):
         run.advance(number, batch)
         for name, mask in masks.items():
@@ -77,13 +77,13 @@ def test_a_mask_that_does_not_fit_is_refused(tmp_path):
         {"no": torch.ones(1)},
     ):
         with pytest.raises(CompressError, match="mask of"):
-            Run(model, lesson(tmp_path / "c"), zeros=wrong)
+            TrainingRun(model, lesson(tmp_path / "c"), zeros=wrong)
 
 
 def test_a_learning_rate_of_zero_moves_nothing(tmp_path):
     model = student()
     before = weights(model)
-    scores = trainer.tune(Run(model, lesson(tmp_path / "c", rate=0.0, decay=0.3)), judge)
+    scores = trainer.train(TrainingRun(model, lesson(tmp_path / "c", rate=0.0, decay=0.3)), judge)
     assert same(before, weights(model))
     assert len(set(scores)) == 1
 
@@ -108,13 +108,15 @@ def test_killed_and_resumed_equals_not_killed(tmp_path, steps):
             raise Killed
 
     with pytest.raises(Killed):
-        trainer.tune(
-            Run(student(), lesson(tmp_path / "b", **settings), checkpoint=path, made_from="x"), judge, die
+        trainer.train(
+            TrainingRun(student(), lesson(tmp_path / "b", **settings), checkpoint=path, made_from="x"),
+            judge,
+            die,
         )
     model = student()
-    run = Run(model, lesson(tmp_path / "c", **settings), checkpoint=path, made_from="x")
+    run = TrainingRun(model, lesson(tmp_path / "c", **settings), checkpoint=path, made_from="x")
     assert run.state.step == steps
-    assert trainer.tune(run, judge) == scores
+    assert trainer.train(run, judge) == scores
     assert same(expected, weights(model))
 
 
@@ -129,30 +131,35 @@ def test_killed_while_it_is_judged_it_is_judged_again(tmp_path):
         return judge(model)
 
     with pytest.raises(Killed):
-        trainer.tune(Run(student(), lesson(tmp_path / "a"), checkpoint=path, made_from="x"), dying)
+        trainer.train(TrainingRun(student(), lesson(tmp_path / "a"), checkpoint=path, made_from="x"), dying)
     model = student()
-    assert trainer.tune(Run(model, lesson(tmp_path / "a"), checkpoint=path, made_from="x"), judge) == scores
+    assert (
+        trainer.train(TrainingRun(model, lesson(tmp_path / "a"), checkpoint=path, made_from="x"), judge)
+        == scores
+    )
     assert same(expected, weights(model))
 
 
 def test_a_finished_run_is_only_read(tmp_path):
     path = tmp_path / "run.safetensors"
     first = student()
-    scores = trainer.tune(Run(first, lesson(tmp_path / "a"), checkpoint=path, made_from="x"), judge)
+    scores = trainer.train(TrainingRun(first, lesson(tmp_path / "a"), checkpoint=path, made_from="x"), judge)
     second = student()
-    run = Run(second, lesson(tmp_path / "a"), checkpoint=path, made_from="x")
+    run = TrainingRun(second, lesson(tmp_path / "a"), checkpoint=path, made_from="x")
     assert run.finished
-    assert trainer.tune(run, lambda model: pytest.fail("judged again")) == scores
+    assert trainer.train(run, lambda model: pytest.fail("judged again")) == scores
     assert same(weights(first), weights(second))
 
 
 @pytest.mark.parametrize("damage", ["other", "cut", "nothing"])
 def test_a_checkpoint_of_something_else_or_in_pieces_is_not_taken_up(tmp_path, damage):
     path = tmp_path / "run.safetensors"
-    trainer.tune(Run(student(), lesson(tmp_path / "a"), checkpoint=path, made_from="x"), judge)
+    trainer.train(TrainingRun(student(), lesson(tmp_path / "a"), checkpoint=path, made_from="x"), judge)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-50])
-    run = Run(student(), lesson(tmp_path / "a"), checkpoint=path, made_from="x" if damage != "other" else "y")
+    run = TrainingRun(
+        student(), lesson(tmp_path / "a"), checkpoint=path, made_from="x" if damage != "other" else "y"
+    )
     assert run.state.step == (12 if damage == "nothing" else 0)
 
 
@@ -161,7 +168,7 @@ def test_the_best_weights_are_kept_and_the_untuned_ones_are_among_them(tmp_path)
     before = weights(model)
     worse = (3.0, 2.0, 1.0, 2.0, 2.5)
     marks = iter(worse)
-    assert trainer.tune(Run(model, lesson(tmp_path / "c")), lambda _: next(marks)) == worse
+    assert trainer.train(TrainingRun(model, lesson(tmp_path / "c")), lambda _: next(marks)) == worse
     assert same(before, weights(model))
     seen = []
     marks = iter([1.0, 3.0, 2.0])
@@ -170,7 +177,7 @@ def test_the_best_weights_are_kept_and_the_untuned_ones_are_among_them(tmp_path)
         seen.append(weights(candidate))
         return next(marks)
 
-    trainer.tune(Run(model, lesson(tmp_path / "c")), mark)
+    trainer.train(TrainingRun(model, lesson(tmp_path / "c")), mark)
     assert same(seen[1], weights(model))
     assert not same(seen[1], seen[2])
 
@@ -183,15 +190,15 @@ def test_full_goes_on_from_the_best_weights_until_a_course_raises_no_score(tmp_p
         seen.append(weights(candidate))
         return next(marks)
 
-    run = Run(student(), lesson(tmp_path / "c", mode="full", rate=1e-3, checkpoint_s=60))
+    run = TrainingRun(student(), lesson(tmp_path / "c", mode="full", rate=1e-3, checkpoint_s=60))
     begun = []
     restart = run.restart
     run.restart = lambda: (restart(), begun.append(weights(run.model)))
-    assert len(trainer.tune(run, mark)) == 7
+    assert len(trainer.train(run, mark)) == 7
     assert [same(now, seen[best]) for now, best in zip(begun, [2, 3], strict=True)] == [True, True]
-    few = Run(student(), lesson(tmp_path / "c", mode="full", courses=2))
+    few = TrainingRun(student(), lesson(tmp_path / "c", mode="full", courses=2))
     rising = itertools.count()
-    assert len(trainer.tune(few, lambda _: float(next(rising)))) == 5
+    assert len(trainer.train(few, lambda _: float(next(rising)))) == 5
 
 
 @pytest.mark.parametrize(
@@ -207,7 +214,7 @@ def test_full_goes_on_from_the_best_weights_until_a_course_raises_no_score(tmp_p
     ],
 )
 def test_a_course_that_harmed_is_followed_by_a_calmer_one(tmp_path, mode, scores, rates):
-    run = Run(student(), lesson(tmp_path / "c", mode=mode, rate=1e-3, warmup=0.5))
+    run = TrainingRun(student(), lesson(tmp_path / "c", mode=mode, rate=1e-3, warmup=0.5))
     marks, used = iter(map(float, scores)), []
     count = run.lesson.wanted.epochs * run.lesson.count
 
@@ -218,7 +225,7 @@ def test_a_course_that_harmed_is_followed_by_a_calmer_one(tmp_path, mode, scores
         used.append(run.optimizer.param_groups[0]["lr"])
 
     run.advance = watched
-    assert trainer.tune(run, lambda _: next(marks)) == tuple(map(float, scores))
+    assert trainer.train(run, lambda _: next(marks)) == tuple(map(float, scores))
     assert len(used) == count * len(rates)
     first = used[:count]
     for number, rate in enumerate(rates):
@@ -229,14 +236,14 @@ def test_a_course_that_harmed_is_followed_by_a_calmer_one(tmp_path, mode, scores
 def test_a_judge_without_an_opinion_keeps_the_last_weights_of_one_course(tmp_path):
     model = student()
     before = weights(model)
-    run = Run(model, lesson(tmp_path / "c", mode="full"))
-    assert trainer.tune(run, lambda _: 0.0) == (0.0,) * 3
+    run = TrainingRun(model, lesson(tmp_path / "c", mode="full"))
+    assert trainer.train(run, lambda _: 0.0) == (0.0,) * 3
     assert not same(before, weights(model))
 
 
 def test_it_learns_without_labels(tmp_path):
     model = student()
-    scores = trainer.tune(Run(model, lesson(tmp_path / "c", labels=False, epochs=4)), judge)
+    scores = trainer.train(TrainingRun(model, lesson(tmp_path / "c", labels=False, epochs=4)), judge)
     assert max(scores) > scores[0] / 2
 
 
@@ -244,8 +251,8 @@ def test_embedding_tables_and_flags_of_gradients_stay(tmp_path):
     model = student()
     model.classifier.bias.requires_grad_(False)
     before = weights(model)
-    run = Run(model, lesson(tmp_path / "c", epochs=1))
-    trainer.tune(run, judge)
+    run = TrainingRun(model, lesson(tmp_path / "c", epochs=1))
+    trainer.train(run, judge)
     after = weights(model)
     tables = [name for name in before if "embeddings.weight" in name]
     assert len(tables) == 3
@@ -258,16 +265,16 @@ def test_embedding_tables_and_flags_of_gradients_stay(tmp_path):
 def test_random_numbers_of_the_caller_are_left_alone(tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    trainer.tune(Run(student(), lesson(tmp_path / "c", epochs=1)), judge)
+    trainer.train(TrainingRun(student(), lesson(tmp_path / "c", epochs=1)), judge)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_do(tmp_path):
     model = student()
     model.classifier.bias.data.fill_(float("nan"))
-    run = Run(model, lesson(tmp_path / "c"))
+    run = TrainingRun(model, lesson(tmp_path / "c"))
     with pytest.raises(CompressError, match=r"loss became nan at step 0; lower rate in \[recovery\]"):
-        trainer.tune(run, lambda _: 0.0)
+        trainer.train(run, lambda _: 0.0)
 
 
 def test_the_rate_rises_and_falls_along_lines():
@@ -313,9 +320,9 @@ def test_what_stands_for_all_batches_comes_from_everywhere(tmp_path, count, few,
 def test_a_forecast_counts_long_batches(tmp_path, monkeypatch):
     seen = []
     some = lesson(tmp_path / "c")
-    call = Lesson.loss
+    call = DistillationData.loss
     monkeypatch.setattr(
-        Lesson,
+        DistillationData,
         "loss",
         lambda self, model, number, batch: seen.append(number) or call(self, model, number, batch),
     )
@@ -329,7 +336,7 @@ GPUSQ = {"task": 1.0, "logits": 10.0, "hidden": 0.0, "features": 5.0, "late": 1.
 
 def test_from_the_second_course_on_late_layers_count_by_how_near_the_first_brought_them(tmp_path):
     marks = itertools.count()
-    run = Run(student(), lesson(tmp_path / "c", mode="full", courses=2, **GPUSQ))
+    run = TrainingRun(student(), lesson(tmp_path / "c", mode="full", courses=2, **GPUSQ))
     weighed = []
     loss = distillation.loss
 
@@ -339,16 +346,16 @@ def test_from_the_second_course_on_late_layers_count_by_how_near_the_first_broug
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "loss", watched)
-        trainer.tune(run, lambda _: float(next(marks)))
+        trainer.train(run, lambda _: float(next(marks)))
     steps = 2 * run.lesson.count
     assert weighed == [()] * steps + [run.state.factors] * steps
-    first = Run(student(), lesson(tmp_path / "c", **GPUSQ))
-    trainer.tune(first, lambda _: float(next(marks)))
-    assert run.state.factors == distillation.aware(first.lesson.apart(first.model))
+    first = TrainingRun(student(), lesson(tmp_path / "c", **GPUSQ))
+    trainer.train(first, lambda _: float(next(marks)))
+    assert run.state.factors == distillation.layer_factors(first.lesson.apart(first.model))
     assert len(set(run.state.factors)) == len(first.lesson.teacher.at) == 2
     assert first.state.factors == ()
-    plain = Run(student(), lesson(tmp_path / "c", mode="full", courses=2))
-    trainer.tune(plain, lambda _: float(next(marks)))
+    plain = TrainingRun(student(), lesson(tmp_path / "c", mode="full", courses=2))
+    trainer.train(plain, lambda _: float(next(marks)))
     assert plain.state.factors == ()
 
 
@@ -357,17 +364,17 @@ def test_a_run_that_learns_features_resumes_with_its_factors(tmp_path, steps):
     settings = {"mode": "full", "courses": 2, **GPUSQ}
     path = tmp_path / "run.safetensors"
     model, marks = student(), itertools.count()
-    trainer.tune(Run(model, lesson(tmp_path / "a", **settings)), lambda _: float(next(marks)))
+    trainer.train(TrainingRun(model, lesson(tmp_path / "a", **settings)), lambda _: float(next(marks)))
 
     def die(done, total):
         if done == steps:
             raise Killed
 
     marks = itertools.count()
-    killed = Run(student(), lesson(tmp_path / "a", **settings), checkpoint=path, made_from="x")
+    killed = TrainingRun(student(), lesson(tmp_path / "a", **settings), checkpoint=path, made_from="x")
     with pytest.raises(Killed):
-        trainer.tune(killed, lambda _: float(next(marks)), die)
+        trainer.train(killed, lambda _: float(next(marks)), die)
     again = student()
-    run = Run(again, lesson(tmp_path / "a", **settings), checkpoint=path, made_from="x")
-    trainer.tune(run, lambda _: float(next(marks)))
+    run = TrainingRun(again, lesson(tmp_path / "a", **settings), checkpoint=path, made_from="x")
+    trainer.train(run, lambda _: float(next(marks)))
     assert same(weights(model), weights(again))

@@ -63,7 +63,7 @@ def test_only_a_plan_that_removes_and_runs_on_integers_has_two_stages(plan):
 def test_the_first_stage_begins_at_the_plan_without_its_rounding(plan):
     task, sites = padded()
     small, removals = plan("int4")
-    plain = two_stage.floats(removals)
+    plain = two_stage.float_stage(removals)
     assert {one.form for one in plain.values()} == {"dense"}
     assert not any(one.codes for one in plain.values())
     model = prune.shrink(task.model, sites, plain)
@@ -78,10 +78,10 @@ def test_the_first_stage_begins_at_the_plan_without_its_rounding(plan):
 def test_zeros_of_a_pattern_stay_where_they_are_in_both_stages(plan):
     task, sites = padded()
     small, removals = plan("2:4+int8-dynamic")
-    model = prune.shrink(task.model, sites, two_stage.floats(removals))
+    model = prune.shrink(task.model, sites, two_stage.float_stage(removals))
     zeros = {name: small.get_parameter(name) == 0 for site in sites for name in products(site)}
     assert all(torch.equal(model.get_parameter(name) == 0, mask) for name, mask in zeros.items())
-    again = two_stage.rounded(task, model, sites, removals, list(task.batches("calibration", 16)))
+    again = two_stage.quantize_model(task, model, sites, removals, list(task.batches("calibration", 16)))
     for one in again.values():
         for name, codes in one.codes.items():
             assert not bool(codes.codes[zeros[name]].any())
@@ -112,7 +112,7 @@ def inputs(model, names, batches):
 def test_integers_are_those_of_the_tuned_floats_and_what_they_read(plan, form):
     task, sites = padded()
     _, removals = plan(form)
-    model = prune.shrink(task.model, sites, two_stage.floats(removals))
+    model = prune.shrink(task.model, sites, two_stage.float_stage(removals))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # as if it had been tuned: other weights, and inputs of another size
         for name, value in model.named_parameters():
@@ -122,7 +122,7 @@ def test_integers_are_those_of_the_tuned_floats_and_what_they_read(plan, form):
                 value.add_(0.1 * value.std() * torch.randn(value.shape, generator=generator))
     before = copy.deepcopy(model)
     batches = list(task.batches("calibration", 16))
-    found = two_stage.rounded(task, model, sites, removals, batches)
+    found = two_stage.quantize_model(task, model, sites, removals, batches)
     names = [name for site in sites for name in products(site)]
     read = inputs(before, names, batches)
     for site in sites:
@@ -150,10 +150,10 @@ def test_integers_are_those_of_the_tuned_floats_and_what_they_read(plan, form):
 
 def test_the_second_stage_learns_less_and_slower_by_the_same_losses():
     wanted = Recovery(mode="full", epochs=5, rate=1e-3, features=5.0)
-    second = two_stage.second(wanted)
+    second = two_stage.second_stage_settings(wanted)
     assert (second.epochs, second.rate) == (3, pytest.approx(4e-4))
     assert second == wanted.model_copy(update={"epochs": 3, "rate": second.rate})
-    assert two_stage.second(Recovery(epochs=1)).epochs == 1
+    assert two_stage.second_stage_settings(Recovery(epochs=1)).epochs == 1
 
 
 class Watched:
@@ -161,7 +161,7 @@ class Watched:
 
     def __init__(self, patch):
         self.runs = []
-        tuned = trainer.tune
+        tuned = trainer.train
 
         def watch(run, judge, progress=None):
             self.runs.append(
@@ -197,7 +197,7 @@ def test_floats_learn_from_the_dense_model_and_teach_the_integers_without_labels
     assert (first["student"], second["student"]) == (torch.nn.Linear, quantized_layers.QuantizedLinear)
     # The teacher of the second stage is what the first one left: far nearer to the dense model.
     assert away(task, second["teacher"]) == pytest.approx(-max(first["scores"]), rel=1e-4)
-    assert (first["factors"], second["factors"]) == ((), distillation.aware(first["apart"]))
+    assert (first["factors"], second["factors"]) == ((), distillation.layer_factors(first["apart"]))
     assert len(set(second["factors"])) > 1
     taught = dict(second["teacher"].named_parameters())
     near = [n for n in second["start"] if n in taught and n.endswith("LayerNorm.weight")]
@@ -217,14 +217,14 @@ def test_floats_learn_from_the_dense_model_and_teach_the_integers_without_labels
     after = quantized_layers.emulated(model, sites, learned)
     assert away(task, after) < 0.6 * before
     assert f"3 + {4 if again else 2} epochs, learning in {form}, taught by its own floats" in note
-    assert recovery.Judge(one).worded(recovery.Judge(one)(after)) in note
+    assert recovery.Validator(one).format_score(recovery.Validator(one)(after)) in note
 
 
 def test_what_the_judge_likes_less_is_not_used(plan, tmp_path, monkeypatch):
     model, removals = plan("int8-dynamic")
     before = copy.deepcopy(model.state_dict())
     scores = iter([0.5, 0.5, 0.5, 0.5, 0.8])  # of the floats, then of the plan as it was
-    monkeypatch.setattr(recovery.Judge, "__call__", lambda judge, net: next(scores, 0.7))
+    monkeypatch.setattr(recovery.Validator, "__call__", lambda judge, net: next(scores, 0.7))
     learned, (note,) = recovery.recover(prepared(tmp_path / "out"), model, removals)
     assert note.endswith("0.8 -> 0.7, so it was not used")
     assert same(before, model.state_dict())
@@ -246,14 +246,14 @@ def test_one_stage_is_to_be_had(plan, tmp_path):
 
 def killed_at(patch, count):
     """The run ends from outside after so many steps of the optimizer."""
-    advance, steps = trainer.Run.advance, iter(range(count))
+    advance, steps = trainer.TrainingRun.advance, iter(range(count))
 
     def step(run, number, batch):
         if next(steps, None) is None:
             raise Killed
         advance(run, number, batch)
 
-    patch.setattr(trainer.Run, "advance", step)
+    patch.setattr(trainer.TrainingRun, "advance", step)
 
 
 @pytest.mark.slow
@@ -278,7 +278,10 @@ def test_a_run_killed_in_either_stage_goes_on_to_the_same_bits(plan, tmp_path):
     assert same(whole.state_dict(), model.state_dict())
     equal(learned, expected)
     folder = tmp_path / "killed" / "compression"
-    assert sorted(path.name for path in folder.iterdir()) == [recovery.FLOATS, recovery.CHECKPOINT]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        recovery.FLOAT_STAGE_CHECKPOINT,
+        recovery.CHECKPOINT,
+    ]
     again = prepared(tmp_path / "killed", **words)
     assert recovery.recover(again, copy.deepcopy(start), removals)[1] == notes
     assert told(again) == []
@@ -288,7 +291,7 @@ def test_other_floats_make_the_integers_begin_anew(plan, tmp_path):
     model, removals = plan("int8-dynamic")
     start = copy.deepcopy(model)
     recovery.recover(prepared(tmp_path / "out", epochs=1), model, removals)
-    (tmp_path / "out" / "compression" / recovery.FLOATS).unlink()
+    (tmp_path / "out" / "compression" / recovery.FLOAT_STAGE_CHECKPOINT).unlink()
     one = prepared(tmp_path / "out", epochs=1)
     again = copy.deepcopy(start)
     recovery.recover(one, again, removals)

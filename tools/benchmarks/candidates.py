@@ -186,7 +186,7 @@ def prediction(arguments: argparse.Namespace, out: Path) -> list[Row]:
     recipe = recipe_of(arguments, out / "prediction", 2.0, shapes={"tokens": arguments.tokens})
     job = prepare(recipe, Plain())
     costs = price(job)
-    menus = plan_search.menus_of(job, costs, plan_search.candidates(job, costs))
+    menus = plan_search.build_table(job, costs, plan_search.build_candidates(job, costs))
     act = compilation.time_plan(job)
     random = np.random.default_rng(0)
     for number in range(10):

@@ -181,29 +181,29 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.names = products(self.dense)
-        self.at = distillation.places(self.dense, find_sites(self.dense, self.known[0].inputs).sites)
+        self.at = distillation.hidden_states(self.dense, find_sites(self.dense, self.known[0].inputs).sites)
 
-    def lesson(self, teacher: nn.Module, wanted: Recovery, folder: Path) -> trainer.Lesson:
+    def lesson(self, teacher: nn.Module, wanted: Recovery, folder: Path) -> trainer.DistillationData:
         """What one model teaches; its answers are kept in a folder, if at all."""
         folder.mkdir(parents=True, exist_ok=True)
         task = Pictures(teacher, self.known)
         told = distillation.Teacher(task, teacher, self.at, folder, wanted.cache_mb)
-        return trainer.Lesson(task, told, lambda: self.known, len(self.known), wanted)
+        return trainer.DistillationData(task, told, lambda: self.known, len(self.known), wanted)
 
     def prune(self, sparse: nn.Module, wanted: Recovery) -> tuple[nn.Module, tuple[float, ...]]:
         """The 2:4 model taught by the dense one, and how much each late layer counts from now on."""
         made = copy.deepcopy(sparse)
         lesson = self.lesson(self.dense, wanted.model_copy(update={"rate": RATE}), self.folder / "dense")
-        trainer.tune(trainer.Run(made, lesson, zeros=zeros_of(made, self.names)), lambda _: 0.0)
-        return made, distillation.aware(lesson.apart(made))
+        trainer.train(trainer.TrainingRun(made, lesson, zeros=zeros_of(made, self.names)), lambda _: 0.0)
+        return made, distillation.layer_factors(lesson.apart(made))
 
     def quantize(self, sparse: nn.Module, wanted: Recovery, factors: tuple[float, ...]) -> nn.Module:
         """The 2:4 model on 8 bits, taught by the 2:4 model: weights, steps and ranges learn."""
         made = rounded(Pictures(sparse, self.known), self.names, learn=True)
-        wanted = two_stage.second(wanted.model_copy(update={"rate": RATE, "cache_mb": 0}))
+        wanted = two_stage.second_stage_settings(wanted.model_copy(update={"rate": RATE, "cache_mb": 0}))
         lesson = self.lesson(sparse, wanted, self.folder / "sparse")
-        run = trainer.Run(made, lesson, zeros=zeros_of(sparse, self.names), factors=factors)
-        trainer.tune(run, lambda _: 0.0)
+        run = trainer.TrainingRun(made, lesson, zeros=zeros_of(sparse, self.names), factors=factors)
+        trainer.train(run, lambda _: 0.0)
         return made
 
 

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     files |= _ours(task, batches, files["float32"], out, words="")
     calm = copy.copy(task)
     calm.model = copy.deepcopy(task.model)
-    for spot in smoothquant.moved(task, discovery.find_sites(task.model, example).sites, batches):
+    for spot in smoothquant.find_pairs(task, discovery.find_sites(task.model, example).sites, batches):
         smoothquant.apply(calm.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
     path = out / "calm.onnx"
     export(calm.model, example, path, output_name=task.output_name, logits=task.logits)

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     for way, levels in WAYS.items():
         calm = copy.copy(task)
         calm.model = copy.deepcopy(task.model)
-        for spot in smoothquant.moved(task, sites, seen, levels) if levels else ():
+        for spot in smoothquant.find_pairs(task, sites, seen, levels) if levels else ():
             smoothquant.apply(calm.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
         for kind in KINDS:
             model = _rounded(calm, names, seen, kind)
