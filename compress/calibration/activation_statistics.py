@@ -303,7 +303,7 @@ def _passes(sites: Sequence[tuple[int, Site]], room: float, readers: bool) -> li
 def group_by_memory(sizes: Iterable[tuple[int, float]], room: float) -> list[list[int]]:
     """Neighbors in groups whose sizes add up to at most `room`; one that is larger is a group of its own.
 
-    >>> grouped([(7, 2.0), (8, 3.0), (9, 1.0)], 4.0)
+    >>> group_by_memory([(7, 2.0), (8, 3.0), (9, 1.0)], 4.0)
     [[7], [8, 9]]
     """
     groups: list[list[int]] = []

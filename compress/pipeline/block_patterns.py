@@ -124,7 +124,7 @@ def fitting_patterns(site: Site) -> dict[str, list[Shape]]:
 def select_patterns(gains: dict[str, float]) -> tuple[str, ...]:
     """Of each density the pattern with the smallest blocks that gains nearly what the fastest does.
 
-    >>> offered({"block:32x32@0.5": 1.2, "block:64x32@0.5": 1.7, "block:128x64@0.5": 1.8})
+    >>> select_patterns({"block:32x32@0.5": 1.2, "block:64x32@0.5": 1.7, "block:128x64@0.5": 1.8})
     ('block:64x32@0.5',)
     """
     chosen = {}

@@ -67,8 +67,8 @@ def solve(menus: Sequence[OptionCosts], budget: float) -> Choices:
     Raises:
         UnreachableError: even the cheapest options together cost more than `budget`.
 
-    >>> cheap = Menu(np.array([4.0, 1.0]), np.array([0.0, 1.0]))
-    >>> knapsack([cheap, cheap], 5.0) in {(0, 1), (1, 0)}
+    >>> cheap = OptionCosts(np.array([4.0, 1.0]), np.array([0.0, 1.0]))
+    >>> solve([cheap, cheap], 5.0) in {(0, 1), (1, 0)}
     True
     """
     limit = budget * (1 + RELATIVE_TOLERANCE)

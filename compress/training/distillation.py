@@ -171,7 +171,7 @@ def layer_factors(apart: Sequence[float]) -> tuple[float, ...]:
     `(1 / l_k) / mean(1 / l)`, held between 0.25 and 4: a layer that stayed far cannot be had, and is
     not insisted on. The paper gives the direction; the map is the simplest one with mean 1.
 
-    >>> [round(factor, 3) for factor in aware([0.1, 0.2])]
+    >>> [round(factor, 3) for factor in layer_factors([0.1, 0.2])]
     [1.333, 0.667]
     """
     inverse = [1 / max(each, 1e-12) for each in apart]

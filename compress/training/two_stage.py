@@ -1,8 +1,9 @@
-"""Sparse first, then integers: what the two stages of a pruned plan on integers begin with.
+"""Two-stage training of plans that prune and quantize: the plan in floating point, then quantized.
 
-The pruned model learns from the dense one in floats. Then it is the teacher, and the same model on integers
-learns from it, beginning at its weights: what a model that wide cannot say is not asked of its codes. Late
-layers that the first stage left far from the dense model count less in the second (`distillation.aware`).
+The pruned model is first trained in floating point with the dense model as its teacher. It then becomes the
+teacher of the quantized model, which starts from its weights: the quantized model has the same shapes and so
+can match every hidden state. Late layers that stayed far from the dense model in the first stage get a
+smaller weight in the second (`distillation.layer_factors`).
 
 Reference: Yu et al., "Boost Vision Transformer with GPU-Friendly Sparsity and Quantization",
 arXiv 2305.10727, sections 3.2 and 3.3.

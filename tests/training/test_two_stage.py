@@ -179,7 +179,7 @@ class Watched:
             )
             return scores
 
-        patch.setattr(recovery.trainer, "tune", watch)
+        patch.setattr(recovery.trainer, "train", watch)
 
 
 @pytest.mark.parametrize("form", ["int4", pytest.param("int8-static", marks=pytest.mark.slow)])
