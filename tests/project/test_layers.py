@@ -224,7 +224,7 @@ def test_test_files_stand_where_their_module_stands():
         "sites.kinds.toy_kind",
         "export.backends.tensorrt_api",
         *(f"project.{name}" for name in ("layers", "packaging", "seams", "doctests", "readme")),
-        *(f"tools.{name}" for name in ("check", "benchmark", "gpu")),
+        *(f"tools.{name}" for name in ("check", "benchmark", "draw_rooms", "gpu")),
     }
     packages = {"profiles.profiles": "profiles"}
     for path in (ROOT / "tests").rglob("test_*.py"):

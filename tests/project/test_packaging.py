@@ -87,6 +87,21 @@ def test_the_command_is_compress_and_its_version_is_the_module_s():
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "compress.__version__"}
 
 
+def test_the_license_is_stated_and_its_texts_are_shipped():
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    listed = PROJECT["project"]["license-files"]
+    assert listed == ["LICENSE", "compress/demo/LICENSE.md"]
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License\n                           Version 2.0" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    notices = (ROOT / "compress" / "demo" / "LICENSE.md").read_text(encoding="utf-8")
+    embedded = {path.name for path in (ROOT / "compress" / "demo").iterdir() if path.is_file()}
+    for name in embedded - {"LICENSE.md", "__init__.py"}:
+        assert f"`{name}`" in notices, f"the license of {name} is not stated"
+    for words in ("CLINC150", "CC BY 3.0", "all-MiniLM-L6-v2", "Apache License 2.0", "Changes made"):
+        assert words in notices
+
+
 def test_every_import_from_outside_is_declared():
     """A package that is only there because another one needs it may be gone tomorrow."""
     import ast
@@ -121,7 +136,14 @@ def copied_tree(tmp_path):
     skip = shutil.ignore_patterns("__pycache__", "*.pyc", ".*", "build", "dist", "*.egg-info", "out")
     for name in (*FOLDERS, "tests", "tools"):
         shutil.copytree(ROOT / name, tree / name, ignore=skip)
-    for name in ("pyproject.toml", "README.md", "MANIFEST.in", "constraints.txt"):
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "MANIFEST.in",
+        "constraints.txt",
+    ):
         shutil.copy(ROOT / name, tree)
     return tree
 
@@ -147,6 +169,21 @@ def test_the_wheel_holds_the_tree_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert files == tree_files()
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_its_licenses(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        lines = archive.read(metadata).decode("utf-8").splitlines()
+    assert "License-Expression: Apache-2.0" in lines
+    assert {line for line in lines if line.startswith("License-File: ")} == {
+        "License-File: LICENSE",
+        "License-File: compress/demo/LICENSE.md",
+    }
+    for name in ("LICENSE", "compress/demo/LICENSE.md"):
+        assert any(found.endswith(f".dist-info/licenses/{name}") for found in names)
 
 
 @pytest.mark.slow
