@@ -1,7 +1,8 @@
 """What is known of each device: facts with units and sources, and the tables measured on it.
 
 A profile states what a data sheet says; what only a measurement can say lies beside it in
-`<name>.<origin>.json` (`onnxruntime`, `tensorrt`: our own tables; `ziplm`: published ones).
+`<name>.<origin>.json` (`onnxruntime`, `tensorrt`, `torch-cuda`: the runtime). `published_latencies.csv`
+holds latencies that vendors state, with their sources; the roofline is checked against them.
 """
 
 import difflib
@@ -130,7 +131,7 @@ def parse(text: str, name: str) -> Profile:
 
 
 def measured(name: str, origin: str) -> dict[str, JsonValue] | None:
-    """The table that ships for a device and a runtime (or publication), None when there is none."""
+    """The table that ships for a device and a runtime, None when there is none."""
     if not (re.fullmatch(r"[\w-]+", name) and re.fullmatch(r"[\w-]+", origin)):
         return None  # never leave the folder
     path = resources.files("compress.profiles") / f"{name}.{origin}.json"

@@ -40,32 +40,17 @@ def facts(name: str) -> dict[str, object]:
     if found:
         document["roofline"] = [
             {
-                "table": check.origin,
-                "points": len(check.points),
+                "series": check.series,
+                "points": check.points,
                 "mean_error": round(check.mean_error, 4),
                 "max_error": round(check.max_error, 4),
-                "held_out_mean_error": round(check.held_out_error, 4),
+                "bias": round(check.bias, 4),
             }
             for check in found
         ]
-        document["roofline_against"] = [
-            f"{check.origin}: {check.title}. {check.source}. Assumed: {check.assumed}." for check in found
-        ]
-        document["published"] = [_row(point) for check in found for point in check.points]
+        sources = "; ".join(dict.fromkeys(check.source for check in found))
+        document["roofline_against"] = [f"{sources}. Assumed: {published_latencies.ASSUMED}."]
     return document
-
-
-def _row(point: published_latencies.Point) -> dict[str, object]:
-    """One published figure with the roofline's, and both errors."""
-    unseen = point.held_out_error
-    return {
-        "figure": point.name,
-        "unit": point.unit,
-        "published": point.published,
-        "predicted": round(point.predicted, 4),
-        "error": round(point.error, 4),
-        "held_out_error": None if unseen is None else round(unseen, 4),
-    }
 
 
 def _tables(name: str) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field
 
 from compress import artifacts
-from compress.cost.roofline import BYTES, DEFAULT, Constants, above_idle_w, descend, roofline
+from compress.cost.roofline import BYTES, DEFAULT, Constants, above_idle_w, roofline
 from compress.ir import SCHEMA_VERSION, Candidate, Document, Option, Site
 from compress.profiles import Profile
 from compress.sites.kinds import kind_of
@@ -122,33 +122,6 @@ def _sane(rows: Rows) -> bool:
     return all(
         units > 0 and math.isfinite(ms) and ms >= 0 for row in rows.values() for units, ms in row.items()
     )
-
-
-def calibrate(sites: Iterable[Site], table: Table, profile: Profile) -> Constants:
-    """The constants under which the roofline comes closest to a measured table (log error).
-
-    One constant at a time is moved by a factor, coarse factors first, while that helps.
-    """
-    points = [
-        (site, units, ms)
-        for site in {site.shape: site for site in sites}.values()
-        for units, ms in table.rows.get(site.shape, {}).items()
-        if ms > 0
-    ]
-    if not points:
-        return DEFAULT
-
-    def off(constants: Constants) -> float:
-        return sum(
-            math.log(
-                roofline(site, units, profile, table.precision, threads=table.threads, constants=constants)
-                / ms
-            )
-            ** 2
-            for site, units, ms in points
-        )
-
-    return descend(off, ("compute", "bandwidth", "launches"))
 
 
 def price(

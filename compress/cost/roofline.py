@@ -7,8 +7,7 @@ than its share of the work. How far off it is, `compress.cost.published_latencie
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from compress.errors import CompressError
 from compress.ir import Option, Site
@@ -27,14 +26,16 @@ STALLED = 0.35  # of the power above idle while a GPU waits for launches: an ord
 
 @dataclass(frozen=True)
 class Constants:
-    """The few numbers that no data sheet states; `descend` fits them to times that are known.
+    """The few numbers that no data sheet states.
+
+    They are assumptions, and so is the factor of 2.5 in the GPUs' `launch_us`; how far off they leave the
+    estimates of real models, `compress.cost.published_latencies` computes.
 
     Attributes:
         compute: share of the peak that a large aligned product sustains.
         bandwidth: share of the memory bandwidth that a large transfer sustains.
         launches: factor on the profile's cost of a launch.
-        misaligned: slowdown of a product on tensor cores when a width is not aligned; fitted, with the
-            launches of the GPUs' profiles, to ZipLM's tables (`compress.cost.published_latencies`).
+        misaligned: slowdown of a product on tensor cores when a width is not aligned.
     """
 
     compute: float = 0.85
@@ -185,30 +186,3 @@ def above_idle_w(
     total = sum(kernel_ms(kernel, profile, precision, constants) for kernel in run)
     waiting = len(run) * profile.launch_us * 1e-3 * constants.launches
     return most * (1 - (1 - STALLED) * waiting / total) if total else 0.0
-
-
-def descend(off: Callable[[Constants], float], names: Iterable[str]) -> Constants:
-    """The constants at which `off` is least; one of `names` at a time is moved by a factor.
-
-    Coarse factors come first. Shares of a peak stay below 1, a slowdown above it.
-    """
-    free = tuple(names)
-    best, least = DEFAULT, off(DEFAULT)
-    for factor in (2.0, 1.25, 1.06, 1.015):
-        improved = True
-        while improved:
-            improved = False
-            for trial in (_moved(best, name, move) for move in (factor, 1 / factor) for name in free):
-                found = off(trial)
-                if found < least * (1 - 1e-6):
-                    best, least, improved = trial, found, True
-    return best
-
-
-def _moved(constants: Constants, name: str, factor: float) -> Constants:
-    value = getattr(constants, name) * factor
-    if name in ("compute", "bandwidth"):
-        value = min(1.0, value)
-    if name == "misaligned":
-        value = max(1.0, value)
-    return replace(constants, **{name: value})

@@ -31,27 +31,24 @@ def test_costs_are_called_measured_only_where_they_are(monkeypatch):
 
 def test_a_device_shows_its_facts_their_sources_and_how_far_off_the_roofline_is():
     found = device_facts.facts("a100")
-    ziplm, gpusq = published_latencies.checks("a100")
+    checks = published_latencies.checks("a100")
     assert found["bandwidth_gb_s"] == profiles.load("a100").bandwidth_gb_s
     assert found["source"]["*"]
-    for row, check in zip(found["roofline"], (ziplm, gpusq), strict=True):
-        assert row["table"] == check.origin
+    for row, check in zip(found["roofline"], checks, strict=True):
+        assert row["series"] == check.series
         assert row["mean_error"] == pytest.approx(check.mean_error, abs=1e-4)
         assert row["max_error"] == pytest.approx(check.max_error, abs=1e-4)
-        assert row["held_out_mean_error"] == pytest.approx(check.held_out_error, abs=1e-4)
-    assert [row["points"] for row in found["roofline"]] == [6, 6]
-    assert len(found["published"]) == 12
-    first = found["published"][0]
-    assert first["figure"] == "ffn 1814"
-    assert first["error"] == pytest.approx(abs(first["predicted"] / first["published"] - 1), abs=1e-3)
-    assert "arXiv 2302.04089" in found["roofline_against"][0]
-    assert "Assumed: fp32 as TF32" in found["roofline_against"][1]
+        assert row["bias"] == pytest.approx(check.bias, abs=1e-4)
+    assert [row["points"] for row in found["roofline"]] == [20] * 5
+    (against,) = found["roofline_against"]
+    assert "NVIDIA/TensorRT demo/BERT/README.md" in against
+    assert "Assumed: what lies outside the layers takes no time" in against
 
 
 def test_a_device_without_published_figures_claims_no_error():
     found = device_facts.facts("rpi5")
     assert "roofline" not in found
-    assert "published" not in found
+    assert "roofline_against" not in found
 
 
 def test_an_unknown_device_is_refused_with_its_neighbors():

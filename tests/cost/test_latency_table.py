@@ -293,27 +293,6 @@ def test_bytes_in_low_precision_are_those_of_its_codes_and_steps(precision):
     assert latency_table.weight_bytes(site, Option(units=64, precision=precision), "fp32") == total
 
 
-def test_calibration_finds_the_constants_that_made_a_table():
-    profile = profiles.load("cpu-avx2")
-    sites = [ffn(256, 1024, 128), heads(256, 8, 32, 128, 1)]
-    truth = Constants(compute=0.4, bandwidth=0.5, launches=3.0)
-    rows = {
-        site.shape: {
-            u: roofline(site, u, profile, threads=1, constants=truth)
-            for u in latency_table.grid(site, 8)
-            if u
-        }
-        for site in sites
-    }
-    known = Table(fingerprint="f", runtime="onnxruntime", rows=rows)
-    found = latency_table.calibrate(sites, known, profile)
-    for site in sites:
-        for units, ms in rows[site.shape].items():
-            assert roofline(site, units, profile, threads=1, constants=found) == pytest.approx(ms, rel=0.05)
-    assert found.compute == pytest.approx(0.4, rel=0.1)
-    assert latency_table.calibrate(sites, known.model_copy(update={"rows": {}}), profile) == Constants()
-
-
 # Levels
 
 
