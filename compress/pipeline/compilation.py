@@ -188,7 +188,7 @@ def asked_speedup(job: Job, costs: Costs) -> float:
 
 def choose(ground: SearchSpace, asked: float, rounds: SearchHistory) -> SearchResult:
     """The turn to keep: of the closed loop where time is measured, else of one search."""
-    job, costs, menus, judge = ground.job, ground.costs, ground.table, ground.judge
+    job, costs, menus, judge = ground.job, ground.costs, ground.table, ground.objective
     if ground.prices is not None:
         meter = meter_plan(job, ground.prices)
         turn = energy_search.choose(job, costs, menus, judge, ground.prices, meter)
@@ -259,10 +259,10 @@ def build(found: SearchResult) -> tuple[nn.Module, dict[str, Removal], list[str]
     removals = plan_search.load_removals(job, turn.choices)
     notes = []
     if job.recipe.calibration.refit and job.recipe.options.score == "obs":
-        removals, note = _refitted(job, removals, turn, found.space.judge)
+        removals, note = _refitted(job, removals, turn, found.space.objective)
         notes.append(note)
         if any(removal.factors for removal in removals.values()):
-            removals, note = _matched(job, removals, found.space.judge)
+            removals, note = _matched(job, removals, found.space.objective)
             notes.append(note)
     model = prune.shrink(job.task.model, job.sites, removals)
     save(job, turn, model, removals)

@@ -1,4 +1,4 @@
-"""From costs and stored candidates to the plan that was built and timed: rounds.json and plan.json."""
+"""Search for the plan from costs and stored candidates, and keep it in rounds.json and plan.json."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,18 +30,18 @@ from compress.search.objective import ModelObjective
 from compress.sites.prune import Removal
 
 TimePlan = Callable[[dict[str, Option]], Timing]
-WEIGHT_PRECISION = "fp32"  # of the weights in a file whose size is bounded
-OBJECTIVE_BATCH = 32  # inputs of one batch that judges a choice
+WEIGHT_PRECISION = "fp32"  # of dense weights in a file under a size budget
+OBJECTIVE_BATCH = 32  # samples in a batch of the objective
 
 
 class Losses(Document):
-    """Menus in units of the stitched model's loss: `rows[site][option]`."""
+    """The loss of the model with one site compressed: `rows[site][option]`."""
 
     rows: tuple[tuple[float, ...], ...]
 
 
 def build_candidates(job: Job, costs: Costs) -> Errors:
-    """Build every candidate the costs name, one site at a time; the layer errors by site and option."""
+    """Build a candidate for every option in the costs; return layer errors by site and option."""
     wanted = job.recipe.calibration
     statistics = artifacts.folder(job.folder / "statistics", job.key)
     with job.stages("calibrate") as tick:
@@ -60,7 +60,7 @@ def build_candidates(job: Job, costs: Costs) -> Errors:
         site.name: [option for option in costs.options(site) if option != Option()] for site in job.sites
     }
     key = artifacts.digest(job.key, wanted_options)
-    felt = _collect_saliency(job, costs)
+    saliency = _collect_saliency(job, costs)
     with job.stages("candidates") as tick:
         return candidate_store.build(
             job.task.model,
@@ -70,13 +70,13 @@ def build_candidates(job: Job, costs: Costs) -> Errors:
             artifacts.folder(job.folder / "candidates", key),
             score=job.recipe.options.score,
             damping=wanted.damping,
-            felt=felt,
+            saliency=saliency,
             progress=tick,
         )
 
 
 def _collect_saliency(job: Job, costs: Costs) -> Path | None:
-    """Where the effects of all tiles lie, if there are blocks to be ranked by them."""
+    """The directory with the saliency of all tiles, None if no option ranks blocks by it."""
     options = [Option.of(form, None) for site in job.sites for form in costs.rows[site.name]]
     shapes = [one.block for one in options if one.pattern.startswith("block:") and not one.rank]
     if job.recipe.options.blocks != "fisher" or not shapes:
@@ -92,7 +92,7 @@ def _collect_saliency(job: Job, costs: Costs) -> Path | None:
 
 
 def build_table(job: Job, costs: Costs, errors: Errors) -> CandidateTable:
-    """The search's view of a job: prior errors, and the same again where losses are not known yet."""
+    """The options with costs and layer errors; losses equal layer errors until they are measured."""
     options, prior = [], []
     for site in job.sites:
         row = costs.options(site)
@@ -112,43 +112,43 @@ def build_table(job: Job, costs: Costs, errors: Errors) -> CandidateTable:
     )
 
 
-def build_objective(job: Job, menus: CandidateTable) -> ModelObjective:
-    """The stitched model over inputs that no statistic has seen, when there are such."""
+def build_objective(job: Job, table: CandidateTable) -> ModelObjective:
+    """The objective on validation inputs, or on calibration inputs when there are none."""
     wanted = job.recipe.search
     batches = list(job.task.batches("validation", OBJECTIVE_BATCH, wanted.samples))
     return ModelObjective(
         job.task,
         job.sites,
         job.folder / "candidates",
-        menus.options,
+        table.options,
         batches or job.calibration[:8],
         job.baseline.task.model,
     )
 
 
-def measure_losses(job: Job, menus: CandidateTable, judge: ModelObjective) -> CandidateTable:
-    """The menus with losses of the stitched model in the place of layer errors."""
+def measure_losses(job: Job, table: CandidateTable, objective: ModelObjective) -> CandidateTable:
+    """The table with measured losses of the model instead of layer errors."""
     if job.recipe.options.uniform:
-        return menus
-    made_from = artifacts.digest(job.key, menus.options, job.recipe.search.samples)
+        return table
+    made_from = artifacts.digest(job.key, table.options, job.recipe.search.samples)
 
     def measure() -> Losses:
         with job.stages("sensitivities") as tick:
-            groups = [[option.form for option in row] for row in menus.options]
+            groups = [[option.form for option in row] for row in table.options]
             scaled = knapsack.measure_sensitivities(
-                menus.prior, menus.dense, judge, groups=groups, progress=tick
+                table.prior, table.dense, objective, groups=groups, progress=tick
             )
-        return Losses(rows=tuple(tuple(menu.error.tolist()) for menu in scaled))
+        return Losses(rows=tuple(tuple(site_costs.error.tolist()) for site_costs in scaled))
 
     losses = artifacts.saved(job.folder / "losses.json", Losses, made_from, measure)
     scaled = tuple(
-        OptionCosts(menu.cost, np.array(row)) for menu, row in zip(menus.prior, losses.rows, strict=True)
+        OptionCosts(prior.cost, np.array(row)) for prior, row in zip(table.prior, losses.rows, strict=True)
     )
-    return replace(menus, scaled=scaled)
+    return replace(table, scaled=scaled)
 
 
 def search_effort(job: Job) -> SearchEffort:
-    """How hard the recipe says to search."""
+    """The size of the search that the recipe asks for."""
     wanted = job.recipe.search
     return SearchEffort(wanted.generations, wanted.offspring, wanted.seed, job.recipe.options.uniform)
 
@@ -156,15 +156,15 @@ def search_effort(job: Job) -> SearchEffort:
 def run_closed_loop(
     job: Job,
     costs: Costs,
-    menus: CandidateTable,
-    judge: ModelObjective,
+    table: CandidateTable,
+    objective: ModelObjective,
     asked: float,
     time_plan: TimePlan,
     rounds: SearchHistory,
 ) -> SearchHistory:
-    """Choose, build and time plans until one keeps the promise.
+    """Search, build and time plans until one meets the budget.
 
-    It goes on from `rounds`, or, when there are none, from where a killed run stopped.
+    Continues after `rounds`, or, if empty, after the stored iterations of an interrupted run.
     """
     path = job.folder / "rounds.json"
     made_from = artifacts.digest(job.key, costs, job.recipe.search, job.recipe.bench, asked)
@@ -174,10 +174,10 @@ def run_closed_loop(
         return lambda done, total: None
 
     return closed_loop.search_until_met(
-        menus,
+        table,
         asked,
         costs.dense_ms,
-        judge,
+        objective,
         search_effort(job),
         time_plan,
         rounds=job.recipe.bench.rounds,
@@ -188,55 +188,56 @@ def run_closed_loop(
 
 
 def search_once(
-    job: Job, menus: CandidateTable, judge: ModelObjective, limit_ms: float, asked: float
+    job: Job, table: CandidateTable, objective: ModelObjective, limit_ms: float, asked: float
 ) -> Iteration:
-    """The plan for a budget that cannot be timed here, or needs no timing; nothing is measured."""
+    """The plan within a bound on predicted latency, without timing it."""
+    effort = search_effort(job)
     with job.stages("search") as tick:
         try:
-            choices, loss = closed_loop.search_plan(menus, limit_ms, judge, search_effort(job), progress=tick)
+            choices, loss = closed_loop.search_plan(table, limit_ms, objective, effort, progress=tick)
         except knapsack.UnreachableError as error:
-            raise closed_loop.unreachable(menus, asked, menus.whole.dense_ms, None) from error
+            raise closed_loop.unreachable(table, asked, table.whole.dense_ms, None) from error
     return Iteration(
         limit_ms=limit_ms,
-        predicted_ms=menus.latency_ms(choices),
-        choices=menus.named(choices),
+        predicted_ms=table.latency_ms(choices),
+        choices=table.named(choices),
         loss=loss,
     )
 
 
-def search_by_size(job: Job, costs: Costs, menus: CandidateTable, judge: ModelObjective) -> Iteration:
-    """The plan whose file keeps a size budget; bytes are known exactly, so nothing is timed.
+def search_by_size(job: Job, costs: Costs, table: CandidateTable, objective: ModelObjective) -> Iteration:
+    """The plan whose file meets a size budget; sizes are computed exactly, so nothing is timed.
 
     Raises:
-        OutOfReachError: even the smallest plan is larger.
+        OutOfReachError: the smallest plan is larger than the budget.
     """
-    choices, loss = search_within(job, *size_costs(job, menus), judge)
+    choices, loss = search_within(job, *size_costs(job, table), objective)
     return Iteration(
         limit_ms=costs.dense_ms,
-        predicted_ms=menus.latency_ms(choices),
-        choices=menus.named(choices),
+        predicted_ms=table.latency_ms(choices),
+        choices=table.named(choices),
         loss=loss,
     )
 
 
-def size_costs(job: Job, menus: CandidateTable) -> tuple[tuple[OptionCosts, ...], float]:
-    """The menus priced in megabytes, and what all sites together may take of a size budget.
+def size_costs(job: Job, table: CandidateTable) -> tuple[tuple[OptionCosts, ...], float]:
+    """The options with costs in megabytes, and the megabytes that a size budget leaves for all sites.
 
     Raises:
-        OutOfReachError: even the smallest options together take more.
+        OutOfReachError: the smallest options together exceed that.
     """
     priced = tuple(
         OptionCosts(
             np.array(
                 [latency_table.weight_bytes(site, option, WEIGHT_PRECISION) / 1e6 for option in options]
             ),
-            menu.error,
+            site_costs.error,
         )
-        for site, options, menu in zip(job.sites, menus.options, menus.scaled, strict=True)
+        for site, options, site_costs in zip(job.sites, table.options, table.scaled, strict=True)
     )
     dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
-    outside_mb = dense_mb - sum(float(menu.cost.max()) for menu in priced)
-    least_mb = sum(float(menu.cost.min()) for menu in priced)
+    outside_mb = dense_mb - sum(float(site_costs.cost.max()) for site_costs in priced)
+    least_mb = sum(float(site_costs.cost.min()) for site_costs in priced)
     asked_mb = job.recipe.budget.value
     if outside_mb + least_mb > asked_mb:
         raise OutOfReachError(
@@ -248,12 +249,12 @@ def size_costs(job: Job, menus: CandidateTable) -> tuple[tuple[OptionCosts, ...]
 
 
 def search_within(
-    job: Job, priced: Sequence[OptionCosts], limit: float, judge: Callable[[Choices], float]
+    job: Job, priced: Sequence[OptionCosts], limit: float, objective: Callable[[Choices], float]
 ) -> tuple[Choices, float]:
-    """The best plan whose summed price is within `limit`, in whatever unit the menus are priced; its loss.
+    """The best plan whose summed cost is at most `limit`, in the unit of the costs, and its loss.
 
     Raises:
-        UnreachableError: even the cheapest options together cost more.
+        UnreachableError: the cheapest options together cost more.
     """
     effort = search_effort(job)
     start = knapsack.solve(priced, limit)
@@ -262,7 +263,7 @@ def search_within(
             priced,
             start,
             limit,
-            judge,
+            objective,
             generations=effort.generations,
             offspring=effort.offspring,
             seed=effort.seed,
@@ -271,7 +272,7 @@ def search_within(
 
 
 def load_removals(job: Job, choices: Mapping[str, Option]) -> dict[str, Removal]:
-    """The stored candidates of a plan, by site name."""
+    """Read the stored candidates of a plan, by site name."""
     return {
         site.name: candidate_store.removal(job.folder / "candidates", index, choices[site.name])
         for index, site in enumerate(job.sites)
@@ -279,14 +280,14 @@ def load_removals(job: Job, choices: Mapping[str, Option]) -> dict[str, Removal]
     }
 
 
-def to_plan(job: Job, menus: CandidateTable, turn: Iteration) -> Plan:
-    """The decision as a document to read, edit and commit."""
+def to_plan(job: Job, table: CandidateTable, iteration: Iteration) -> Plan:
+    """The plan as a document (plan.json)."""
     less = job.narrowed
     width = {} if less is None else {less.site.name: Option(units=less.units)}
     return Plan(
         target=job.recipe.target,
         budget=job.recipe.budget,
-        choices=turn.choices | width,
-        fixed_ms=menus.whole.fixed_ms,
-        predicted_ms=turn.predicted_ms,
+        choices=iteration.choices | width,
+        fixed_ms=table.whole.fixed_ms,
+        predicted_ms=iteration.predicted_ms,
     )

@@ -1,11 +1,11 @@
-"""The hidden width in the search: a few narrower models, and in each the search for the rest of the budget.
+"""Search over the hidden width: a few narrower models, and in each a search for the rest of the budget.
 
-The residual stream is one site that every other one lies in, so it cannot be one menu among theirs: what a
-head costs, and what its removal does, is another thing at another width. Widths are therefore an outer
-loop. Each is cut at once, by the directions that carry most (`hidden_width`), and judged with everything else
-in place, which takes no search. That loss only grows when heads and neurons go as well, so a width whose
-loss alone is above that of the best plan so far cannot win and is not searched. The others are, in
-order of promise; the best plan that keeps the budget stays, whatever its width.
+The residual stream contains every other site, so it cannot be one more row of options: the cost and the
+damage of removing a head depend on the width. Widths are therefore an outer loop. Each width is pruned in
+one shot along the principal components of the residual stream (`hidden_width`) and evaluated with all heads
+and neurons in place. Removing heads and neurons as well only adds to that loss, so a width whose own loss
+exceeds that of the best plan so far is not searched. The remaining widths are searched in the order of their
+estimated loss; the best plan that meets the budget is kept.
 """
 
 import copy
@@ -35,31 +35,31 @@ MOVE = "width"
 REASON_BEST = "no other width loses less within the budget"
 REASON_WORSE = "another width loses less within the budget"
 REASON_MISSED = "its plans miss the budget"
-REASON_FASTEST = "no width keeps the budget, and this one is the fastest"
+REASON_FASTEST = "no width meets the budget, and this one is the fastest"
 REASON_TOO_SLOW = "the budget is out of reach at this width"
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A model at one width with everything that its plans are chosen by."""
+    """A model at one width with the costs, options and objective of its search."""
 
     job: Job
     costs: Costs
     table: CandidateTable
-    judge: ModelObjective
+    objective: ModelObjective
     prices: Prices | None
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The plan to keep on a ground, and the turns that led to it."""
+    """The best plan of a search space, and the iterations that led to it."""
 
     space: SearchSpace
     rounds: SearchHistory
     iteration: Iteration
 
     def rank(self, asked: float) -> tuple[bool, float]:
-        """Smaller is better: plans that keep the budget, by their loss; then the others, by their speed."""
+        """Sort key, smaller is better: plans that meet the budget by loss, then the others by speed."""
         missed = self.iteration.timing is not None and self.iteration.speedup < asked
         return missed, -self.iteration.speedup if missed else self.iteration.loss
 
@@ -70,32 +70,32 @@ class SearchResult:
 
 
 def requested_stream(job: Job) -> Stream | None:
-    """The residual stream of the job's model, None where the move was not asked for.
+    """The residual stream of the job's model, None if `width` is not among the moves.
 
     Raises:
-        CompressError: the width of this model cannot be cut; it says why.
+        CompressError: the width of this model cannot be pruned, with the reason.
     """
     if MOVE not in job.recipe.options.moves:
         return None
     if collectives.size() > 1:
         raise CompressError(
-            f"--moves {MOVE} runs in one process, {collectives.size()} were started; "
-            "start one, or leave it out"
+            f"--moves {MOVE} runs in one process, but {collectives.size()} were started; "
+            "start one process, or leave the move out"
         )
     try:
         return find_stream(job)
     except CompressError as error:
         rest = [move for move in job.recipe.options.moves if move != MOVE] or ["structure"]
         raise CompressError(
-            f"--moves {MOVE} is not for this model: {error}.\n  Ask for --moves {','.join(rest)}"
+            f"--moves {MOVE} does not support this model: {error}.\n  Use --moves {','.join(rest)}"
         ) from error
 
 
 def find_stream(job: Job) -> Stream:
-    """The residual stream, asked for or not.
+    """The residual stream of the job's model.
 
     Raises:
-        CompressError: there is none whose width can be cut.
+        CompressError: the model has none whose width can be pruned.
     """
     example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
     with job.stages("find residual stream"):
@@ -108,10 +108,10 @@ def find_stream(job: Job) -> Stream:
 
 
 def candidate_widths(job: Job, stream: Stream) -> list[int]:
-    """The widths to try, the widest first: the recipe's fractions at multiples of the target's step.
+    """The widths to try, widest first: the recipe's fractions at multiples of the target's alignment.
 
-    Fractions are of the width of the model that was asked about; where that was cut before, there may be
-    none left.
+    Fractions refer to the width of the original model; for a job that is narrow already the result may be
+    empty.
 
     Raises:
         CompressError: no multiple of the step lies below the width.
@@ -131,45 +131,45 @@ def candidate_widths(job: Job, stream: Stream) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """What flows through a stream: its directions [width, k] by falling moment, and the moments [k]."""
+    """Principal components of a stream: `basis` [width, k] by falling moment, and the `moments` [k]."""
 
     stream: Stream
     basis: Tensor
     moments: Tensor
 
     def kept(self, units: int) -> Narrowing:
-        """From the stream to one of `units` channels, and back."""
+        """The projection from the stream to one of `units` channels, and back."""
         return narrowing(self.basis, units, centered=self.stream.centered)
 
     def error(self, units: int) -> float:
-        """The share of all that flows which `units` channels do not carry."""
+        """The share of the second moment that `units` channels do not carry."""
         inside = self.moments[: units - int(self.stream.centered)].sum()
         return max(0.0, float(1 - inside / self.moments.sum()))
 
 
 def measure_directions(job: Job, stream: Stream) -> Directions:
-    """The directions of the stream on the calibration data."""
+    """The principal components of the stream on the calibration data."""
     with job.stages("stream moments"):
         second = hidden_width.moments(job.task.model, stream, job.calibration)
     return Directions(stream, *principal(second, centered=stream.centered))
 
 
-def narrow_model(job: Job, found: Directions, units: int) -> nn.Module:
+def narrow_model(job: Job, directions: Directions, units: int) -> nn.Module:
     """A copy of the job's model with `units` channels in its stream."""
     model = copy.deepcopy(job.task.model)
-    hidden_width.rewrite(model, found.stream, found.kept(units))
+    hidden_width.rewrite(model, directions.stream, directions.kept(units))
     return model
 
 
-def narrow(job: Job, found: Directions, units: int) -> Job:
-    """The job with its model narrowed to `units` channels, all else the same.
+def narrow(job: Job, directions: Directions, units: int) -> Job:
+    """The job with its model narrowed to `units` channels.
 
-    Its sites are those of the job with narrower products; it works in a folder of its own. A job that is
-    narrow already has lost more in the end: what was gone before, and a share of the rest.
+    Its sites are those of the job with narrower matrix products; it has a folder of its own. For a job that
+    is narrow already the errors compound: `1 - (1 - before) * (1 - error)`.
     """
-    stream, before, model = found.stream, job.narrowed, narrow_model(job, found, units)
+    stream, before, model = directions.stream, job.narrowed, narrow_model(job, directions, units)
     recorded, _ = hidden_width.recorded(model, stream)
-    down, error = found.kept(units).down, found.error(units)
+    down, error = directions.kept(units).down, directions.error(units)
     less = Narrowed(
         wide=job.baseline,
         site=hidden_width.site_of(stream) if before is None else before.site,
@@ -182,13 +182,13 @@ def narrow(job: Job, found: Directions, units: int) -> Job:
 
 
 def from_previous(job: Job, last: Job, model: nn.Module) -> Job:
-    """A job on the dense model, at what another member of its family has become.
+    """A job that starts from the compressed model of the previous member of a family.
 
     Args:
-        job: of the member to be made.
-        last: the job that the other member's plan was made for.
-        model: the other member's, of the shapes of `last`'s model; where that is narrow, so is what is
-            given, and only narrower widths are left to it.
+        job: of the member to build, on the dense model.
+        last: the job of the previous member's plan.
+        model: the previous member's model, expanded to the shapes of `last`'s model; if that is narrow, the
+            result is narrow too, and only narrower widths remain.
     """
     if last.narrowed is None:
         return job.on(model)
@@ -214,7 +214,7 @@ def _narrowed_job(job: Job, model: nn.Module, sites: tuple[Site, ...], less: Nar
 
 
 def narrow_site(site: Site, stream: Stream, units: int) -> Site:
-    """A site of heads or neurons whose products read and write `units` channels."""
+    """The site with products that read and write `units` channels of the stream."""
     reads = {reader.weight for reader in stream.readers}
     writes = {part.tensor for part in stream.writers}
     matmuls = []
@@ -227,7 +227,7 @@ def narrow_site(site: Site, stream: Stream, units: int) -> Site:
 
 @dataclass
 class _WidthTrials:
-    """The best plan so far, and what came of every width."""
+    """The best plan so far, and the outcome of every width."""
 
     asked: float
     best: SearchResult | None = None
@@ -235,17 +235,17 @@ class _WidthTrials:
     unreachable: dict[int, OutOfReachError] = field(default_factory=dict)
 
     def search_width(self, width: Width, job: Job, choose: Callable[[Job], SearchResult]) -> None:
-        """Search one width, that of `job`."""
+        """Search the plans of one width, that of `job`."""
         try:
             found = choose(job)
         except OutOfReachError as error:
             self.unreachable[width.units] = error
             self.tried[width.units] = width.model_copy(update={"why": REASON_TOO_SLOW})
             return
-        menus = found.space.table
+        table = found.space.table
         self.tried[width.units] = width.model_copy(
             update={
-                "latency_ms": menus.latency_ms(menus.dense),
+                "latency_ms": table.latency_ms(table.dense),
                 "source": found.space.costs.source,
                 "plan_loss": found.iteration.loss,
                 "plan_speedup": found.speedup,
@@ -256,7 +256,7 @@ class _WidthTrials:
             self.best = found
 
     def cannot_win(self, width: Width) -> bool:
-        """Whether a width cannot win, since nothing that is removed besides makes its loss smaller."""
+        """Whether the loss of a width with all units exceeds that of the best plan; records the outcome."""
         if self.best is None or (False, width.loss) < self.best.rank(self.asked):
             return False
         other = self.best.iteration.loss
@@ -266,72 +266,72 @@ class _WidthTrials:
 
 
 def search_widths(
-    ground: SearchSpace,
+    space: SearchSpace,
     stream: Stream,
     asked: float,
     prepare: Callable[[Job], SearchSpace],
     choose: Callable[[SearchSpace], SearchResult],
 ) -> tuple[SearchResult, tuple[Width, ...]]:
-    """The best plan over the whole width and narrower ones, and what came of each width.
+    """The best plan over the full width and narrower ones, and the outcome of each width.
 
     Args:
-        ground: the model at its whole width.
+        space: the model at its full width.
         stream: its residual stream.
         asked: the speedup, 0 for a budget of another kind.
-        prepare: what plans of a narrow job are chosen by.
-        choose: the best plan on one ground; raises OutOfReachError where none keeps the budget.
+        prepare: builds the search space of a narrow job.
+        choose: searches one space; raises OutOfReachError if no plan meets the budget.
 
     Raises:
         OutOfReachError: no width reaches the budget.
     """
-    job, costs, race = ground.job, ground.costs, _WidthTrials(asked)
+    job, costs, trials = space.job, space.costs, _WidthTrials(asked)
     units = candidate_widths(job, stream)
-    loss = 0.0 if job.narrowed is None else ground.judge.of(job.task.model)
+    loss = 0.0 if job.narrowed is None else space.objective.of(job.task.model)
     whole = Width(units=stream.width, loss=loss, latency_ms=costs.dense_ms, source=costs.source)
-    race.search_width(whole, job, lambda _: choose(ground))
-    seen = measure_directions(job, stream)
-    for trial in _ranked_widths(ground, seen, units, race.best):
-        if not race.cannot_win(trial):
-            said = f"divergence {trial.loss:.3g} with all units"
-            job.stages.progress.say(f"hidden width {trial.units} of {stream.width}: {said}")
-            race.search_width(trial, narrow(job, seen, trial.units), lambda own: choose(prepare(own)))
-    best = race.best
+    trials.search_width(whole, job, lambda _: choose(space))
+    directions = measure_directions(job, stream)
+    for trial in _ranked_widths(space, directions, units, trials.best):
+        if not trials.cannot_win(trial):
+            loss_note = f"divergence {trial.loss:.3g} with all units"
+            job.stages.progress.say(f"hidden width {trial.units} of {stream.width}: {loss_note}")
+            trials.search_width(trial, narrow(job, directions, trial.units), lambda own: choose(prepare(own)))
+    best = trials.best
     if best is None:
-        raise race.unreachable[min(race.unreachable)]
+        raise trials.unreachable[min(trials.unreachable)]
     less = best.space.job.narrowed
-    kept = race.tried[stream.width if less is None else less.units]
+    kept = trials.tried[stream.width if less is None else less.units]
     why = REASON_FASTEST if best.rank(asked)[0] else REASON_BEST
-    race.tried[kept.units] = kept.model_copy(update={"chosen": True, "why": why})
-    return best, tuple(race.tried[one] for one in sorted(race.tried, reverse=True))
+    trials.tried[kept.units] = kept.model_copy(update={"chosen": True, "why": why})
+    return best, tuple(trials.tried[one] for one in sorted(trials.tried, reverse=True))
 
 
 def _ranked_widths(
-    ground: SearchSpace, seen: Directions, units: list[int], best: SearchResult | None
+    space: SearchSpace, directions: Directions, units: list[int], best: SearchResult | None
 ) -> list[Width]:
-    """The widths with their losses, judged with all units in place, the most promising first.
+    """The widths with their losses, lowest estimated loss of a plan first.
 
-    A promise is that loss, and what the single losses of the sites at the whole width say of taking the
-    rest of the time that the best plan there takes.
+    The estimate adds to the loss of the narrow model with all units the loss of pruning heads and neurons
+    down to the time of the best plan at full width, from the losses of single sites there.
     """
-    job, menus = ground.job, ground.table
-    limit_ms = menus.latency_ms(menus.cheapest()) if best is None else best.iteration.predicted_ms
-    promises: list[tuple[float, Width]] = []
+    job, table = space.job, space.table
+    limit_ms = table.latency_ms(table.cheapest()) if best is None else best.iteration.predicted_ms
+    ranked: list[tuple[float, Width]] = []
     with job.stages("narrow") as tick:
         for number, width in enumerate(units, 1):
             loss, share = (
-                ground.judge.of(narrow_model(job, seen, width)),
-                _time_share(job, seen.stream, width),
+                space.objective.of(narrow_model(job, directions, width)),
+                _time_share(job, directions.stream, width),
             )
-            ms = share * ground.costs.dense_ms
+            ms = share * space.costs.dense_ms
             trial = Width(units=width, loss=loss, latency_ms=ms, source="estimated")
-            promises.append((loss + _estimated_loss(menus, limit_ms / share), trial))
+            ranked.append((loss + _estimated_loss(table, limit_ms / share), trial))
             tick(number, len(units))
-    return [trial for _, trial in sorted(promises, key=lambda pair: pair[0])]
+    return [trial for _, trial in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def estimate_widths(job: Job, stream: Stream, dense_ms: float) -> list[dict[str, object]]:
-    """What each width would take and lose by itself, before anything is built; times are estimates."""
-    seen = measure_directions(job, stream)
+    """Latency, speedup and stream error of each width alone, estimated before anything is built."""
+    directions = measure_directions(job, stream)
     rows: list[dict[str, object]] = []
     for units in candidate_widths(job, stream):
         share = _time_share(job, stream, units)
@@ -340,14 +340,14 @@ def estimate_widths(job: Job, stream: Stream, dense_ms: float) -> list[dict[str,
                 "width": units,
                 "latency_ms_estimate": round(share * dense_ms, 4),
                 "speedup_estimate": round(1 / share, 3),
-                "stream_error": round(seen.error(units), 4),
+                "stream_error": round(directions.error(units), 4),
             }
         )
     return rows
 
 
 def _time_share(job: Job, stream: Stream, units: int) -> float:
-    """The time of all sites at a width, by the roofline, as a share of what they take at the whole one."""
+    """Roofline time of all sites at a width, as a share of that at the full width."""
 
     def total(sites: tuple[Site, ...]) -> float:
         return sum(latency_table.price(site, Option(), profile=job.profile).latency_ms for site in sites)
@@ -355,17 +355,17 @@ def _time_share(job: Job, stream: Stream, units: int) -> float:
     return total(tuple(narrow_site(site, stream, units) for site in job.sites)) / total(job.sites)
 
 
-def _estimated_loss(menus: CandidateTable, limit_ms: float) -> float:
-    """What the sites would lose, by their single losses, in a model of the whole width within a time."""
-    room = menus.whole.room_ms(limit_ms)
+def _estimated_loss(table: CandidateTable, limit_ms: float) -> float:
+    """Summed single-site losses of the best plan at full width within a latency."""
+    room = table.whole.room_ms(limit_ms)
     try:
-        return knapsack.totals(menus.scaled, knapsack.solve(menus.scaled, room))[1]
+        return knapsack.totals(table.scaled, knapsack.solve(table.scaled, room))[1]
     except knapsack.UnreachableError:
-        return sum(float(menu.error.max()) for menu in menus.scaled)
+        return sum(float(site_costs.error.max()) for site_costs in table.scaled)
 
 
 def add_to_report(result: Report, found: SearchResult, widths: tuple[Width, ...]) -> Report:
-    """The report with the residual site where it was cut, and the widths that were tried, also in words."""
+    """Add the residual site, if it was pruned, and the widths that were tried to the report."""
     sites, less = list(result.sites), found.space.job.narrowed
     if less is not None:
         sites.append(_site_report(less, found.space))
@@ -380,22 +380,22 @@ def add_to_report(result: Report, found: SearchResult, widths: tuple[Width, ...]
     )
 
 
-def _site_report(less: Narrowed, ground: SearchSpace) -> SiteReport:
-    """The residual site: every other one lies in it, so its times are those of the whole model."""
+def _site_report(less: Narrowed, space: SearchSpace) -> SiteReport:
+    """The report of the residual site; it contains all others, so its times are those of the whole model."""
     return SiteReport(
         name=less.site.name,
         kind=less.site.kind,
         option=Chosen(units=less.units, units_total=less.site.units),
         error=less.error,
-        latency_ms=ground.table.latency_ms(ground.table.dense),
-        dense_latency_ms=ground.costs.dense_ms,
-        source=ground.costs.source,
+        latency_ms=space.table.latency_ms(space.table.dense),
+        dense_latency_ms=space.costs.dense_ms,
+        source=space.costs.source,
     )
 
 
 def _summary_line(width: Width) -> str:
-    said = "" if width.source == "measured" else " (estimate)"
-    alone = f"divergence {width.loss:.3g} and {width.latency_ms:.3g} ms{said} with all units"
+    note = "" if width.source == "measured" else " (estimate)"
+    alone = f"divergence {width.loss:.3g} and {width.latency_ms:.3g} ms{note} with all units"
     plan = ""
     if width.plan_loss is not None:
         plan = f", {width.plan_loss:.3g} at {width.plan_speedup:.2f}x with its best plan"

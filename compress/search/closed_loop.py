@@ -1,9 +1,10 @@
-"""The closed loop: choose a plan, build it, time it, correct the budget, until the promise is kept.
+"""Closed-loop search: choose, build and time a plan, correct the budget, repeat until it is met.
 
-Predicted and measured time differ by what tables cannot know. The loop therefore times every plan it
-chooses and moves the budget by what it finds, until the measured speedup lies inside the window
-`[asked, 1.05 asked]`, or the cheapest plan there is was measured and found too slow. A machine whose
-timings differ by more than the window would turn it for ever: after three turns anything fast enough will do.
+Cost tables do not capture everything that decides the time of a whole model. The loop therefore times every
+plan that it chooses and scales the budget by the ratio of measured to predicted time, until the measured
+speedup lies in the window `[asked, 1.05 asked]`, or the cheapest plan was measured and is too slow. On a
+machine whose timings vary by more than the window, any plan that is fast enough is accepted after three
+iterations.
 """
 
 import math
@@ -18,18 +19,18 @@ from compress.search import knapsack
 from compress.search.knapsack import Choices, OptionCosts, UnreachableError
 
 SPEEDUP_WINDOW = 1.05
-ITERATIONS_BEFORE_FASTER_PLAN = 3  # turns after which a plan that is faster than the window asks for will do
-MIN_LATENCY_SHARE = 1e-3  # of the dense model's time: beyond the known points, lines may come to nothing
-TARGET_OVERSHOOT = 1.022  # where in the window to aim: a timer's noise on either side stays inside
+ITERATIONS_BEFORE_FASTER_PLAN = 3  # after these, a plan above the window is accepted
+MIN_LATENCY_SHARE = 1e-3  # of the dense time; linear extrapolation below the measured sizes may reach zero
+TARGET_OVERSHOOT = 1.022  # speedup to search for, over that asked for: near the middle of the window
 Progress = Callable[[int, int], None]
 
 
 class OutOfReachError(CompressError):
-    """No plan keeps the budget."""
+    """No plan meets the budget."""
 
 
 class Timing(Document):
-    """A speedup that was measured, with its 95 % interval, and the latencies behind it."""
+    """A measured speedup with its 95 % interval and the two latencies."""
 
     speedup: float
     interval95: tuple[float, float]
@@ -38,7 +39,7 @@ class Timing(Document):
 
 
 class Iteration(Document):
-    """One turn of the loop. `limit_ms` bounds the predicted time of the plan, `choices` are by site."""
+    """One iteration: the bound `limit_ms` on predicted time, and the plan found, `choices` by site name."""
 
     limit_ms: float
     predicted_ms: float
@@ -53,24 +54,25 @@ class Iteration(Document):
 
 
 class SearchHistory(Document):
-    """All turns so far, so that a killed run goes on with the next one."""
+    """All iterations so far; an interrupted run continues after the last one."""
 
     rounds: tuple[Iteration, ...] = ()
 
     def chosen(self, asked: float) -> Iteration:
-        """The turn to keep: the least compressed that met the request, else the fastest."""
-        met = [turn for turn in self.rounds if turn.speedup >= asked]
+        """The iteration to keep: the one of least loss that meets the request, else the fastest."""
+        met = [one for one in self.rounds if one.speedup >= asked]
         if met:
-            return min(met, key=lambda turn: (turn.speedup > asked * SPEEDUP_WINDOW, turn.loss))
-        return max(self.rounds, key=lambda turn: turn.speedup)
+            return min(met, key=lambda one: (one.speedup > asked * SPEEDUP_WINDOW, one.loss))
+        return max(self.rounds, key=lambda one: one.speedup)
 
 
 @dataclass(frozen=True)
 class CandidateTable:
-    """The options of every site with their costs, and with two views of what they damage.
+    """The options of every site with their costs, and with two estimates of their damage.
 
     `prior[i]` holds the costs of `options[i]` with the layer error, `scaled[i]` the same costs with the
-    loss of the stitched model. `whole` makes of the sum of costs the time of the model.
+    loss of the model in which that site alone is compressed. `whole` maps the sum of costs to the
+    latency of the model.
     """
 
     names: tuple[str, ...]
@@ -82,17 +84,17 @@ class CandidateTable:
     whole: Whole
 
     def latency_ms(self, choices: Choices) -> float:
-        """Predicted time of the whole model."""
-        found = self.whole.latency_ms(knapsack.totals(self.prior, choices)[0])
-        return max(found, MIN_LATENCY_SHARE * self.whole.dense_ms)
+        """Predicted latency of the whole model in milliseconds."""
+        predicted = self.whole.latency_ms(knapsack.totals(self.prior, choices)[0])
+        return max(predicted, MIN_LATENCY_SHARE * self.whole.dense_ms)
 
     @property
     def dense(self) -> Choices:
-        """The choices that leave everything as it is."""
+        """The choices that leave every site dense."""
         return tuple(options.index(Option()) for options in self.options)
 
     def indices(self, choices: Mapping[str, Option]) -> Choices:
-        """The choices as positions in the menus."""
+        """The position of every site's option in its row of the table."""
         pairs = zip(self.names, self.options, strict=True)
         return tuple(options.index(choices[name]) for name, options in pairs)
 
@@ -102,13 +104,13 @@ class CandidateTable:
         return {name: options[choice] for name, options, choice in triples}
 
     def cheapest(self) -> Choices:
-        """The fastest plan there is."""
-        return tuple(int(np.lexsort((menu.error, menu.cost))[0]) for menu in self.prior)
+        """The fastest plan in the table."""
+        return tuple(int(np.lexsort((row.error, row.cost))[0]) for row in self.prior)
 
 
 @dataclass(frozen=True)
 class SearchEffort:
-    """How hard `choose` tries; a `uniform` plan is the baseline without any search."""
+    """Size of the evolutionary search; `uniform` selects the baseline that shrinks all sites alike."""
 
     generations: int
     offspring: int
@@ -117,39 +119,39 @@ class SearchEffort:
 
 
 def search_plan(
-    menus: CandidateTable,
+    table: CandidateTable,
     limit_ms: float,
-    judge: Callable[[Choices], float],
+    objective: Callable[[Choices], float],
     effort: SearchEffort,
     *,
     known: Sequence[Choices] = (),
     progress: Progress | None = None,
 ) -> tuple[Choices, float]:
-    """The plan within `limit_ms` of predicted time that the judge likes best, and its loss.
+    """The plan of lowest objective with a predicted latency of at most `limit_ms`, and its loss.
 
-    Knapsack solutions for the prior error and for the measured sensitivities, those that keep to one way
-    to run products, and `known` plans that fit, are judged; the best of them starts the evolution.
+    The search starts from the best of: the knapsack solutions for layer errors and for measured losses,
+    those restricted to one number format or pattern, and the `known` plans that fit.
 
     Raises:
-        UnreachableError: nothing fits.
+        UnreachableError: no plan fits.
     """
-    room = menus.whole.room_ms(limit_ms)
+    room = table.whole.room_ms(limit_ms)
     if effort.uniform:
         shares = [
             np.array([1.0 if option.units is None else option.units / total for option in options])
-            for options, total in zip(menus.options, menus.totals, strict=True)
+            for options, total in zip(table.options, table.totals, strict=True)
         ]
-        choices = knapsack.solve_uniform(menus.prior, shares, room)
-        return choices, judge(choices)
-    starts = {knapsack.solve(menus.prior, room), knapsack.solve(menus.scaled, room)}
-    starts |= set(_single_method_plans(menus, room))
-    starts |= {plan for plan in known if knapsack.totals(menus.prior, plan)[0] <= room}
-    start = min(sorted(starts), key=judge)
+        choices = knapsack.solve_uniform(table.prior, shares, room)
+        return choices, objective(choices)
+    starts = {knapsack.solve(table.prior, room), knapsack.solve(table.scaled, room)}
+    starts |= set(_single_method_plans(table, room))
+    starts |= {plan for plan in known if knapsack.totals(table.prior, plan)[0] <= room}
+    start = min(sorted(starts), key=objective)
     return knapsack.evolve(
-        menus.scaled,
+        table.scaled,
         start,
         room,
-        judge,
+        objective,
         generations=effort.generations,
         offspring=effort.offspring,
         seed=effort.seed,
@@ -157,13 +159,13 @@ def search_plan(
     )
 
 
-def _single_method_plans(menus: CandidateTable, room: float) -> Iterator[Choices]:
-    """For every way to run products, the best plan within `room` that leaves a site dense or takes that way.
+def _single_method_plans(table: CandidateTable, room: float) -> Iterator[Choices]:
+    """The best plan within `room` for each method, with every site either dense or compressed by that method.
 
-    Losses of different ways are compared from few probes, so that a mix may look better than it is: with
-    these among the starts, what one way alone would reach is not lost.
+    Losses of different methods are interpolated from few measurements, so a mixed plan may be
+    underestimated; with these among the starts the search is never worse than the best single method.
     """
-    ways = [[_method(option) for option in row] for row in menus.options]
+    ways = [[_method(option) for option in row] for row in table.options]
     for way in sorted({way for row in ways for way in row}):
         places = [
             [
@@ -171,10 +173,10 @@ def _single_method_plans(menus: CandidateTable, room: float) -> Iterator[Choices
                 for at, (own, option) in enumerate(zip(*pair, strict=True))
                 if own == way or option == Option()
             ]
-            for pair in zip(ways, menus.options, strict=True)
+            for pair in zip(ways, table.options, strict=True)
         ]
         parts = [
-            OptionCosts(menu.cost[at], menu.error[at]) for menu, at in zip(menus.scaled, places, strict=True)
+            OptionCosts(row.cost[at], row.error[at]) for row, at in zip(table.scaled, places, strict=True)
         ]
         try:
             chosen = knapsack.solve(parts, room)
@@ -184,15 +186,15 @@ def _single_method_plans(menus: CandidateTable, room: float) -> Iterator[Choices
 
 
 def _method(option: Option) -> str:
-    """How products run, without the numbers: `block` for every shape and density of block."""
+    """The form of an option without its parameters: `block` for all block shapes and densities."""
     return "+".join(part.partition(":")[0] for part in option.form.split("+"))
 
 
 def search_until_met(
-    menus: CandidateTable,
+    table: CandidateTable,
     asked: float,
     dense_ms: float,
-    judge: Callable[[Choices], float],
+    objective: Callable[[Choices], float],
     effort: SearchEffort,
     time_plan: Callable[[dict[str, Option]], Timing],
     *,
@@ -201,25 +203,25 @@ def search_until_met(
     keep: Callable[[SearchHistory], None],
     progress: Callable[[str], Progress],
 ) -> SearchHistory:
-    """Turn the loop until the measured speedup is in the window, at most `rounds` times.
+    """Search, build and time plans until the measured speedup is in the window, at most `rounds` times.
 
     Args:
-        menus: the options and their predicted costs.
-        asked: the speedup that was asked for; a latency budget is its ratio to the dense one.
-        dense_ms: measured latency of the dense model, which the predictions refer to.
-        judge: the stitched model's loss of a choice.
-        effort: how hard to search; later turns search a third as long, from the last plan.
+        table: the options and their predicted costs.
+        asked: the required speedup; a latency budget is converted by the dense latency.
+        dense_ms: measured latency of the dense model, the reference of all predictions.
+        objective: the loss of the model with the given choices.
+        effort: size of the search; iterations after the first use a third of the generations.
         time_plan: builds a plan (options by site name) and times it against the dense model.
-        rounds: turns at most.
-        stored: turns of an interrupted run.
-        keep: called after every turn with all turns so far.
-        progress: gives the callback for a stage of the given name.
+        rounds: maximum number of iterations.
+        stored: iterations of an interrupted run.
+        keep: called after every iteration with the history.
+        progress: returns the callback of a stage, by the name of the stage.
 
     Raises:
-        OutOfReachError: the fastest plan was measured and is too slow; it says what is reachable.
+        OutOfReachError: the fastest plan was measured and is too slow; the message has its speedup.
     """
     history = stored
-    known = [menus.indices(turn.choices) for turn in history.rounds]
+    known = [table.indices(one.choices) for one in history.rounds]
     while len(history.rounds) < rounds and not _is_met(history, asked):
         limit_ms = _limit_ms(history, asked, dense_ms)
         first = not history.rounds
@@ -230,22 +232,22 @@ def search_until_met(
         )
         ticks = progress(f"search {len(history.rounds) + 1}")
         try:
-            choices, loss = search_plan(menus, limit_ms, judge, work, known=known, progress=ticks)
+            choices, loss = search_plan(table, limit_ms, objective, work, known=known, progress=ticks)
         except UnreachableError:
-            choices = menus.cheapest()
-            loss = judge(choices)
-        timing = time_plan(menus.named(choices))
-        turn = Iteration(
+            choices = table.cheapest()
+            loss = objective(choices)
+        timing = time_plan(table.named(choices))
+        iteration = Iteration(
             limit_ms=limit_ms,
-            predicted_ms=menus.latency_ms(choices),
-            choices=menus.named(choices),
+            predicted_ms=table.latency_ms(choices),
+            choices=table.named(choices),
             loss=loss,
             timing=timing,
         )
-        history = SearchHistory(rounds=(*history.rounds, turn))
+        history = SearchHistory(rounds=(*history.rounds, iteration))
         keep(history)
-        if choices == menus.cheapest() and timing.speedup < asked:
-            raise unreachable(menus, asked, dense_ms, timing)
+        if choices == table.cheapest() and timing.speedup < asked:
+            raise unreachable(table, asked, dense_ms, timing)
         if choices in known:
             break
         known.append(choices)
@@ -253,37 +255,37 @@ def search_until_met(
 
 
 def _is_met(history: SearchHistory, asked: float) -> bool:
-    """The last plan lies in the window; or several were tried, and one of them is fast enough."""
+    """Whether the last plan is in the window, or enough were tried and one of them is fast enough."""
     if not history.rounds:
         return False
     inside = asked <= history.rounds[-1].speedup <= asked * SPEEDUP_WINDOW
     tried = len(history.rounds) >= ITERATIONS_BEFORE_FASTER_PLAN
-    return inside or (tried and any(turn.speedup >= asked for turn in history.rounds))
+    return inside or (tried and any(one.speedup >= asked for one in history.rounds))
 
 
 def _limit_ms(history: SearchHistory, asked: float, dense_ms: float) -> float:
-    """The bound on predicted time: what was asked, moved by how far measurements were off so far.
+    """The bound on predicted latency: the one asked for, corrected by the mean log error of predictions.
 
-    All of them count alike, since a single one is as noisy as the machine, and following the last one
-    would swing to and fro. Times are taken relative to a dense model timed in the same minute, so that a
-    machine which has become slower since the tables were made does not look like a slower plan.
+    The mean over all iterations is used because a single measurement is noisy, and following the last one
+    would oscillate. Latencies are taken relative to the dense model timed beside the plan, so that a
+    machine which has become slower since the tables were measured does not count as a slower plan.
     """
-    off = [math.log(dense_ms / turn.speedup / turn.predicted_ms) for turn in history.rounds]
-    return dense_ms / (asked * TARGET_OVERSHOOT) / math.exp(sum(off) / max(1, len(off)))
+    errors = [math.log(dense_ms / one.speedup / one.predicted_ms) for one in history.rounds]
+    return dense_ms / (asked * TARGET_OVERSHOOT) / math.exp(sum(errors) / max(1, len(errors)))
 
 
 def unreachable(
-    menus: CandidateTable, asked: float, dense_ms: float, timing: Timing | None
+    table: CandidateTable, asked: float, dense_ms: float, timing: Timing | None
 ) -> OutOfReachError:
-    """Why a speedup cannot be had, what can, and by which moves."""
-    least_ms = menus.latency_ms(menus.cheapest())
+    """The error for a speedup out of reach, with the maximum and the time that each kind of site can save."""
+    least_ms = table.latency_ms(table.cheapest())
     reach = dense_ms / least_ms if timing is None else timing.speedup
     how = "estimated" if timing is None else "measured"
     moves = []
-    for kind in sorted(set(menus.kinds)):
+    for kind in sorted(set(table.kinds)):
         saved = sum(
-            float(menu.cost.max() - menu.cost.min())
-            for own, menu in zip(menus.kinds, menus.prior, strict=True)
+            float(row.cost.max() - row.cost.min())
+            for own, row in zip(table.kinds, table.prior, strict=True)
             if own == kind
         )
         moves.append(f"{kind} {saved:.2f} ms")
@@ -294,7 +296,7 @@ def unreachable(
     return OutOfReachError(
         f"{asked:.2f}x ({dense_ms / asked:.3g} ms) is out of reach: the fastest plan there is reaches "
         f"{reach:.2f}x ({dense_ms / reach:.3g} ms, {how}).\n"
-        f"  The dense model takes {dense_ms:.2f} ms, of which {menus.whole.fixed_ms:.2f} ms lie outside "
+        f"  The dense model takes {dense_ms:.2f} ms, of which {table.whole.fixed_ms:.2f} ms lie outside "
         f"every site; removing everything else would save {', '.join(moves) or 'nothing'}.\n"
         f"  {less}, or price larger inputs with --tokens or --batch."
     )

@@ -1,4 +1,4 @@
-"""The loss of the model stitched from stored candidates, for every choice the search proposes."""
+"""The loss of the model assembled from stored candidates, for every choice that the search proposes."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ from compress.tasks.loading import Batch, Task
 
 
 class ModelObjective:
-    """How far the model stitched from stored candidates is from the dense one.
+    """Divergence of the model assembled from stored candidates from the dense model.
 
-    Only the products of sites that changed since the last call are swapped; the shape of the model
-    never changes, because a unit whose writer columns are zero is gone (a masked model).
+    Only the layers of sites that changed since the last call are replaced. Shapes never change: a removed
+    unit has zero columns in the writer (a masked model).
     """
 
     def __init__(
@@ -26,33 +26,33 @@ class ModelObjective:
         task: Task,
         sites: Sequence[Site],
         directory: Path,
-        menus: Sequence[Sequence[Option]],
+        options: Sequence[Sequence[Option]],
         batches: Sequence[Batch],
         dense: nn.Module | None = None,
     ) -> None:
         """Keep a copy of the model and the dense logits of `batches`.
 
         Args:
-            task: gives the model, its logits and the divergence between two of them.
-            sites: in the order of every choice.
+            task: the model, how its logits are read, and the divergence between two of them.
+            sites: in the order of the choices.
             directory: where `candidate_store.build` stored the candidates.
-            menus: the options of every site.
-            batches: the calibration inputs that judge every choice.
-            dense: what the loss is measured from, where it is not the task's own model.
+            options: the options of every site.
+            batches: the inputs on which every choice is evaluated.
+            dense: the reference of the divergence; None takes the task's model.
         """
         self._task = task
         self._sites = sites
         self._directory = directory
-        self._menus = menus
+        self._options = options
         self._batches = batches
         self._dense = list(compute_logits(task, dense or task.model, batches))
         self._model = copy.deepcopy(task.model).eval()
         self._original = [prune.products(self._model, site) for site in sites]
-        self._now = tuple(options.index(Option()) for options in menus)
+        self._now = tuple(row.index(Option()) for row in options)
 
     def removal(self, index: int, option: int) -> Removal | None:
         """The stored candidate of one site, None for the dense option."""
-        wanted = self._menus[index][option]
+        wanted = self._options[index][option]
         if wanted == Option():
             return None
         return candidate_store.removal(self._directory, index, wanted)
@@ -73,19 +73,19 @@ class ModelObjective:
         return self.of(self._model)
 
     def _restore_site(self, index: int) -> None:
-        """Put a site back as it was in the dense model."""
+        """Restore the dense layers of a site."""
         original = self._original[index]
         quantized_layers.remove(self._model, original.weights)
         prune.restore(self._model, self._sites[index], original)
 
     def of(self, model: nn.Module) -> float:
-        """The mean divergence of any model with the same outputs."""
+        """The mean divergence of any model with the same outputs, on the same inputs."""
         return mean_divergence(self._task, model, self._batches, self._dense)
 
 
 @torch.inference_mode()
 def compute_logits(task: Task, model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
-    """The quality-carrying output of `model` for every batch."""
+    """The logits of `model` for every batch."""
     return [task.logits(model(**batch.inputs)) for batch in batches]
 
 
@@ -97,11 +97,11 @@ def mean_divergence(
     dense: Sequence[Tensor],
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Mean divergence of `model` from dense logits over samples; batches weigh by their size."""
+    """Mean divergence of `model` from dense logits over all samples."""
     total, samples = 0.0, 0
-    for done, (batch, goal) in enumerate(zip(batches, dense, strict=True), 1):
-        size = len(goal)
-        total += size * float(task.divergence(task.logits(model(**batch.inputs)), goal, batch))
+    for done, (batch, target) in enumerate(zip(batches, dense, strict=True), 1):
+        size = len(target)
+        total += size * float(task.divergence(task.logits(model(**batch.inputs)), target, batch))
         samples += size
         if progress is not None:
             progress(done, len(batches))

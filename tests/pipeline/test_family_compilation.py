@@ -50,7 +50,7 @@ def made(recipe):
 
 def test_widths_of_a_model_that_has_none_to_cut_are_refused_as_for_a_single_one(recipe, tmp_path):
     changes = {"options": Options(moves=("structure", "width")), "out": str(tmp_path / "out")}
-    with pytest.raises(CompressError, match="--moves width is not for this model"):
+    with pytest.raises(CompressError, match="--moves width does not support this model"):
         family_compilation.run(recipe.model_copy(update=changes), Quiet())
 
 

@@ -321,7 +321,9 @@ def test_post_norm_is_refused_in_one_message_that_names_the_place_and_the_remedy
     with pytest.raises(CompressError) as refusal:
         compilation.compiled(job)
     said = str(refusal.value)
-    assert said.startswith("--moves width is not for this model: the width of BertForSequenceClassification")
+    assert said.startswith(
+        "--moves width does not support this model: the width of BertForSequenceClassification"
+    )
     assert re.search(r"normalization after the sum \(post-norm\): bert\.\S+LayerNorm writes", said)
     assert said.endswith("Ask for --moves structure")
     assert sorted(path.name for path in (tmp_path / "out" / "compression").iterdir()) == []
