@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -123,10 +123,3 @@ def claim(out: Path) -> Path:
             f"--out {out} cannot be written ({error.strerror}); give a directory of yours with --out"
         ) from error
     return marker
-
-
-def tidy(directory: Path, prefixes: Iterable[str]) -> None:
-    """Remove what an interrupted write left behind: hidden files named after `prefixes`."""
-    for prefix in prefixes:
-        for path in directory.glob(f".{prefix}*"):
-            path.unlink(missing_ok=True)

@@ -256,14 +256,6 @@ def product(x: Tensor, packed: Tensor, kept: Tensor) -> Tensor:
     return torch.bmm(packed, gathered).flatten(0, 1).T
 
 
-def bsr(values: Tensor, kept: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Block compressed rows: row pointers [groups + 1], block columns, blocks [count, R, C]."""
-    groups, count = kept.shape
-    blocks = pack(values, kept, shape).reshape(groups, shape[0], count, shape[1]).transpose(1, 2)
-    pointers = torch.arange(groups + 1) * count
-    return pointers, kept.flatten(), blocks.reshape(-1, *shape).contiguous()
-
-
 def stored_bytes(kept: Tensor, shape: Shape, item_bytes: int = 4) -> int:
     """Bytes of the packed weight: values, and one int32 for each block.
 

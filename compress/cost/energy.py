@@ -104,14 +104,6 @@ def _watts(
     return (meter.joules() - before) / took, calls, took
 
 
-def estimate_energy(latency_ms: float, profile: Profile, threads: int = 1) -> Energy | None:
-    """What one run should take above idle by the profile's power envelope; None without one."""
-    energy_mj = energy_above_idle_mj(latency_ms, profile, threads)
-    if energy_mj is None:
-        return None
-    return Energy(energy_mj=energy_mj, source="estimated", meter=f"power envelope of {profile.name}")
-
-
 def energy_above_idle_mj(latency_ms: float, profile: Profile, threads: int = 1) -> float | None:
     """`(load - idle) * time`; on a CPU only the share of the busy cores counts."""
     if profile.idle_w is None or profile.load_w is None:

@@ -18,7 +18,6 @@ which never saturate, would be a quarter slower than signed ones; `core.fakequan
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -31,7 +30,6 @@ from compress.core.fakequant import GRIDS, Precision, Quantized, blocks
 from compress.core.fakequant import PRECISIONS as PRECISIONS  # part of this module's face
 from compress.errors import CompressError
 from compress.export.onnx.block_sparse import Array
-from compress.export.onnx.writer import save
 
 MICROSOFT = "com.microsoft"
 INT8_INPUTS = 4  # MatMulNBits reads its input as signed bytes
@@ -59,22 +57,6 @@ def lower(model: ir.Model, products: Mapping[str, Quantized], *, signed: bool = 
         name = _weight_name(node)
         writer.product(node, name, products[name])
     passes.RemoveUnusedNodesPass()(model)
-
-
-def lower_file(
-    path: Path, products: Mapping[str, Quantized], target: Path | None = None, *, signed: bool = False
-) -> tuple[str, ...]:
-    """Rewrite the products of a file; it appears whole or not at all. Gives the names of what was written.
-
-    Args:
-        path: a file of `export.onnx.writer`.
-        products: codes by the name of the weight.
-        target: where the result goes; `path` itself when None.
-        signed: as in `lower`.
-    """
-    model = ir.load(path)
-    lower(model, products, signed=signed)
-    return save(model, target or path)
 
 
 def lower_chain(file: bytes, precision: Precision) -> bytes:

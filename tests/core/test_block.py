@@ -277,19 +277,6 @@ def test_packed_blocks_give_the_same_product_and_the_same_weight(shape):
     assert near(block.product(rows, packed, found.kept), rows @ found.values.T, 1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta state")
-def test_block_compressed_rows_are_those_of_torch():
-    x, weight = layer(11)
-    found = solve(x, weight, (2, 4), 0.5)
-    pointers, columns, blocks = block.bsr(found.values, found.kept, (2, 4))
-    matrix = torch.sparse_bsr_tensor(pointers, columns, blocks, size=(8, 16), check_invariants=True)
-    assert torch.equal(matrix.to_dense(), found.values)
-    again = found.values.to_sparse_bsr((2, 4))
-    assert torch.equal(again.crow_indices(), pointers)
-    assert torch.equal(again.col_indices(), columns)
-    assert torch.equal(again.values(), blocks)
-
-
 def test_fewer_blocks_take_fewer_bytes():
     sizes = [
         block.stored_bytes(torch.zeros(4, kept, dtype=torch.int64), (32, 128), 2) for kept in (1, 2, 3, 4)

@@ -84,11 +84,9 @@ def test_energy_is_load_minus_idle_per_run():
     assert energy.measure_energy(clock.work(20.0), seconds=2, meter=quiet, clock=clock, sleep=sleep) is None
 
 
-def test_an_estimate_is_labelled_and_counts_busy_cores_only():
+def test_an_estimate_counts_busy_cores_only():
     profile = profiles.load("cpu-avx2")
-    found = energy.estimate_energy(4.0, profile, threads=2)
-    assert found.source == "estimated"
-    assert found.energy_mj == pytest.approx((95 - 15) * 4.0 * 2 / 8)
-    assert energy.estimate_energy(4.0, profile, threads=99).energy_mj == pytest.approx(320)
-    assert energy.estimate_energy(2.0, profiles.load("a100")).energy_mj == pytest.approx(710)
-    assert energy.estimate_energy(2.0, profiles.load("cpu")) is None
+    assert energy.energy_above_idle_mj(4.0, profile, threads=2) == pytest.approx((95 - 15) * 4.0 * 2 / 8)
+    assert energy.energy_above_idle_mj(4.0, profile, threads=99) == pytest.approx(320)
+    assert energy.energy_above_idle_mj(2.0, profiles.load("a100")) == pytest.approx(710)
+    assert energy.energy_above_idle_mj(2.0, profiles.load("cpu")) is None
