@@ -43,7 +43,6 @@ class Products(nn.Module):
 NAMES = ("a.weight", "b.weight", "c.weight", "d.weight")
 
 
-@functools.cache
 def lower_file(path, products, target):
     """Quantize the products of a file and write the result to `target`, as a compilation does."""
     model = ir.load(path)
@@ -51,6 +50,7 @@ def lower_file(path, products, target):
     assert save(model, target) == (target.name,)
 
 
+@functools.cache
 def exported():
     """The file of the model in float32."""
     import tempfile
