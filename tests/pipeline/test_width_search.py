@@ -325,7 +325,7 @@ def test_post_norm_is_refused_in_one_message_that_names_the_place_and_the_remedy
         "--moves width does not support this model: the width of BertForSequenceClassification"
     )
     assert re.search(r"normalization after the sum \(post-norm\): bert\.\S+LayerNorm writes", said)
-    assert said.endswith("Ask for --moves structure")
+    assert said.endswith("Use --moves structure")
     assert sorted(path.name for path in (tmp_path / "out" / "compression").iterdir()) == []
 
 
