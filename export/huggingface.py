@@ -24,7 +24,7 @@ from compress import artifacts
 from compress.errors import CompressError
 from compress.ir import SCHEMA_VERSION, Document, Site
 from compress.sites import modeling
-from compress.sites.prune import Sites, check, droppable
+from compress.sites.prune import Sites, check, require_drop
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -147,7 +147,7 @@ def _reduce(model: nn.Module, record: Record) -> None:
         if kept.units > kept.site.units:
             raise CompressError(f"{kept.site.name} keeps {kept.units} units of {kept.site.units}")
         if kept.units == 0:
-            droppable(kept.site)
+            require_drop(kept.site)
         if kept.gained_bias and not isinstance(
             model.get_submodule(modeling.owner(kept.site.writer)), nn.Linear
         ):
@@ -161,8 +161,8 @@ def _kept(site: Site, units: int, names: set[str]) -> Kept:
     """What is recorded of one site; `names` are the tensors of the shrunk model."""
     if not 0 <= units <= site.units:
         raise CompressError(f"{site.name} cannot keep {units} units; it has {site.units}")
-    inside = units == 0 and droppable(site).writer
-    place = f"{droppable(site).module}.inner" if inside else site.writer.rpartition(".")[0]
+    inside = units == 0 and require_drop(site).writer
+    place = f"{require_drop(site).module}.inner" if inside else site.writer.rpartition(".")[0]
     return Kept(site=site, units=units, gained_bias=site.bias is None and f"{place}.bias" in names)
 
 

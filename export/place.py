@@ -23,7 +23,7 @@ from compress.export.backends import onnxruntime, torch_cuda, torch_kernels
 from compress.export.backends.onnxruntime import Array, OrtRunner
 from compress.export.backends.torch_cuda import Change, CudaRunner
 from compress.export.microbench import site_timing, torch_chain
-from compress.export.microbench.onnx_chain import Written, unmeasured
+from compress.export.microbench.onnx_chain import SiteLayouts, default_layouts
 from compress.ir import Site
 from compress.measure import timing
 from compress.measure.verify_on_device import TOLERANCES, Nvml
@@ -183,12 +183,12 @@ class Place:
             facts["gpu"] = facts.pop("provider")
         return {key: value for key, value in facts.items() if key != "version"}
 
-    def rig(self, written: Written = unmeasured) -> site_timing.Rig:
+    def rig(self, written: SiteLayouts = default_layouts) -> site_timing.ChainRuntime:
         """How chains of single sites are run here; `written` says how files hold products in blocks."""
         if not self.on_gpu:
-            return site_timing.on_processor(self.threads, written=written)
-        make = site_timing.in_onnxruntime(self.threads, self.provider) if self.by_file else self._chain
-        return site_timing.Rig(
+            return site_timing.cpu_runtime(self.threads, written=written)
+        make = site_timing.onnxruntime_chains(self.threads, self.provider) if self.by_file else self._chain
+        return site_timing.ChainRuntime(
             make,
             time.perf_counter,
             least_mb=2 * OVER_CACHE * self.profile.cache_mb,  # float32 megabytes, of a model in half of it

@@ -155,12 +155,12 @@ def tables(options: argparse.Namespace, document: dict) -> list[dict]:
         for shape, site in sites.items():
             align = spot.profile.align_units if site.kind == "ffn" else 1
             levels = latency_table.grid(site, align)
-            wanted[shape] = site_timing.sample(levels)
+            wanted[shape] = site_timing.sample_levels(levels)
             for form in apply.of(site, MOVES["forms"], spot.profile, in_torch=True):
                 fitting = apply.levels(site, form, levels, in_torch=True)
-                wanted[latency_table.row_key(site, form)] = site_timing.sample(fitting, FORM_LEVELS)
+                wanted[latency_table.row_key(site, form)] = site_timing.sample_levels(fitting, FORM_LEVELS)
         measure = partial(site_timing.measure, list(sites.values()), rig=suited.rig())
-        table = latency_table.obtain(suited.empty_table(), wanted, measure)
+        table = latency_table.measure_missing(suited.empty_table(), wanted, measure)
         before = document["table"]
         document["table"] = (
             table if before is None else Table.model_validate(before).merged(table.rows)
@@ -552,7 +552,7 @@ def main(words: list[str] | None = None) -> int:
     global QUICK
     QUICK = options.quick
     if options.quick:
-        site_timing.CYCLES = (3, 6)
+        site_timing.CYCLE_LIMITS = (3, 6)
     document, failed = described(options), []
     if options.part and options.out.is_file():  # parts may come from several calls
         earlier = json.loads(options.out.read_text(encoding="utf-8"))

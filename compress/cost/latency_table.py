@@ -13,13 +13,13 @@ from pathlib import Path
 from pydantic import Field
 
 from compress import artifacts
-from compress.cost.roofline import BYTES, DEFAULT, Constants, above_idle_w, roofline
+from compress.cost.roofline import BYTES, DEFAULT, Constants, above_idle_w, estimate_latency_ms
 from compress.ir import SCHEMA_VERSION, Candidate, Document, Option, Site
 from compress.profiles import Profile
 from compress.sites.kinds import kind_of
 
-SHARED = {"int4": 32}  # columns of a row with one scale, where that is not the whole row
-FORM = " in form "  # between a shape and a form in the name of a row
+SCALE_GROUP_COLUMNS = {"int4": 32}  # columns of a row with one scale, where that is not the whole row
+FORM_SEPARATOR = " in form "  # between a shape and a form in the name of a row
 
 Rows = dict[str, dict[int, float]]
 
@@ -67,7 +67,7 @@ class Table(Document):
 
 def row_key(site: Site, form: str) -> str:
     """The row of a table that holds the site's times in a form."""
-    return site.shape if form == "dense" else f"{site.shape}{FORM}{form}"
+    return site.shape if form == "dense" else f"{site.shape}{FORM_SEPARATOR}{form}"
 
 
 def cache_folder() -> Path:
@@ -84,7 +84,7 @@ def cache_path(table: Table) -> Path:
     return cache_folder() / "tables" / name
 
 
-def obtain(
+def measure_missing(
     fresh: Table,
     wanted: Mapping[str, Iterable[int]],
     measure: Callable[[dict[str, list[int]]], Rows],
@@ -103,7 +103,7 @@ def obtain(
         fresh.fingerprint, fresh.runtime, fresh.versions, fresh.threads, fresh.precision
     )
     table = artifacts.stored_at(path, Table, identity)
-    if table is None or not _sane(table.rows):
+    if table is None or not _is_valid(table.rows):
         table = fresh
     missing = {
         shape: sorted(set(levels) - {0} - table.rows.get(shape, {}).keys(), reverse=True)
@@ -118,7 +118,7 @@ def obtain(
     return table
 
 
-def _sane(rows: Rows) -> bool:
+def _is_valid(rows: Rows) -> bool:
     return all(
         units > 0 and math.isfinite(ms) and ms >= 0 for row in rows.values() for units, ms in row.items()
     )
@@ -150,7 +150,7 @@ def price(
         latency_ms = table.latency_ms(site, units, option.form)
     measured = latency_ms is not None
     if latency_ms is None:
-        latency_ms = roofline(
+        latency_ms = estimate_latency_ms(
             site, units, profile, precision, threads=threads, constants=constants, option=option
         )
     watts = above_idle_w(site, units, profile, precision, threads=threads, constants=constants)
@@ -178,7 +178,9 @@ def weight_bytes(site: Site, option: Option, precision: str) -> int:
         out, inner = matmul.features(units)
         total += option.rank * (out + inner) * width_bytes if units else 0
         if option.precision.startswith("int"):
-            total += 4 * out * math.ceil(inner / SHARED.get(option.precision, inner)) if units else 0
+            total += (
+                4 * out * math.ceil(inner / SCALE_GROUP_COLUMNS.get(option.precision, inner)) if units else 0
+            )
     return round(total)
 
 
@@ -194,7 +196,7 @@ def grid(site: Site, align: int = 1) -> list[int]:
     return [*levels, 0] if site.drop is not None else levels
 
 
-def thin(latencies: Mapping[int, float]) -> dict[int, float]:
+def drop_dominated(latencies: Mapping[int, float]) -> dict[int, float]:
     """The measured staircase: without every width for which a wider one is not slower.
 
     >>> thin({8: 4.0, 7: 4.5, 6: 3.0, 5: 3.0, 0: 0.0})

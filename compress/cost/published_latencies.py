@@ -14,7 +14,7 @@ from importlib import resources
 from pydantic import Field
 
 from compress import profiles
-from compress.cost.roofline import BYTES, kernel_ms, roofline
+from compress.cost.roofline import BYTES, estimate_latency_ms, kernel_ms
 from compress.ir import Document, Matmul, Option, Site
 from compress.profiles import Profile
 from compress.sites.kinds.kernel import Kernel
@@ -101,7 +101,7 @@ def predict_ms(row: Latency, profile: Profile) -> float:
     layers, hidden, heads = ENCODERS[row.model]
     norm = Kernel(NORM_PASSES * row.batch * row.tokens * hidden * BYTES[BASELINE])
     return layers * sum(
-        roofline(site, site.units, profile, BASELINE, fused=True, option=row.option)
+        estimate_latency_ms(site, site.units, profile, BASELINE, fused=True, option=row.option)
         + kernel_ms(norm, profile, BASELINE)
         for site in layer(row.batch, row.tokens, hidden=hidden, heads=heads).values()
     )

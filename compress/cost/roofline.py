@@ -15,13 +15,15 @@ from compress.profiles import Profile
 from compress.sites.kinds import kind_of
 from compress.sites.kinds.kernel import Kernel, product
 
-PLAIN = Option()
+DENSE = Option()
 BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
 # Rows, columns and relative speed of the output tiles that a GPU library chooses from: a larger tile
 # reuses more of what it loads, a smaller one wastes less of a narrow matrix.
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 64, 0.65), (64, 32, 0.4))
 
-STALLED = 0.35  # of the power above idle while a GPU waits for launches: an order of magnitude, no source
+WAITING_POWER_SHARE = (
+    0.35  # of the power above idle while a GPU waits for launches: an order of magnitude, no source
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ DEFAULT = Constants()
 
 
 def kernels(
-    site: Site, units: int, width_bytes: float, *, fused: bool, option: Option = PLAIN
+    site: Site, units: int, width_bytes: float, *, fused: bool, option: Option = DENSE
 ) -> list[Kernel]:
     """What a site runs at `units` in the form of an option; nothing when it is dropped.
 
@@ -61,7 +63,7 @@ def kernels(
     if units == 0:
         return []
     found: list[Kernel] = []
-    low = "" if option.precision == PLAIN.precision else option.precision.split("-")[0]
+    low = "" if option.precision == DENSE.precision else option.precision.split("-")[0]
     read: set[tuple[int, bool]] = set()  # readers share their input
     for matmul in site.matmuls:
         out, inner = matmul.features(units)
@@ -123,7 +125,7 @@ def _work(kernel: Kernel, profile: Profile, precision: str, constants: Constants
     return min(waves) * (1.0 if aligned else constants.misaligned)
 
 
-def roofline(
+def estimate_latency_ms(
     site: Site,
     units: int,
     profile: Profile,
@@ -132,7 +134,7 @@ def roofline(
     threads: int | None = None,
     fused: bool | None = None,
     constants: Constants = DEFAULT,
-    option: Option = PLAIN,
+    option: Option = DENSE,
 ) -> float:
     """Estimated milliseconds that a site adds to the model at `units`.
 
@@ -157,7 +159,7 @@ def roofline(
     )
 
 
-def most_above_idle_w(profile: Profile, threads: int | None = None) -> float | None:
+def max_above_idle_w(profile: Profile, threads: int | None = None) -> float | None:
     """Power above idle at full load, of the busy cores on a CPU; None where the profile states none."""
     if profile.idle_w is None or profile.load_w is None:
         return None
@@ -178,11 +180,11 @@ def above_idle_w(
 
     A processor that waits spins, so it draws the same all the time. None where the profile states no power.
     """
-    most = most_above_idle_w(profile, threads)
+    most = max_above_idle_w(profile, threads)
     if most is None or profile.kind == "cpu":
         return most
     precision = precision or profile.baseline_precision
     run = kernels(site, units, BYTES[precision.split()[0]], fused=profile.runtime == "tensorrt")
     total = sum(kernel_ms(kernel, profile, precision, constants) for kernel in run)
     waiting = len(run) * profile.launch_us * 1e-3 * constants.launches
-    return most * (1 - (1 - STALLED) * waiting / total) if total else 0.0
+    return most * (1 - (1 - WAITING_POWER_SHARE) * waiting / total) if total else 0.0

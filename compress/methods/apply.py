@@ -136,17 +136,17 @@ def treat(
     readers: dict[str, Tensor] = {}
     nothing = torch.zeros(len(statistics.reader), dtype=torch.float64)
     for name in prune.readers(site):
-        stored = prune.reader_rows(model, site, name, removal.kept)
+        stored = prune.kept_reader_weight(model, site, name, removal.kept)
         across = next(part.dim for part in site.slices if part.tensor == name) == 1
         weight = (stored.T if across else stored).double()
         felt = statistics.saliency.get(name)
-        felt = None if felt is None else felt[:, prune.staying(model, site, name, removal.kept)]
+        felt = None if felt is None else felt[:, prune.kept_positions(model, site, name, removal.kept)]
         found[name] = shape(option, weight, statistics.reader, nothing, damping, felt)
         values = found[name].values
         readers[name] = (values.T if across else values).to(stored.dtype)
     mean = sum(found[name].error for name in readers) / len(readers)
     if order is not None:
-        readers = permutation.follow(model, site, removal.kept, order, readers)
+        readers = permutation.permute_readers(model, site, removal.kept, order, readers)
     return (
         Removal(
             removal.kept.clone(),  # a file stores no tensor twice under two names
@@ -178,7 +178,7 @@ def _ordered(
     if option.form != "2:4" or not site.channels:
         return plain, None
     layer = prepare(weight, second, mean, damping)
-    columns = permutation.order(site, layer.signal.square() / obs.invert(layer.damped).diagonal())
+    columns = permutation.find_order(site, layer.signal.square() / obs.invert(layer.damped).diagonal())
     moved = shape(option, weight[:, columns], second[columns][:, columns], mean[columns], damping)
     return (moved, columns) if moved.error < plain.error else (plain, None)
 

@@ -17,7 +17,7 @@ from compress.core.fakequant import PRECISIONS, Quantized
 from compress.errors import CompressError
 from compress.ir import Option, Site
 from compress.methods import apply
-from compress.sites.prune import Removal, products, writer_columns
+from compress.sites.prune import Removal, take_snapshot, writer_columns
 
 PARTS = ("kept", "weight", "bias")
 READER, LEFT, RIGHT, CODES, STEP, READ = "reader/", "left/", "right/", "codes/", "step/", "read/"
@@ -165,7 +165,7 @@ def _build_site(
 ) -> dict[str, Candidate]:
     """All candidates of one site, by the option's key."""
     weight = writer_columns(model, site).detach().double()
-    bias = products(model, site).bias  # its own, or one that it gained when it was pruned before
+    bias = take_snapshot(model, site).bias  # its own, or one that it gained when it was pruned before
     own = torch.zeros(len(weight)) if bias is None else bias
     levels = sorted({option.units for option in options if option.units is not None})
     if score in SELECTIONS:

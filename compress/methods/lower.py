@@ -7,7 +7,7 @@ import torch
 
 from compress.core import lowrank
 from compress.core.fakequant import Quantized
-from compress.export.microbench.onnx_chain import Choose, Written, unmeasured
+from compress.export.microbench.onnx_chain import LayoutChooser, SiteLayouts, default_layouts
 from compress.export.onnx import block_sparse, linear_lowering, quantized
 from compress.export.onnx.linear_lowering import Lowering
 from compress.ir import Option, Site
@@ -18,7 +18,7 @@ def lower(
     graph: ir.Model,
     sites: Iterable[Site],
     removals: Mapping[str, Removal],
-    written: Written = unmeasured,
+    written: SiteLayouts = default_layouts,
 ) -> None:
     """Write the products of every site in the form that its removal states, in place.
 
@@ -45,7 +45,9 @@ def lower(
         quantized.lower(graph, codes)
 
 
-def _lowering(graph: ir.Model, name: str, option: Option, removal: Removal, choose: Choose) -> Lowering:
+def _lowering(
+    graph: ir.Model, name: str, option: Option, removal: Removal, choose: LayoutChooser
+) -> Lowering:
     """How one product of a finished model is written."""
     weight = block_sparse.values(graph.graph.initializers[name])
     left = right = rest = None

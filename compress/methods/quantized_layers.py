@@ -29,7 +29,7 @@ from compress.core.units import index_of
 from compress.errors import CompressError
 from compress.ir import Site
 from compress.sites.modeling import owner
-from compress.sites.prune import Removal, staying
+from compress.sites.prune import Removal, kept_positions
 from compress.tasks.loading import Batch, Task
 
 LEAST_STEP = 1e-9  # a learned step never reaches zero
@@ -188,7 +188,7 @@ def places(model: nn.Module, site: Site, removal: Removal, *, masked: bool) -> d
     """Where the codes of a site's removal go.
 
     Args:
-        model: after `prune.stitch` (masked) or `prune.shrink`; it is only read.
+        model: after `prune.write_weights` (masked) or `prune.shrink`; it is only read.
         site: of the original model.
         removal: without codes there are no places.
         masked: the model has its original shape; units that are gone take no part.
@@ -200,7 +200,7 @@ def places(model: nn.Module, site: Site, removal: Removal, *, masked: bool) -> d
         elif name == site.writer:
             found[name] = Place(codes, columns=index_of(site.column, removal.kept))
         else:
-            found[name] = Place(_spread(codes, staying(model, site, name, removal.kept), model, name))
+            found[name] = Place(_spread(codes, kept_positions(model, site, name, removal.kept), model, name))
     return found
 
 

@@ -62,7 +62,7 @@ def refit(
         if removal is not None:
             if site.writer in fitted:  # not those in a form: its zeros and codes are not to be lost
                 removal = _refit_site(goals, prefix, site, removal, damping)
-            prune.stitch(compressed, site, removal)
+            prune.write_weights(compressed, site, removal)
             result[site.name] = removal
         if progress is not None:
             progress(done, len(sites))

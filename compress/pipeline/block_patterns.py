@@ -14,7 +14,7 @@ from pydantic import Field
 from compress import artifacts
 from compress.export.microbench import block_layouts
 from compress.export.microbench.block_layouts import Shape
-from compress.export.microbench.onnx_chain import Choose
+from compress.export.microbench.onnx_chain import LayoutChooser
 from compress.export.place import Place
 from compress.ir import Document, Option, Site
 from compress.methods import apply
@@ -59,10 +59,10 @@ class Patterns(Document):
         known = self.sites.get(site.shape)
         return None if known is None else known.patterns
 
-    def written(self, site: Site) -> Choose:
+    def written(self, site: Site) -> LayoutChooser:
         """The layout of a site's products in blocks, in the file that is timed and in that which ships."""
         known = self.sites.get(site.shape)
-        return block_layouts.chooser(
+        return block_layouts.layout_chooser(
             {} if known is None else {one.shape: one.layout for one in known.products}
         )
 
@@ -83,7 +83,7 @@ def _measure(job: Job, place: Place) -> Patterns:
     shapes = {shape for found in wanted.values() for own in found.values() for shape in own}
     with job.stages("time blocks") as tick:
         table = block_layouts.table(sorted(shapes), place.threads, tick)
-    best = {shape: block_layouts.best(table, shape) for shape in shapes}
+    best = {shape: block_layouts.fastest_layout(table, shape) for shape in shapes}
     sites = {}
     for key, found in wanted.items():
         gains = {pattern: _gain([(shape, best[shape][1]) for shape in own]) for pattern, own in found.items()}

@@ -18,7 +18,7 @@ from torch import nn
 from compress import artifacts
 from compress.cost import energy, roofline
 from compress.cost.energy import Energy
-from compress.cost.roofline import STALLED
+from compress.cost.roofline import WAITING_POWER_SHARE
 from compress.errors import CompressError
 from compress.ir import Document, Option, Site, Source
 from compress.pipeline import model_files
@@ -98,8 +98,8 @@ def priced(job: Job, costs: Costs, used: Energy | None) -> Prices:
         }
         for site in job.sites
     }
-    outside_w = _watts(roofline.most_above_idle_w(profile, threads))
-    outside_w *= STALLED if profile.kind == "gpu" else 1.0
+    outside_w = _watts(roofline.max_above_idle_w(profile, threads))
+    outside_w *= WAITING_POWER_SHARE if profile.kind == "gpu" else 1.0
     found = Prices(
         rows=rows,
         fixed_mj=costs.fixed_ms * outside_w,

@@ -136,8 +136,8 @@ def latency_table_of(
     """This machine's table; widths between the timed ones are interpolated."""
     sites = {site.shape: site for site in job.sites}
     wanted = {
-        latency_table.row_key(site, form): site_timing.sample(
-            units, site_timing.LEVELS if form == "dense" else FORM_LEVELS
+        latency_table.row_key(site, form): site_timing.sample_levels(
+            units, site_timing.MOST_LEVELS if form == "dense" else FORM_LEVELS
         )
         for site in job.sites
         for form, units in levels[site.name].items()
@@ -150,7 +150,7 @@ def latency_table_of(
                 list(sites.values()), missing, threads=place.threads, progress=tick, rig=rig
             )
 
-    return latency_table.obtain(place.empty_table(), wanted, measure)
+    return latency_table.measure_missing(place.empty_table(), wanted, measure)
 
 
 def _measure_costs(
@@ -196,7 +196,7 @@ def _select_costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Who
     for site in job.sites:
         plain = alone[site.name]["dense"]
         known, times = zip(*sorted(plain.items()), strict=True)
-        kept = {"dense": latency_table.thin({units: ms * factor for units, ms in plain.items()})}
+        kept = {"dense": latency_table.drop_dominated({units: ms * factor for units, ms in plain.items()})}
         gains[site.name] = {}
         for form, row in alone[site.name].items():
             if form == "dense" or not row:
@@ -209,7 +209,7 @@ def _select_costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Who
                 if ms < MAX_COST_SHARE * against[units] or (sized and _is_smaller(site, form, units))
             }
             if paying:
-                kept[form] = latency_table.thin(paying)
+                kept[form] = latency_table.drop_dominated(paying)
         rows[site.name] = kept
     return Costs(whole=whole, rows=rows, gains=gains, source=source)
 
@@ -256,7 +256,7 @@ def _estimate_costs(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> 
     whole = Whole(inside_ms=(inside,), whole_ms=(whole_ms,))
     if job.narrowed is not None:
         wide = job.baseline
-        dense_ms = sum(roofline.roofline(s, s.units, profile, threads=threads) for s in wide.sites)
+        dense_ms = sum(roofline.estimate_latency_ms(s, s.units, profile, threads=threads) for s in wide.sites)
         dense_ms += _estimate_outside_ms(wide)
         whole = Whole(inside_ms=(inside,), whole_ms=(dense_ms,))
         if dense_ms > whole_ms:

@@ -110,7 +110,7 @@ def prune_wide(wide: Job, removals: Mapping[str, Removal]) -> nn.Module:
     for site in wide.sites:
         if site.name in removals:
             kept = removals[site.name].kept
-            columns, bias = prune.writer_columns(dense, site), prune.products(dense, site).bias
+            columns, bias = prune.writer_columns(dense, site), prune.take_snapshot(dense, site).bias
             stay = columns[:, index_of(site.column, kept)].clone()
             start[site.name] = Removal(kept, stay, torch.zeros(len(stay)) if bias is None else bias)
     wanted = wide.recipe.calibration

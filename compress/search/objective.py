@@ -47,7 +47,7 @@ class ModelObjective:
         self._batches = batches
         self._dense = list(compute_logits(task, dense or task.model, batches))
         self._model = copy.deepcopy(task.model).eval()
-        self._original = [prune.products(self._model, site) for site in sites]
+        self._original = [prune.take_snapshot(self._model, site) for site in sites]
         self._now = tuple(row.index(Option()) for row in options)
 
     def removal(self, index: int, option: int) -> Removal | None:
@@ -65,7 +65,7 @@ class ModelObjective:
             removal = self.removal(index, option)
             self._restore_site(index)
             if removal is not None:
-                prune.stitch(self._model, site, removal)
+                prune.write_weights(self._model, site, removal)
                 quantized_layers.insert(
                     self._model, quantized_layers.places(self._model, site, removal, masked=True)
                 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.ir import Matmul, Site, Slice
-from compress.sites.grouping import named_activation
+from compress.sites.grouping import identify_activation
 from compress.sites.kinds import KINDS
 from compress.sites.kinds.kind import Kind
 from compress.sites.kinds.layout import Layout
@@ -161,7 +161,7 @@ def _activation(names: Sequence[str], parts: int, seen: dict[str, tuple[Tensor, 
     inputs = [piece for name in names[:-1] for piece in _pieces(seen[name][1], parts)]
     flat = [piece.flatten() for piece in inputs]
     with torch.no_grad():
-        return named_activation(flat, seen[names[-1]][0].flatten()), len(inputs) > 1
+        return identify_activation(flat, seen[names[-1]][0].flatten()), len(inputs) > 1
 
 
 def _pieces(value: Tensor, parts: int) -> Iterator[Tensor]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.ir import Document, Matmul, Site, Slice
 from compress.sites.by_name import named_sites
-from compress.sites.equivalence import Call, FailedTrialError, common, moved, settle
-from compress.sites.grouping import RefusedError, fingerprint, layout
+from compress.sites.equivalence import Call, NotEquivalentError, common_module, verify, with_prefix
+from compress.sites.grouping import NotASiteError, find_layout, structure_key
 from compress.sites.kinds import known, match
 from compress.sites.kinds.kind import Kind
 from compress.sites.kinds.layout import Layout
@@ -79,22 +79,22 @@ def find_sites(model: nn.Module, example: dict[str, Tensor]) -> Sites:
 def _traced(model: nn.Module, program: Program, batch: int, skipped: list[Skipped]) -> list[tuple[Site, str]]:
     """Sites without counts and drop, each with the key of its structure."""
     rows = max((linear.rows for linear in program.linears), default=1)
-    layouts: dict[str, Layout | RefusedError] = {}
+    layouts: dict[str, Layout | NotASiteError] = {}
     found: list[tuple[Site, str]] = []
     for region in program.regions():
         names = [*(producer.weight for producer in region.producers), region.writer.weight]
-        place = common(names) or common(names[-1:])
-        key = fingerprint(region)
+        place = common_module(names) or common_module(names[-1:])
+        key = structure_key(region)
         if key not in layouts:
             try:
-                layouts[key] = layout(program, region)
-            except RefusedError as refusal:
+                layouts[key] = find_layout(program, region)
+            except NotASiteError as refusal:
                 layouts[key] = refusal
             except Exception as error:
                 # Made-up values in anybody's code: any error may come out, and only this place is lost.
-                layouts[key] = RefusedError(f"it cannot be probed: {error}")
+                layouts[key] = NotASiteError(f"it cannot be probed: {error}")
         units = layouts[key]
-        if isinstance(units, RefusedError):
+        if isinstance(units, NotASiteError):
             if region.attention is not None:
                 skipped.append(Skipped(place=place, reason=str(units)))
             continue
@@ -194,7 +194,7 @@ def _apart(found: Sequence[tuple[Site, str]], skipped: list[Skipped]) -> list[tu
         # Sites may share a fused matrix only when they own other parts of it along one dimension.
         if taken and not all(_disjoint(site, other) for other, _ in apart):
             reason = f"{taken[0]} already belongs to the site of {owner[taken[0]]}"
-            skipped.append(Skipped(place=common(sorted(names)), reason=reason))
+            skipped.append(Skipped(place=common_module(sorted(names)), reason=reason))
             continue
         owner |= dict.fromkeys(names, site.writer)
         apart.append((site, key))
@@ -218,27 +218,27 @@ def _settled(
     skipped: list[Skipped],
 ) -> list[Site]:
     """The sites that pass their trial, with counts and drop; one trial for places of one structure."""
-    places = [common([part.tensor for part in site.slices]) for site, _ in found]
+    places = [common_module([part.tensor for part in site.slices]) for site, _ in found]
     calls = _calls(model, example, places)
-    tried: dict[str, Site | FailedTrialError] = {}
+    tried: dict[str, Site | NotEquivalentError] = {}
     sites: list[Site] = []
     for (site, structure), place in zip(found, places, strict=True):
         around = next((p for p in _upwards(place) if p in calls), "")
         module = model.get_submodule(around)
         prefix = f"{around}." if around else ""
-        own = moved(site, prefix, "")
+        own = with_prefix(site, prefix, "")
         key = "\n".join([structure, own.model_copy(update={"name": ""}).model_dump_json(), _form(module)])
         if key not in tried:
             call = calls.get(around, Call((), example))
             try:
-                tried[key] = settle(module, call, own)
-            except FailedTrialError as failure:
+                tried[key] = verify(module, call, own)
+            except NotEquivalentError as failure:
                 tried[key] = failure
         result = tried[key]
-        if isinstance(result, FailedTrialError):
+        if isinstance(result, NotEquivalentError):
             skipped.append(Skipped(place=place, reason=str(result)))
         else:
-            sites.append(moved(result, "", prefix).model_copy(update={"name": place}))
+            sites.append(with_prefix(result, "", prefix).model_copy(update={"name": place}))
     return sites
 
 

@@ -34,7 +34,7 @@ class Call:
     kwargs: Mapping[str, object]
 
 
-class FailedTrialError(Exception):
+class NotEquivalentError(Exception):
     """Why the shrunk module does not do what the masked one does."""
 
 
@@ -46,20 +46,20 @@ class _Holder(nn.Module):
         self.place = module
 
 
-def settle(module: nn.Module, call: Call, site: Site) -> Site:
+def verify(module: nn.Module, call: Call, site: Site) -> Site:
     """`site` with its counts and its drop, found by trial; its names are relative to `module`.
 
     Raises:
         FailedTrialError: no setting makes the shrunk module agree with the masked one.
     """
-    trial = _Trial(module, call)
-    inner = moved(site, "", f"{PLACE}.")
+    trial = _EquivalenceCheck(module, call)
+    inner = with_prefix(site, "", f"{PLACE}.")
     inner = inner.model_copy(update={"counts": trial.counts(inner)})
     inner = inner.model_copy(update={"drop": trial.drop(inner), "channels": trial.channels(inner)})
-    return moved(inner, f"{PLACE}.", "")
+    return with_prefix(inner, f"{PLACE}.", "")
 
 
-def moved(site: Site, old: str, new: str) -> Site:
+def with_prefix(site: Site, old: str, new: str) -> Site:
     """`site` with the prefix `old` of all names replaced by `new`; both are empty or end in a dot."""
 
     def rename(name: str) -> str:
@@ -79,7 +79,7 @@ def moved(site: Site, old: str, new: str) -> Site:
     )
 
 
-def common(names: Sequence[str]) -> str:
+def common_module(names: Sequence[str]) -> str:
     """The innermost module that holds all tensors `names`.
 
     >>> common(["a.self.query.weight", "a.output.dense.weight"])
@@ -90,7 +90,7 @@ def common(names: Sequence[str]) -> str:
     return ".".join(steps[0] for steps in same)
 
 
-class _Trial:
+class _EquivalenceCheck:
     """One module, copied, with random weights, and what it answers."""
 
     def __init__(self, module: nn.Module, call: Call) -> None:
@@ -116,7 +116,7 @@ class _Trial:
         keeps = [[u for u in range(site.units) if u != site.units // 2], [site.units - 1]]
         masked = [self.run(self.masked(site, kept)) for kept in keeps]
         if any(agree(answer, self.dense) for answer in masked):
-            raise FailedTrialError("removing units does not change what the module answers")
+            raise NotEquivalentError("removing units does not change what the module answers")
         first = ""
         for counts in itertools.islice(_attempts(self.holder, site), MOST_ATTEMPTS):
             reason = self.shrunk(site, counts, keeps, masked)
@@ -128,7 +128,7 @@ class _Trial:
                     if not self.shrunk(site, fewer, keeps, masked):
                         counts = fewer
                 return counts
-        raise FailedTrialError(f"the shrunk module does not run as the masked one does: {first}")
+        raise NotEquivalentError(f"the shrunk module does not run as the masked one does: {first}")
 
     def masked(self, site: Site, kept: Sequence[int]) -> nn.Module:
         """The copy without all but the `kept` units, at full shape."""
@@ -136,7 +136,7 @@ class _Trial:
         try:
             return prune.mask(self.holder, [site], {site.name: removal})
         except CompressError as error:
-            raise FailedTrialError(str(error)) from error
+            raise NotEquivalentError(str(error)) from error
 
     def shrunk(
         self, site: Site, counts: tuple[Count, ...], keeps: list[list[int]], masked: list[object]
@@ -158,7 +158,7 @@ class _Trial:
         """The replacement for a site without units that gives what the masked module gives."""
         producers = [s.tensor for s in site.slices if s.tensor != site.writer]
         expected = self.run(self.masked(site, []))
-        for module, writer in ((PLACE, True), (common(producers), False)):
+        for module, writer in ((PLACE, True), (common_module(producers), False)):
             form = self.form(module)
             if form is None or f"{site.writer}.".startswith(f"{module}.") != writer:
                 continue
@@ -172,11 +172,11 @@ class _Trial:
         """The slices that may change their order with the writer's columns; none if no set of them may."""
         everything = torch.arange(site.units)
         weight = prune.writer_columns(self.holder, site)
-        columns = permutation.mixed(site)
+        columns = permutation.random_order(site)
         for parts in kind_of(site).channel_sets(site):
             given = site.model_copy(update={"channels": parts})
             try:
-                follow = permutation.follow(self.holder, given, everything, columns, {})
+                follow = permutation.permute_readers(self.holder, given, everything, columns, {})
                 removal = prune.Removal(everything, weight[:, columns], readers=follow)
                 answer = self.run(prune.mask(self.holder, [given], {site.name: removal}))
             except Exception:

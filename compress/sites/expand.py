@@ -73,9 +73,9 @@ def _gain(big: nn.Module, site: Site, small: nn.Module) -> None:
 
 def _empty(big: nn.Module, site: Site, small: nn.Module) -> None:
     """A site that was dropped: its writer reads nothing, and has the bias of the stand-in."""
-    drop = prune.droppable(site)
+    drop = prune.require_drop(site)
     stand_in = small.get_submodule(f"{drop.module}.inner" if drop.writer else owner(site.writer))
     bias = getattr(stand_in, "bias", None)
     value = bias.detach() if isinstance(bias, Tensor) else None
     out = prune.writer_columns(big, site).shape[0]
-    prune.stitch(big, site, Removal(torch.arange(0), torch.zeros(out, 0), value))
+    prune.write_weights(big, site, Removal(torch.arange(0), torch.zeros(out, 0), value))

@@ -41,23 +41,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATION_TOLERANCE = 2e-5  # float32 rounding of values up to 6; gelu and gelu_tanh differ by 4e-4
 
 
-class RefusedError(Exception):
+class NotASiteError(Exception):
     """Why a region is not a site."""
 
 
-def layout(program: Program, region: Region) -> Layout:
+def find_layout(program: Program, region: Region) -> Layout:
     """The units of `region`.
 
     Raises:
         RefusedError: it does not fall into equal units that can be removed one by one.
     """
-    probe = _Probe(program, region)
+    probe = _Dependencies(program, region)
     rows, columns = probe.first_unit()
     width = int(columns.sum())
     if width == probe.columns:
-        raise RefusedError("every input of the writer depends on every output before it")
+        raise NotASiteError("every input of the writer depends on every output before it")
     if probe.columns % width or not bool(columns[:width].all()):
-        raise RefusedError(f"the first unit owns {width} of {probe.columns} columns, not in one piece")
+        raise NotASiteError(f"the first unit owns {width} of {probe.columns} columns, not in one piece")
     units = probe.columns // width
     runs = _runs(region.producers, rows, units)
     runs += probe.tied(units, width)
@@ -73,7 +73,7 @@ def layout(program: Program, region: Region) -> Layout:
     )  # fmt: skip
 
 
-def fingerprint(region: Region) -> str:
+def structure_key(region: Region) -> str:
     """Equal for regions that compute the same: operations, constants and shapes, no parameter names."""
     producers = [producer.node for producer in region.producers]
     order = {node: place for place, node in enumerate((*producers, *region.outside, *region.nodes))}
@@ -101,15 +101,15 @@ def _runs(producers: Sequence[Linear], rows: Sequence[Tensor], units: int) -> li
         position = 0
         for run in found:
             if run.start != position:
-                raise RefusedError(f"rows {position} to {run.start} of {producer.weight} fit no unit")
+                raise NotASiteError(f"rows {position} to {run.start} of {producer.weight} fit no unit")
             position += units * run.width
         if position != producer.out:
-            raise RefusedError(f"{units} units own {position} of {producer.out} rows of {producer.weight}")
+            raise NotASiteError(f"{units} units own {position} of {producer.out} rows of {producer.weight}")
         runs += found
     return runs
 
 
-class _Probe:
+class _Dependencies:
     """Runs one region on made-up values."""
 
     def __init__(self, program: Program, region: Region) -> None:
@@ -185,7 +185,7 @@ class _Probe:
                         rows[run.place][span] = marked
                 reached = self.reached(self.spoiled(rows), changed)
                 if not torch.equal(reached, chosen.repeat_interleave(width)):
-                    raise RefusedError(f"{units} equal units were tried, but they are not independent")
+                    raise NotASiteError(f"{units} equal units were tried, but they are not independent")
 
     def tied(self, units: int, width: int) -> list[Run]:
         """Runs of stored tensors from outside that hold something for each unit.
@@ -205,7 +205,7 @@ class _Probe:
                 alone = all(user in self.region.nodes or not user.users for user in node.users)
                 if node not in self.program.names or not alone or length % units:
                     origin = self.program.stored_behind(node)
-                    raise RefusedError(
+                    raise NotASiteError(
                         f"a value made from {', '.join(origin) or 'constants'} holds one part for each "
                         f"of the {units} units and is also used outside of this place"
                     )
@@ -247,13 +247,13 @@ class _Probe:
             with torch.no_grad():
                 result = self.run(values)
             inputs = [values[r.place][..., r.start : r.start + units].reshape(-1) for r in runs]
-            name = named_activation(inputs, result.flatten())
+            name = identify_activation(inputs, result.flatten())
             if name != "other":
                 break
         return name, len(runs) > 1
 
 
-def named_activation(inputs: Sequence[Tensor], output: Tensor) -> str:
+def identify_activation(inputs: Sequence[Tensor], output: Tensor) -> str:
     """The function f with `output = f(inputs[0])`, or `f(one input) * other input`; else "other".
 
     >>> x = torch.linspace(-2, 2, 9)

@@ -26,7 +26,7 @@ NARROW = 512  # columns up to which single swaps are affordable as well
 SWAPS = 8
 
 
-def order(site: Site, score: Tensor) -> Tensor:
+def find_order(site: Site, score: Tensor) -> Tensor:
     """An order of the writer's columns, legal for the site, in which 2:4 keeps more of a score.
 
     Args:
@@ -48,7 +48,7 @@ def order(site: Site, score: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def mixed(site: Site, seed: int = 0) -> Tensor:
+def random_order(site: Site, seed: int = 0) -> Tensor:
     """A random order of all the writer's columns that is as legal as those of `order`."""
     generator = torch.Generator().manual_seed(seed)
     groups = _together(site, site.units * site.column.width)
@@ -66,7 +66,7 @@ def _together(site: Site, columns: int) -> Tensor:
     return torch.arange(columns).reshape(-1, max(1, site.column.width // part), part)
 
 
-def follow(
+def permute_readers(
     model: nn.Module, site: Site, kept: Tensor, columns: Tensor, readers: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The values of `Removal.readers` that go with the writer's kept columns in another order.
@@ -83,8 +83,8 @@ def follow(
         dim = next(part.dim for part in site.channels if part.tensor == name)
         value = found.get(name)
         if value is None:
-            value = prune.reader_rows(model, site, name, kept)
-        stay = prune.staying(model, site, name, kept)
+            value = prune.kept_reader_weight(model, site, name, kept)
+        stay = prune.kept_positions(model, site, name, kept)
         source = torch.arange(int(stay.max()) + 1)
         for part in site.channels:
             if part.tensor == name:

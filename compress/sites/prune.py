@@ -53,7 +53,7 @@ def mask(model: nn.Module, sites: Sites, removals: Mapping[str, Removal]) -> nn.
     masked = copy.deepcopy(model)
     for site in listed:
         if site.name in removals:
-            stitch(masked, site, removals[site.name])
+            write_weights(masked, site, removals[site.name])
     return masked
 
 
@@ -69,8 +69,8 @@ def shrink_in_place(model: nn.Module, sites: Sites, removals: Mapping[str, Remov
     going = [site for site in check(model, sites, removals) if site.name in removals]
     for site in going:
         if not len(removals[site.name].kept):
-            droppable(site)
-        stitch(model, site, removals[site.name])
+            require_drop(site)
+        write_weights(model, site, removals[site.name])
     for site in going:
         kept = removals[site.name].kept
         if len(kept):
@@ -81,7 +81,7 @@ def shrink_in_place(model: nn.Module, sites: Sites, removals: Mapping[str, Remov
     restate_widths(model)
 
 
-def stitch(model: nn.Module, site: Site, removal: Removal) -> None:
+def write_weights(model: nn.Module, site: Site, removal: Removal) -> None:
     """Write one removal into the products of `model`, in place; nothing else is read or written."""
     weight = writer_columns(model, site)
     _check_removal(site, removal, weight)
@@ -94,7 +94,7 @@ def stitch(model: nn.Module, site: Site, removal: Removal) -> None:
         _set_bias(model, site, removal.bias)
     for name, new in removal.readers.items():
         dims = {part.dim for part in site.slices if part.tensor == name}
-        stay = staying(model, site, name, removal.kept)
+        stay = kept_positions(model, site, name, removal.kept)
         model.get_parameter(name).detach().index_copy_(dims.pop(), stay, new.to(weight))
 
 
@@ -103,13 +103,13 @@ def readers(site: Site) -> list[str]:
     return list(dict.fromkeys(m.weight for m in site.matmuls if m.weight != site.writer))
 
 
-def reader_rows(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
+def kept_reader_weight(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
     """What the kept units leave of one reader's weight, stored as it is."""
     dim = next(part.dim for part in site.slices if part.tensor == name)
-    return model.get_parameter(name).detach().index_select(dim, staying(model, site, name, kept))
+    return model.get_parameter(name).detach().index_select(dim, kept_positions(model, site, name, kept))
 
 
-def staying(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
+def kept_positions(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
     """Positions along the owned dimension of one tensor that stay."""
     parts = [part for part in site.slices if part.tensor == name]
     value = model.get_parameter(name)
@@ -117,24 +117,24 @@ def staying(model: nn.Module, site: Site, name: str, kept: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Products:
+class Snapshot:
     """Copies of what `objective` may change of a site, as it is stored, and of the writer's bias."""
 
     weights: Mapping[str, Tensor]
     bias: Tensor | None
 
 
-def products(model: nn.Module, site: Site) -> Products:
+def take_snapshot(model: nn.Module, site: Site) -> Snapshot:
     """What `objective` may change of a site."""
     bias = _bias(model, site)
     names = dict.fromkeys([site.writer, *readers(site), *(part.tensor for part in site.channels)])
-    return Products(
+    return Snapshot(
         {name: model.get_parameter(name).detach().clone() for name in names},
         None if bias is None else bias.detach().clone(),
     )
 
 
-def restore(model: nn.Module, site: Site, found: Products) -> None:
+def restore(model: nn.Module, site: Site, found: Snapshot) -> None:
     """Put a site back as `products` found it; a bias its writer has gained since is taken away."""
     for name, value in found.weights.items():
         model.get_parameter(name).detach().copy_(value)
@@ -210,7 +210,7 @@ def check(model: nn.Module, sites: Sites, asked: Iterable[str] = ()) -> list[Sit
     return listed
 
 
-def droppable(site: Site) -> Drop:
+def require_drop(site: Site) -> Drop:
     """How the module of a site is replaced when no unit is left.
 
     Raises:
@@ -348,13 +348,13 @@ def _cut_site(model: nn.Module, site: Site, kept: Tensor) -> None:
 
 def _drop(model: nn.Module, site: Site) -> None:
     """Put the stand-ins where the module, and a writer outside of it, were."""
-    drop = droppable(site)
+    drop = require_drop(site)
     bias = Bias(writer_columns(model, site).shape[0], _bias(model, site))
     replace(model, drop, drop.module, None if drop.writer else owner(site.writer), bias)
 
 
 def _names_dropped(model: nn.Module, site: Site) -> set[str]:
     """Names of all parameters in the modules that stand-ins replace."""
-    modules = {droppable(site).module, owner(site.writer)}
+    modules = {require_drop(site).module, owner(site.writer)}
     names = (name for name, _ in model.named_parameters(remove_duplicate=False))
     return {name for name in names if any(name.startswith(f"{module}.") for module in modules)}

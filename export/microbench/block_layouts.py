@@ -16,7 +16,7 @@ from compress.cost import latency_table
 from compress.cost.latency_table import Rows, Table
 from compress.errors import CompressError
 from compress.export.microbench import site_timing as sites
-from compress.export.microbench.onnx_chain import IR_VERSION, OPSET, Choose, Graph, plainest
+from compress.export.microbench.onnx_chain import IR_VERSION, OPSET, Graph, LayoutChooser, default_layout
 from compress.export.microbench.site_timing import Tick
 from compress.export.onnx import block_sparse
 from compress.export.onnx.block_sparse import LAYOUTS, Array, Blocks
@@ -78,28 +78,28 @@ def table(shapes: Iterable[Shape], threads: int = 1, progress: Tick | None = Non
         due = dict.fromkeys(by_key[key, kept] for key, levels in missing.items() for kept in levels)
         rows: Rows = {}
         for number, shape in enumerate(due):
-            for layout, ms in measured(shape, threads).items():
+            for layout, ms in measure_layouts(shape, threads).items():
                 rows.setdefault(shape.key(layout), {})[shape.kept] = ms
             if progress is not None:
                 progress(number + 1, len(due))
         return rows
 
-    return latency_table.obtain(sites.empty_table(threads), wanted, measure)
+    return latency_table.measure_missing(sites.empty_table(threads), wanted, measure)
 
 
-def measured(shape: Shape, threads: int = 1, clock: timing.Clock | None = None) -> dict[str, float]:
+def measure_layouts(shape: Shape, threads: int = 1, clock: timing.Clock | None = None) -> dict[str, float]:
     """Milliseconds of one product of this shape, dense and in every layout that may be chosen."""
     timing.check_threads(threads)
     dense_mb = 4e-6 * shape.out * shape.inner
     copies = int(max(1, min(COPIES, COPIES_MB // dense_mb)))
     runners = [runner(product(shape, layout, copies), shape, threads) for layout in shape.contenders]
-    times = sites.cycles(runners, SECONDS, clock or sites.clock_for(threads), lambda done, work: None)
+    times = sites.time_cycles(runners, SECONDS, clock or sites.clock_for(threads), lambda done, work: None)
     ratios = np.median(times / times[:, :1], axis=0)
     dense_ms = float(np.median(times[:, 0])) / copies
     return {layout: dense_ms * float(ratio) for layout, ratio in zip(shape.contenders, ratios, strict=True)}
 
 
-def best(found: Table, shape: Shape) -> tuple[str, float]:
+def fastest_layout(found: Table, shape: Shape) -> tuple[str, float]:
     """The fastest layout of a shape in the table, and how many times faster than dense it is.
 
     Raises:
@@ -114,7 +114,7 @@ def best(found: Table, shape: Shape) -> tuple[str, float]:
     return layout, dense_ms / known[layout]
 
 
-def chooser(known: Mapping[Shape, str]) -> Choose:
+def layout_chooser(known: Mapping[Shape, str]) -> LayoutChooser:
     """The fastest layout of any product: that of the timed shape with the same blocks that is nearest.
 
     Products whose blocks were not timed, or do not fit that layout, get the one that takes all shapes.
@@ -127,15 +127,15 @@ def chooser(known: Mapping[Shape, str]) -> Choose:
 
         alike = [s for s in known if (s.height, s.width) == (blocks.rows, blocks.columns)]
         if not alike:
-            return plainest(out, inner, blocks)
+            return default_layout(out, inner, blocks)
         layout = known[min(alike, key=apart)]
         fitting = block_sparse.fits(layout, out, inner, blocks.rows, blocks.columns)
-        return layout if fitting else plainest(out, inner, blocks)
+        return layout if fitting else default_layout(out, inner, blocks)
 
     return choose
 
 
-def lowering(weight: Array, pattern: str, choose: Choose = plainest) -> Lowering:
+def lowering(weight: Array, pattern: str, choose: LayoutChooser = default_layout) -> Lowering:
     """How a weight [out, in] that is zero outside of its blocks is written."""
     rows, columns, _ = block_sparse.parsed(pattern)
     blocks = block_sparse.find(weight, rows, columns)
@@ -159,12 +159,12 @@ def product(shape: Shape, layout: str, copies: int) -> bytes:
     model = helper.make_model(whole, opset_imports=opset, ir_version=IR_VERSION)
     if layout != DENSE:
         opened = ir.serde.deserialize_model(model)
-        lower(opened, {name: _drawn(shape, layout, graph.random) for name in graph.products})
+        lower(opened, {name: _random_lowering(shape, layout, graph.random) for name in graph.products})
         model = ir.serde.serialize_model(opened)
     return bytes(model.SerializeToString())
 
 
-def _drawn(shape: Shape, layout: str, random: np.random.Generator) -> Lowering:
+def _random_lowering(shape: Shape, layout: str, random: np.random.Generator) -> Lowering:
     """Random weights in random blocks."""
     across = math.ceil(shape.inner / shape.width)
     kept = tuple(

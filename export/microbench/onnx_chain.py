@@ -26,18 +26,20 @@ if TYPE_CHECKING:
 
 OPSET = 20
 IR_VERSION = 10
-Choose = Callable[[int, int, Blocks], str]  # out, inner and blocks of a product -> one of `sparse.LAYOUTS`
-Written = Callable[[Site], Choose]  # how the products of each site are written
+LayoutChooser = Callable[
+    [int, int, Blocks], str
+]  # out, inner and blocks of a product -> one of `sparse.LAYOUTS`
+SiteLayouts = Callable[[Site], LayoutChooser]  # how the products of each site are written
 
 
-def plainest(out: int, inner: int, blocks: Blocks) -> str:
+def default_layout(out: int, inner: int, blocks: Blocks) -> str:
     """The layout that takes blocks of every shape."""
     return "concat"
 
 
-def unmeasured(site: Site) -> Choose:
+def default_layouts(site: Site) -> LayoutChooser:
     """What writes the products of a site whose layouts were not timed."""
-    return plainest
+    return default_layout
 
 
 @dataclass
@@ -113,7 +115,7 @@ def chain(
     *,
     pattern: str = "dense",
     rank: int = 0,
-    choose: Choose = plainest,
+    choose: LayoutChooser = default_layout,
 ) -> bytes:
     """An ONNX file: `copies` times the site at `units`, each followed by residual sum and norm.
 
@@ -170,7 +172,7 @@ def chain(
 
 
 def _lowered(
-    model: "onnx.ModelProto", graph: Graph, pattern: str, rank: int, choose: Choose
+    model: "onnx.ModelProto", graph: Graph, pattern: str, rank: int, choose: LayoutChooser
 ) -> "onnx.ModelProto":
     """The chain with its products in blocks, of low rank, or both; all values are random."""
     found = {}

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.core.fakequant import PRECISIONS
-from compress.cost.latency_table import FORM, Rows, Table, grid, obtain
+from compress.cost.latency_table import FORM_SEPARATOR, Rows, Table, grid, measure_missing
 from compress.errors import CompressError
 from compress.export.backends import onnxruntime
-from compress.export.microbench.onnx_chain import Written, unmeasured
+from compress.export.microbench.onnx_chain import SiteLayouts, default_layouts
 from compress.export.microbench.onnx_chain import chain as chain
 from compress.export.onnx import quantized
 from compress.ir import Option, Site
@@ -32,13 +32,13 @@ MOST_COPIES = 32
 GROUP_MB = 768  # weights of all graphs that are loaded at once
 LARGEST_MB = 1536  # a protobuf file ends at 2 GB
 SHAPE_SECONDS = 8.0
-CYCLES = (12, 150)
-LEVELS = 24
+CYCLE_LIMITS = (12, 150)
+MOST_LEVELS = 24
 Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Rig:
+class ChainRuntime:
     """How chains are run, where it is not onnxruntime on this processor.
 
     Attributes:
@@ -54,7 +54,7 @@ class Rig:
     group_mb: float = 0.0
 
 
-def session(file: bytes, site: Site, threads: int, provider: str = onnxruntime.CPU) -> timing.Runner:
+def open_session(file: bytes, site: Site, threads: int, provider: str = onnxruntime.CPU) -> timing.Runner:
     """A call that runs the file once at the site's own shape, and waits for it.
 
     Raises:
@@ -92,7 +92,7 @@ def weights_mb(site: Site, units: int) -> float:
     return 4e-6 * sum(math.prod(matmul.features(units)) for matmul in site.matmuls)
 
 
-def sample(levels: Iterable[int], most: int = LEVELS) -> list[int]:
+def sample_levels(levels: Iterable[int], most: int = MOST_LEVELS) -> list[int]:
     """At most about `most` levels, ends included and evenly spread; the rest is interpolated."""
     ordered = sorted(set(levels) - {0}, reverse=True)
     if len(ordered) <= most:
@@ -109,7 +109,7 @@ def measure(
     *,
     seconds: float = SHAPE_SECONDS,
     clock: timing.Clock | None = None,
-    rig: Rig | None = None,
+    rig: ChainRuntime | None = None,
 ) -> Rows:
     """Milliseconds that a site adds to the model, by shape and units.
 
@@ -125,12 +125,14 @@ def measure(
         rig: how chains are run; by onnxruntime on this processor unless given.
     """
     timing.check_threads(threads)
-    rig = rig or on_processor(threads, clock)
+    rig = rig or cpu_runtime(threads, clock)
     shapes = {site.shape: site for site in sites}
-    wanted = {key: units for key, units in levels.items() if units and key.partition(FORM)[0] in shapes}
+    wanted = {
+        key: units for key, units in levels.items() if units and key.partition(FORM_SEPARATOR)[0] in shapes
+    }
     rows: Rows = {}
     for done, (key, units) in enumerate(wanted.items()):
-        shape, _, form = key.partition(FORM)
+        shape, _, form = key.partition(FORM_SEPARATOR)
 
         def tick(part: int, whole: int, before: int = done) -> None:
             if progress is not None:
@@ -143,19 +145,21 @@ def measure(
     return rows
 
 
-def on_processor(threads: int, clock: timing.Clock | None = None, written: Written = unmeasured) -> Rig:
+def cpu_runtime(
+    threads: int, clock: timing.Clock | None = None, written: SiteLayouts = default_layouts
+) -> ChainRuntime:
     """ONNX chains in onnxruntime on this processor, blocks in the layouts that `written` chooses."""
-    make = in_onnxruntime(threads, onnxruntime.CPU, written)
-    return Rig(make, clock or clock_for(threads), group_mb=GROUP_MB)
+    make = onnxruntime_chains(threads, onnxruntime.CPU, written)
+    return ChainRuntime(make, clock or clock_for(threads), group_mb=GROUP_MB)
 
 
-def in_onnxruntime(
-    threads: int, provider: str, written: Written = unmeasured
+def onnxruntime_chains(
+    threads: int, provider: str, written: SiteLayouts = default_layouts
 ) -> Callable[[Site, int, int, str], timing.Runner]:
     """What makes a call of an ONNX chain with its products in a form."""
 
     def make(site: Site, units: int, copies: int, form: str) -> timing.Runner:
-        return session(_formed(site, units, copies, form, written), site, threads, provider)
+        return open_session(_formed(site, units, copies, form, written), site, threads, provider)
 
     return make
 
@@ -163,7 +167,7 @@ def in_onnxruntime(
 def measure_site(
     site: Site,
     levels: Iterable[int],
-    rig: Rig,
+    rig: ChainRuntime,
     progress: Tick,
     *,
     form: str = "dense",
@@ -190,7 +194,7 @@ def measure_site(
         def tick(part: int, whole: int, before: int = number) -> None:
             progress(before * whole + part, len(groups) * whole)
 
-        times = cycles(runners, seconds / len(groups), rig.clock, tick)  # [cycles, graphs]
+        times = time_cycles(runners, seconds / len(groups), rig.clock, tick)  # [cycles, graphs]
         against = np.median(times / times[:, :1], axis=0)
         dense_ms.append(float(np.median(times[:, 0])))
         around.append(float(against[1]))
@@ -201,7 +205,7 @@ def measure_site(
     return {units: max(ratios[units], 1e-4) * site_ms for units in wanted}
 
 
-def _formed(site: Site, units: int, copies: int, form: str, written: Written) -> bytes:
+def _formed(site: Site, units: int, copies: int, form: str, written: SiteLayouts) -> bytes:
     """A chain whose products run in a form; zeros that onnxruntime multiplies like any number need none."""
     option = Option.of(form, units)
     if form in ("dense", "2:4"):
@@ -226,7 +230,7 @@ def _groups(site: Site, levels: Sequence[int], copies: int, group_mb: float) -> 
     return groups
 
 
-def cycles(
+def time_cycles(
     runners: Sequence[timing.Runner], seconds: float, clock: timing.Clock, progress: Tick
 ) -> NDArray[np.float64]:
     """Milliseconds of every runner in every cycle, [cycles, runners]; the order alternates."""
@@ -234,14 +238,16 @@ def cycles(
         _visit(run, clock)
     began = time.monotonic()
     times: list[list[float]] = []
-    while len(times) < CYCLES[0] or (len(times) < CYCLES[1] and time.monotonic() - began < seconds):
+    while len(times) < CYCLE_LIMITS[0] or (
+        len(times) < CYCLE_LIMITS[1] and time.monotonic() - began < seconds
+    ):
         order = range(len(runners)) if len(times) % 2 == 0 else range(len(runners) - 1, -1, -1)
         row = [0.0] * len(runners)
         for index in order:
             row[index] = _visit(runners[index], clock)
         times.append(row)
         spent = (time.monotonic() - began) / max(seconds, 1e-9)
-        progress(min(999, int(1000 * max(len(times) / CYCLES[1], min(spent, 1.0)))), 1000)
+        progress(min(999, int(1000 * max(len(times) / CYCLE_LIMITS[1], min(spent, 1.0)))), 1000)
     progress(1000, 1000)
     return np.array(times)
 
@@ -281,5 +287,7 @@ def empty_table(threads: int) -> Table:
 
 def table(sites: Sequence[Site], *, align: int, threads: int = 1, progress: Tick | None = None) -> Table:
     """The measured table of this machine for these sites; what is cached is not timed again."""
-    wanted = {site.shape: sample(grid(site, align)) for site in sites}
-    return obtain(empty_table(threads), wanted, lambda missing: measure(sites, missing, threads, progress))
+    wanted = {site.shape: sample_levels(grid(site, align)) for site in sites}
+    return measure_missing(
+        empty_table(threads), wanted, lambda missing: measure(sites, missing, threads, progress)
+    )

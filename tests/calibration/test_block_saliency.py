@@ -135,7 +135,7 @@ def test_the_blocks_of_what_stays_are_those_of_the_largest_saliency(collected, t
     differ = 0
     for name in (site.writer, *prune.readers(site)):
         writes = name == site.writer
-        stay = prune.staying(task.model, site, name, made.kept)
+        stay = prune.kept_positions(task.model, site, name, made.kept)
         weight = task.model.get_parameter(name).detach().index_select(int(writes), stay)
         each = [g.index_select(int(writes), stay) for g in gradients(task, batch, name)]
         kept = block.choose(block.fisher(weight, each, (4, 4)), 0.5)

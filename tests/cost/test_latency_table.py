@@ -10,7 +10,7 @@ from compress import profiles
 from compress.core.fakequant import GRIDS, Quantized, blocks
 from compress.cost import latency_table
 from compress.cost.latency_table import Table
-from compress.cost.roofline import BYTES, Constants, kernel_ms, kernels, roofline
+from compress.cost.roofline import BYTES, Constants, estimate_latency_ms, kernel_ms, kernels
 from compress.errors import CompressError
 from compress.ir import Drop, Matmul, Option, Site
 from compress.sites.kinds import decode_step
@@ -88,7 +88,7 @@ def test_a_step_looks_at_its_past_and_moves_the_cache_once(queries):
     assert inside.moved_bytes == 2 * (2 * 4 * queries * 16 * (1 + 33)) * 4.0
     longer = site.model_copy(update={"past": 320})
     profile = profiles.load("a100")
-    assert roofline(longer, 4, profile) > roofline(site, 4, profile)
+    assert estimate_latency_ms(longer, 4, profile) > estimate_latency_ms(site, 4, profile)
 
 
 def test_separate_operators_cost_what_they_read_and_write():
@@ -127,14 +127,14 @@ def test_in_a_lower_precision_products_read_less_and_the_rest_stays():
     assert {k.precision for k in inside} == {""}
     h100 = profiles.load("h100")
     large = ffn(rows=65536, hidden=8192, width=32768)
-    half = roofline(large, 32768, h100)
-    assert 1.5 < half / roofline(large, 32768, h100, option=fp8) < 2.001
+    half = estimate_latency_ms(large, 32768, h100)
+    assert 1.5 < half / estimate_latency_ms(large, 32768, h100, option=fp8) < 2.001
     with pytest.raises(CompressError, match="a100 states no peak for 'fp8'"):
-        roofline(ffn(), width, profiles.load("a100"), option=fp8)
+        estimate_latency_ms(ffn(), width, profiles.load("a100"), option=fp8)
 
 
 def test_a_dropped_site_costs_nothing():
-    assert roofline(ffn(), 0, profiles.load("a100")) == 0
+    assert estimate_latency_ms(ffn(), 0, profiles.load("a100")) == 0
     assert kernels(heads(), 0, 4.0, fused=False) == []
 
 
@@ -144,7 +144,7 @@ def test_the_roofline_is_never_below_either_of_its_bounds(name, site):
     profile = profiles.load(name)
     parts = kernels(site, site.units, BYTES[profile.baseline_precision], fused=profile.kind == "gpu")
     flops = sum(2 * k.batch * k.rows * k.out * k.inner for k in parts)
-    found = roofline(site, site.units, profile, constants=EXACT)
+    found = estimate_latency_ms(site, site.units, profile, constants=EXACT)
     assert found >= flops / profile.peak_tflops[profile.baseline_precision] / 1e9
     assert found >= sum(k.moved_bytes for k in parts) / profile.bandwidth_gb_s / 1e6
     assert found >= len(parts) * profile.launch_us / 1e3
@@ -200,31 +200,31 @@ def test_unaligned_widths_are_slower_on_tensor_cores_only():
 
 def test_narrow_sites_gain_less_than_their_share_and_never_lose():
     profile, site = profiles.load("a100"), ffn(768, 3072, 4096)
-    dense = roofline(site, 3072, profile)
-    times = [roofline(site, 64 * k, profile) for k in range(1, 49)]
+    dense = estimate_latency_ms(site, 3072, profile)
+    times = [estimate_latency_ms(site, 64 * k, profile) for k in range(1, 49)]
     assert times == sorted(times)
-    assert roofline(site, 64, profile) > dense * 64 / 3072 * 2
-    assert roofline(site, 1536, profile) < 0.7 * dense
+    assert estimate_latency_ms(site, 64, profile) > dense * 64 / 3072 * 2
+    assert estimate_latency_ms(site, 1536, profile) < 0.7 * dense
 
 
 def test_threads_share_out_a_cpu_and_fused_follows_the_runtime():
     cpu, gpu, site = profiles.load("cpu-avx2"), profiles.load("a100"), ffn(768, 3072, 512)
-    one, all_ = (roofline(site, 3072, cpu, threads=n) for n in (1, 8))
+    one, all_ = (estimate_latency_ms(site, 3072, cpu, threads=n) for n in (1, 8))
     assert 6 < one / all_ <= 8
-    assert roofline(site, 3072, cpu) == all_ == roofline(site, 3072, cpu, threads=99)
-    assert roofline(site, 3072, gpu) == roofline(site, 3072, gpu, "fp16", fused=True)
-    assert roofline(site, 3072, gpu) < roofline(site, 3072, gpu, fused=False)
-    assert roofline(site, 3072, gpu, threads=1) == roofline(site, 3072, gpu)
+    assert estimate_latency_ms(site, 3072, cpu) == all_ == estimate_latency_ms(site, 3072, cpu, threads=99)
+    assert estimate_latency_ms(site, 3072, gpu) == estimate_latency_ms(site, 3072, gpu, "fp16", fused=True)
+    assert estimate_latency_ms(site, 3072, gpu) < estimate_latency_ms(site, 3072, gpu, fused=False)
+    assert estimate_latency_ms(site, 3072, gpu, threads=1) == estimate_latency_ms(site, 3072, gpu)
 
 
 def test_a_precision_without_a_peak_is_refused_with_those_that_have_one():
     with pytest.raises(CompressError, match=r"t4 states no peak for 'fp8'; known: fp32, fp16, int8"):
-        roofline(ffn(), 8, profiles.load("t4"), "fp8")
+        estimate_latency_ms(ffn(), 8, profiles.load("t4"), "fp8")
 
 
 def test_the_sparse_peak_doubles_arithmetic():
     profile, site = profiles.load("a100"), ffn(4096, 16384, 16384)
-    gain = roofline(site, 16384, profile) / roofline(site, 16384, profile, "fp16 2:4")
+    gain = estimate_latency_ms(site, 16384, profile) / estimate_latency_ms(site, 16384, profile, "fp16 2:4")
     assert 1.8 < gain <= 2.0
 
 
@@ -269,7 +269,7 @@ def test_a_price_is_measured_where_the_table_knows_and_estimated_elsewhere():
     for other in (None, table(heads(), {4: 1.0}), known.model_copy(update={"threads": 2})):
         guess = latency_table.price(site, Option(units=64), profile=profile, table=other)
         assert guess.source == "estimated"
-        assert guess.latency_ms == roofline(site, 64, profile, threads=1)
+        assert guess.latency_ms == estimate_latency_ms(site, 64, profile, threads=1)
     half = known.model_copy(update={"precision": "fp16"})
     assert latency_table.price(site, Option(units=64), profile=profile, table=half).source == "estimated"
     assert (
@@ -326,8 +326,10 @@ def test_every_head_is_a_level():
 
 def test_thinning_keeps_exactly_the_levels_that_no_wider_one_matches():
     times = {10: 5.0, 9: 5.5, 8: 4.0, 7: 4.0, 6: 4.2, 5: 3.0, 0: 0.0}
-    assert latency_table.thin(times) == oracles.staircase(times) == {10: 5.0, 8: 4.0, 5: 3.0, 0: 0.0}
-    assert list(latency_table.thin(times)) == [10, 8, 5, 0]
+    assert (
+        latency_table.drop_dominated(times) == oracles.staircase(times) == {10: 5.0, 8: 4.0, 5: 3.0, 0: 0.0}
+    )
+    assert list(latency_table.drop_dominated(times)) == [10, 8, 5, 0]
 
 
 # The cache
@@ -350,12 +352,12 @@ class Stopwatch:
 
 def test_only_what_is_missing_is_measured_and_the_rest_comes_from_the_cache(cache):
     site, fresh, watch = ffn(), Table(fingerprint="f", runtime="onnxruntime", created="now"), Stopwatch()
-    first = latency_table.obtain(fresh, {site.shape: [256, 128, 0]}, watch)
+    first = latency_table.measure_missing(fresh, {site.shape: [256, 128, 0]}, watch)
     assert watch.asked == [{site.shape: [256, 128]}]
     assert first.rows == {site.shape: {256: 25.6, 128: 12.8}}
-    assert latency_table.obtain(fresh, {site.shape: [128, 256]}, watch) == first
+    assert latency_table.measure_missing(fresh, {site.shape: [128, 256]}, watch) == first
     assert len(watch.asked) == 1
-    more = latency_table.obtain(fresh, {site.shape: [256, 64]}, watch)
+    more = latency_table.measure_missing(fresh, {site.shape: [256, 64]}, watch)
     assert watch.asked[1:] == [{site.shape: [64]}]
     assert more.rows[site.shape] == {256: 25.6, 128: 12.8, 64: 6.4}
 
@@ -366,31 +368,31 @@ def test_only_what_is_missing_is_measured_and_the_rest_comes_from_the_cache(cach
 )
 def test_another_machine_runtime_or_thread_count_is_measured_anew(cache, change):
     site, fresh, watch = ffn(), Table(fingerprint="f", runtime="onnxruntime"), Stopwatch()
-    latency_table.obtain(fresh, {site.shape: [256]}, watch)
-    latency_table.obtain(fresh.model_copy(update=change), {site.shape: [256]}, watch)
+    latency_table.measure_missing(fresh, {site.shape: [256]}, watch)
+    latency_table.measure_missing(fresh.model_copy(update=change), {site.shape: [256]}, watch)
     assert len(watch.asked) == 2
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"schema_version": 1}'])
 def test_a_damaged_cache_is_measured_again_and_mended(cache, damage):
     site, fresh, watch = ffn(), Table(fingerprint="f", runtime="onnxruntime"), Stopwatch()
-    good = latency_table.obtain(fresh, {site.shape: [256]}, watch)
+    good = latency_table.measure_missing(fresh, {site.shape: [256]}, watch)
     latency_table.cache_path(fresh).write_text(damage)
-    assert latency_table.obtain(fresh, {site.shape: [256]}, watch) == good
+    assert latency_table.measure_missing(fresh, {site.shape: [256]}, watch) == good
     assert len(watch.asked) == 2
-    latency_table.obtain(fresh, {site.shape: [256]}, watch)
+    latency_table.measure_missing(fresh, {site.shape: [256]}, watch)
     assert len(watch.asked) == 2
 
 
 @pytest.mark.parametrize("ms", [-1.0, "Infinity"])
 def test_impossible_times_in_a_cache_are_not_trusted(cache, ms):
     site, fresh, watch = ffn(), Table(fingerprint="f", runtime="onnxruntime"), Stopwatch()
-    latency_table.obtain(fresh, {site.shape: [256]}, watch)
+    latency_table.measure_missing(fresh, {site.shape: [256]}, watch)
     path = latency_table.cache_path(fresh)
     stored = json.loads(path.read_text())
     stored["value"]["rows"][site.shape]["256"] = ms
     path.write_text(json.dumps(stored))
-    found = latency_table.obtain(fresh, {site.shape: [256]}, watch)
+    found = latency_table.measure_missing(fresh, {site.shape: [256]}, watch)
     assert found.rows[site.shape] == {256: 25.6}
     assert len(watch.asked) == 2
 
@@ -398,7 +400,9 @@ def test_impossible_times_in_a_cache_are_not_trusted(cache, ms):
 def test_a_cache_that_cannot_be_written_costs_no_result(cache):
     cache.write_text("a file where a folder should be")
     site, watch = ffn(), Stopwatch()
-    found = latency_table.obtain(Table(fingerprint="f", runtime="onnxruntime"), {site.shape: [256]}, watch)
+    found = latency_table.measure_missing(
+        Table(fingerprint="f", runtime="onnxruntime"), {site.shape: [256]}, watch
+    )
     assert math.isclose(found.latency_ms(site, 256), 25.6)
 
 

@@ -61,7 +61,7 @@ def timed(tmp_path, monkeypatch):
         others = [layout for layout in shape.contenders if layout != "dense"]
         return {"dense": 6.0} | {layout: 6.0 / (gains[layout] * tall) for layout in others}
 
-    monkeypatch.setattr(block_layouts, "measured", measured)
+    monkeypatch.setattr(block_layouts, "measure_layouts", measured)
     return asked
 
 
@@ -167,7 +167,7 @@ def known(own, *layouts_of):
 def test_a_site_is_priced_in_the_layouts_that_were_found(monkeypatch):
     own, seen = made.ffn(16), []
     found = known(own, "conv", "gather")
-    monkeypatch.setattr(site_timing, "session", lambda file, *rest: seen.append(file))
+    monkeypatch.setattr(site_timing, "open_session", lambda file, *rest: seen.append(file))
     Place(profiles.load("cpu"), "onnxruntime", "cpu", 1).rig(found.written).make(own, 8, 1, "block:4x4@0.5")
     Place(profiles.load("cpu"), "onnxruntime", "cpu", 1).rig().make(own, 8, 1, "block:4x4@0.5")
     chosen, plain = ({node.op_type for node in onnx.load_from_string(file).graph.node} for file in seen)

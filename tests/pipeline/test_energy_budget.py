@@ -10,7 +10,7 @@ from support.sites import ffn, heads
 from compress import profiles
 from compress.cost import latency_table, roofline
 from compress.cost.energy import Energy
-from compress.cost.roofline import STALLED
+from compress.cost.roofline import WAITING_POWER_SHARE
 from compress.errors import CompressError
 from compress.ir import Budget, Option, Whole
 from compress.pipeline import energy_budget
@@ -49,7 +49,7 @@ def test_an_estimate_is_time_times_modelled_power():
             watts = roofline.above_idle_w(site, units, profile, threads=1)
             key = Option(units=None if units == site.units else units).key
             assert found.rows[site.name][key] == pytest.approx(ms * watts)
-    assert found.fixed_mj == pytest.approx(1.0 * STALLED * (400 - 45))
+    assert found.fixed_mj == pytest.approx(1.0 * WAITING_POWER_SHARE * (400 - 45))
     assert (found.source, found.idle_w, found.meter) == ("estimated", 45.0, "power envelope of a100")
 
 
@@ -157,7 +157,7 @@ def test_a_gpu_that_waits_draws_less_and_a_processor_the_same():
     big = ffn().model_copy(
         update={"matmuls": tuple(m.model_copy(update={"rows": 10**7}) for m in ffn().matmuls)}
     )
-    assert roofline.above_idle_w(ffn(), 12, a100) == pytest.approx(STALLED * 355, rel=0.05)
+    assert roofline.above_idle_w(ffn(), 12, a100) == pytest.approx(WAITING_POWER_SHARE * 355, rel=0.05)
     assert roofline.above_idle_w(big, 12, a100) == pytest.approx(355, rel=0.05)
     assert roofline.above_idle_w(ffn(), 0, a100) == 0.0
     assert roofline.above_idle_w(ffn(), 12, cpu, threads=2) == pytest.approx(80 * 2 / 8)

@@ -83,7 +83,7 @@ def test_the_gpu_here_is_measured_unless_the_processor_is_named(tmp_path, monkey
     spot = Place(v100, "torch-cpu", "cpu", 1, graphs=False)
     for module in (inspection, job):
         monkeypatch.setattr(module, "place_of", lambda profile, threads: spot if profile == v100 else None)
-    monkeypatch.setattr("compress.export.microbench.site_timing.CYCLES", (3, 3))
+    monkeypatch.setattr("compress.export.microbench.site_timing.CYCLE_LIMITS", (3, 3))
     found = inspection.measure_target(Quiet(), None, "classifier:Padded", Shapes(tokens=9))
     assert (found["target"], found["runtime"], found["precision"]) == ("v100", "torch-cpu", "fp32")
     assert len(found["rows"]) == 2

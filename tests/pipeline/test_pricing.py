@@ -32,7 +32,7 @@ def test_a_shipped_table_prices_the_shapes_that_it_knows(monkeypatch):
     job = SimpleNamespace(profile=H100, sites=(known, unknown), recipe=recipe(speedup=2.0), narrowed=None)
     costs = pricing._estimate_costs(job, {"ffn": {"dense": [12, 6]}, "heads": {"dense": [3, 1]}})
     assert costs.rows["ffn"]["dense"] == {12: 5.0, 6: 3.0}
-    assert costs.rows["heads"]["dense"][3] == roofline.roofline(unknown, 3, H100)
+    assert costs.rows["heads"]["dense"][3] == roofline.estimate_latency_ms(unknown, 3, H100)
     assert costs.source == "estimated"  # the model as a whole was not timed
 
 
@@ -90,10 +90,10 @@ def test_a_narrow_model_is_estimated_like_the_dense_one_and_counts_from_it(monke
         profile=H100, sites=wide.sites, narrowed=object(), baseline=wide, recipe=recipe(speedup=2.0)
     )
     costs = pricing._estimate_costs(narrow, fewer)
-    inside = sum(roofline.roofline(site, site.units, H100, threads=1) for site in wide.sites)
+    inside = sum(roofline.estimate_latency_ms(site, site.units, H100, threads=1) for site in wide.sites)
     assert costs.dense_ms == inside + 2.0
     assert costs.whole.latency_ms(inside) == inside + 1.0
-    assert costs.rows["ffn"]["dense"][12] == roofline.roofline(ffn(), 12, H100, threads=1)
+    assert costs.rows["ffn"]["dense"][12] == roofline.estimate_latency_ms(ffn(), 12, H100, threads=1)
     monkeypatch.setattr(pricing, "_estimate_outside_ms", lambda job: 1.0 if job is wide else 1.5)
     slower = pricing._estimate_costs(narrow, fewer)
     assert (slower.dense_ms, slower.whole.latency_ms(inside)) == (inside + 1.0, inside + 1.0)

@@ -10,7 +10,7 @@ from compress.errors import CompressError
 from compress.ir import Slice
 from compress.sites import prune
 from compress.sites.discovery import Sites, find_sites
-from compress.sites.equivalence import Call, FailedTrialError, common, settle
+from compress.sites.equivalence import Call, NotEquivalentError, common_module, verify
 from compress.sites.prune import Removal
 
 SAME = 1e-4  # float32, outputs near 1, two layers
@@ -441,14 +441,14 @@ def test_rows_of_other_heads_fail_the_trial_although_every_shape_fits():
     model, example, found = analyzed("interleaved")
     site = by_kind(found, "heads")[0]
     call = Call((), example)
-    assert settle(model, call, site).counts == site.counts
+    assert verify(model, call, site).counts == site.counts
     wrong = []
     for part in site.slices:
         fused = "qkv" in part.tensor
         starts = [24 * third for third in range(3)] if fused else [0]
         wrong += [part.model_copy(update={"start": s, "width": 6}) for s in starts]
-    with pytest.raises(FailedTrialError, match="answers differ"):
-        settle(model, call, site.model_copy(update={"slices": tuple(wrong)}))
+    with pytest.raises(NotEquivalentError, match="answers differ"):
+        verify(model, call, site.model_copy(update={"slices": tuple(wrong)}))
 
 
 @pytest.mark.parametrize("change", ["start", "width", "missing"])
@@ -464,9 +464,9 @@ def test_a_site_with_a_wrong_slice_fails_its_trial(change):
         slices = [part for part in slices if part.tensor != "feed.0.up.bias"]
     wrong = site.model_copy(update={"slices": tuple(slices)})
     call = Call((), example)
-    assert settle(model, call, site).counts == ()
-    with pytest.raises(FailedTrialError):
-        settle(model, call, wrong)
+    assert verify(model, call, site).counts == ()
+    with pytest.raises(NotEquivalentError):
+        verify(model, call, wrong)
 
 
 def test_a_trial_that_proves_nothing_is_a_failed_one():
@@ -474,12 +474,12 @@ def test_a_trial_that_proves_nothing_is_a_failed_one():
     site = by_kind(found, "ffn")[0]
     idle = copy.deepcopy(model)
     idle.forward = lambda input_ids, attention_mask: idle.embed(input_ids)
-    with pytest.raises(FailedTrialError, match="does not change"):
-        settle(idle, Call((), example), site)
+    with pytest.raises(NotEquivalentError, match="does not change"):
+        verify(idle, Call((), example), site)
 
 
 def test_the_innermost_common_module_is_found_by_whole_steps():
-    assert common(["a.b.x.weight", "a.b.y.weight"]) == "a.b"
-    assert common(["a.b1.weight", "a.b2.weight"]) == "a"
-    assert common(["a.weight"]) == "a"
-    assert common(["a.weight", "b.weight"]) == ""
+    assert common_module(["a.b.x.weight", "a.b.y.weight"]) == "a.b"
+    assert common_module(["a.b1.weight", "a.b2.weight"]) == "a"
+    assert common_module(["a.weight"]) == "a"
+    assert common_module(["a.weight", "b.weight"]) == ""

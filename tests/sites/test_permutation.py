@@ -35,11 +35,11 @@ def answer(model, example):
 def reordered(model, site, kept, seed=0, dropped=()):
     """The removal of all but `kept` with what stays in a random legal order, not followed by `dropped`."""
     own = site.model_copy(update={"units": len(kept)})
-    columns = permutation.mixed(own, seed)
+    columns = permutation.random_order(own, seed)
     weight = prune.writer_columns(model, site)
     width = site.column.width
     stay = (kept[:, None] * width + torch.arange(width)).flatten()
-    readers = permutation.follow(model, site, kept, columns, {})
+    readers = permutation.permute_readers(model, site, kept, columns, {})
     readers = {name: value for name, value in readers.items() if name not in dropped}
     return prune.Removal(kept, weight[:, stay][:, columns], readers=readers)
 
@@ -89,8 +89,8 @@ def test_a_site_is_put_back_with_its_biases():
     site = sites["ffn"]
     expected = answer(model, example)
     copy = prune.mask(model, [site], {})
-    before = prune.products(copy, site)
-    prune.stitch(copy, site, reordered(copy, site, torch.arange(site.units)))
+    before = prune.take_snapshot(copy, site)
+    prune.write_weights(copy, site, reordered(copy, site, torch.arange(site.units)))
     prune.restore(copy, site, before)
     assert torch.equal(answer(copy, example), expected)
 
@@ -101,7 +101,7 @@ def test_values_stay_in_their_head_and_all_queries_of_a_group_move_alike():
     assert (site.units, site.queries, site.head_dim) == (2, 2, 8)
     score = torch.rand(16, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     score[:, :4] += 10  # four loud columns in one group of four
-    found = permutation.order(site, score).reshape(2, 2, 8)
+    found = permutation.find_order(site, score).reshape(2, 2, 8)
     assert sorted(found.flatten().tolist()) == list(range(32))
     for unit in range(2):
         first, second = (found[unit, query] - 16 * unit - 8 * query for query in range(2))
@@ -117,17 +117,17 @@ def test_every_query_of_a_group_has_a_say_in_the_order_of_its_values():
         one = torch.ones_like(score)
         one[:, :, query] = score[:, :, query]  # the other query does not mind any order
         flat = one.reshape(16, 32)
-        assert permute.retained(flat, permutation.order(sites["heads"], flat)) > permute.retained(flat)
+        assert permute.retained(flat, permutation.find_order(sites["heads"], flat)) > permute.retained(flat)
 
 
 def test_where_nothing_is_proven_or_no_fours_fit_the_order_stays():
     _, _, sites = family("separate")
     score = torch.rand(16, 24, dtype=torch.float64)
     bare = sites["ffn"].model_copy(update={"channels": ()})
-    assert torch.equal(permutation.order(bare, score), torch.arange(24))
-    assert torch.equal(permutation.order(sites["ffn"], score[:, :22]), torch.arange(22))
+    assert torch.equal(permutation.find_order(bare, score), torch.arange(24))
+    assert torch.equal(permutation.find_order(sites["ffn"], score[:, :22]), torch.arange(22))
     odd = sites["heads"].model_copy(update={"head_dim": 6})
-    assert torch.equal(permutation.order(odd, score), torch.arange(24))
+    assert torch.equal(permutation.find_order(odd, score), torch.arange(24))
 
 
 def moments(width, seed):
@@ -159,7 +159,7 @@ def test_a_plan_with_two_of_four_loses_less_in_the_order_it_finds(name, kind):
 def test_the_order_keeps_more_energy_than_the_one_at_hand():
     model, _, sites = family("separate")
     score = prune.writer_columns(model, sites["ffn"]).double().square()
-    assert permute.retained(score, permutation.order(sites["ffn"], score)) > permute.retained(score)
+    assert permute.retained(score, permutation.find_order(sites["ffn"], score)) > permute.retained(score)
 
 
 def test_an_ordered_candidate_is_stored_and_read_back(tmp_path):

@@ -29,11 +29,11 @@ from compress.sites.prune import (
     check,
     mask,
     parameters_after,
-    products,
     restore,
     shrink,
     shrink_in_place,
-    stitch,
+    take_snapshot,
+    write_weights,
 )
 
 # Two orders of summing a few dozen float32 products of size one.
@@ -148,12 +148,12 @@ def test_sites_may_come_as_a_mapping(bert_model):
 def test_a_writer_without_a_bias_gains_one_and_loses_it_when_restored(llama_model):
     site = llama_sites()[1]
     model = copy.deepcopy(llama_model)
-    before, tensors = fingerprint(model), products(model, site)
+    before, tensors = fingerprint(model), take_snapshot(model, site)
     assert tensors.bias is None
-    stitch(model, site, removal(model, site, [0, 9]))
+    write_weights(model, site, removal(model, site, [0, 9]))
     assert model.model.layers[0].mlp.down_proj.bias.shape == (32,)
     again = removal(model, site, [3], seed=4)
-    stitch(model, site, again)
+    write_weights(model, site, again)
     assert torch.equal(model.model.layers[0].mlp.down_proj.bias.detach(), again.bias)
     restore(model, site, tensors)
     assert model.model.layers[0].mlp.down_proj.bias is None
@@ -164,9 +164,9 @@ def test_a_restored_writer_is_the_dense_one_bit_for_bit(subject):
     model, sites = subject
     copied = copy.deepcopy(model)
     before = fingerprint(copied)
-    tensors = {site.name: products(copied, site) for site in sites}
+    tensors = {site.name: take_snapshot(copied, site) for site in sites}
     for site in sites:
-        stitch(copied, site, removal(copied, site, [1]))
+        write_weights(copied, site, removal(copied, site, [1]))
     assert fingerprint(copied) != before
     for site in sites:
         restore(copied, site, tensors[site.name])

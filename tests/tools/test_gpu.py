@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import clockwork
 
-from compress.cost.latency_table import FORM, Table
+from compress.cost.latency_table import FORM_SEPARATOR, Table
 from compress.pipeline import job
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -54,8 +54,12 @@ def test_every_part_runs_and_leaves_its_figures(script, tmp_path):
     assert (table.runtime, table.precision) == ("torch-cpu", "fp32")
     shapes = {shape for row in found["tables"] for shape in row["shapes"]}
     assert len(shapes) == 4  # heads and feed-forward of both models
-    assert {key for key in table.rows if FORM not in key} == shapes
-    assert {key.partition(FORM)[2] for key in table.rows} == {"", "block:64x64@0.5", "block:64x64@0.25"}
+    assert {key for key in table.rows if FORM_SEPARATOR not in key} == shapes
+    assert {key.partition(FORM_SEPARATOR)[2] for key in table.rows} == {
+        "",
+        "block:64x64@0.5",
+        "block:64x64@0.25",
+    }
     assert all(row["untimed"] == [] for row in found["tables"])
     assert all(ms > 0 for row in table.rows.values() for ms in row.values())
     for row in found["layers"]:

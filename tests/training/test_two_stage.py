@@ -69,7 +69,7 @@ def test_the_first_stage_begins_at_the_plan_without_its_rounding(plan):
     model = prune.shrink(task.model, sites, plain)
     for site in sites:
         for name in prune.readers(site):
-            own = prune.reader_rows(task.model, site, name, removals[site.name].kept)
+            own = prune.kept_reader_weight(task.model, site, name, removals[site.name].kept)
             assert torch.equal(model.get_parameter(name), own)
             assert not torch.equal(small.get_parameter(name), own)
     assert away(task, model) < away(task, quantized_layers.emulated(small, sites, removals))

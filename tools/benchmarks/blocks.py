@@ -107,7 +107,9 @@ def _whole(
     """One row: the encoder in blocks against the dense file, one sentence of so many tokens."""
     shapes = {block_layouts.shape_of(tokens, *masked.get_parameter(name).shape, pattern) for name in kept}
     timed = block_layouts.table(shapes)
-    choose = block_layouts.chooser({shape: block_layouts.best(timed, shape)[0] for shape in shapes})
+    choose = block_layouts.layout_chooser(
+        {shape: block_layouts.fastest_layout(timed, shape)[0] for shape in shapes}
+    )
     wanted = {
         name: block_layouts.lowering(masked.get_parameter(name).detach().numpy(), pattern, choose)
         for name in kept

@@ -34,7 +34,7 @@ def timed(monkeypatch):
         asked.append(shape)
         return {layout: times[layout] * shape.kept for layout in shape.contenders}
 
-    monkeypatch.setattr(block_layouts, "measured", measured)
+    monkeypatch.setattr(block_layouts, "measure_layouts", measured)
     return asked
 
 
@@ -56,8 +56,8 @@ def test_only_forms_that_fit_are_timed():
 def test_the_fastest_form_is_picked_from_what_was_timed(cache, timed):
     ragged = SHAPE._replace(inner=13)
     table = block_layouts.table([SHAPE, ragged])
-    assert block_layouts.best(table, SHAPE) == ("batched", 4.0)
-    assert block_layouts.best(table, ragged) == ("concat", 2.0)
+    assert block_layouts.fastest_layout(table, SHAPE) == ("batched", 4.0)
+    assert block_layouts.fastest_layout(table, ragged) == ("concat", 2.0)
     assert table.rows[SHAPE.key("dense")] == {2: 4.0}
 
 
@@ -74,21 +74,21 @@ def test_a_shape_is_timed_once_and_then_read_from_the_cache(cache, timed):
 
 def test_products_share_the_file_of_the_sites_and_leave_their_rows(cache, timed):
     mine = {"f": {4: 1.0}}
-    latency_table.obtain(sites.empty_table(1), {"f": [4]}, lambda missing: mine)
+    latency_table.measure_missing(sites.empty_table(1), {"f": [4]}, lambda missing: mine)
     block_layouts.table([SHAPE])
-    whole = latency_table.obtain(sites.empty_table(1), {"f": [4]}, lambda missing: {})
+    whole = latency_table.measure_missing(sites.empty_table(1), {"f": [4]}, lambda missing: {})
     assert whole.rows["f"] == {4: 1.0}
     assert SHAPE.key("batched") in whole.rows
 
 
 def test_a_shape_that_was_not_timed_is_refused(cache, timed):
     with pytest.raises(CompressError, match="was not timed"):
-        block_layouts.best(block_layouts.table([SHAPE]), SHAPE._replace(kept=3))
+        block_layouts.fastest_layout(block_layouts.table([SHAPE]), SHAPE._replace(kept=3))
 
 
 def test_a_product_gets_the_form_of_the_nearest_timed_shape():
     small, large = SHAPE, Shape(5, 80, 120, 4, 3, 20)
-    choose = block_layouts.chooser({small: "sum", large: "conv"})
+    choose = block_layouts.layout_chooser({small: "sum", large: "conv"})
     assert choose(8, 12, Blocks(4, 3, ((0, 1), (1, 2)))) == "sum"
     assert choose(12, 15, Blocks(4, 3, ((0, 1), (1, 2), (0, 3)))) == "sum"
     many = tuple(range(18))
@@ -125,7 +125,7 @@ def test_a_timed_file_holds_its_copies_in_the_form_that_is_named(layout):
 
 def test_times_are_those_of_one_product_and_ratios_are_paired(monkeypatch):
     now, cost_ms = [0.0], {layout: 2.0 + k for k, layout in enumerate(SHAPE.contenders)}
-    monkeypatch.setattr(sites, "CYCLES", (4, 4))
+    monkeypatch.setattr(sites, "CYCLE_LIMITS", (4, 4))
     monkeypatch.setattr(block_layouts, "product", lambda shape, layout, copies: (layout, copies))
 
     def runner(file, shape, threads):
@@ -135,7 +135,7 @@ def test_times_are_those_of_one_product_and_ratios_are_paired(monkeypatch):
         return call
 
     monkeypatch.setattr(block_layouts, "runner", runner)
-    assert block_layouts.measured(SHAPE, clock=lambda: now[0]) == pytest.approx(cost_ms)
+    assert block_layouts.measure_layouts(SHAPE, clock=lambda: now[0]) == pytest.approx(cost_ms)
 
 
 def test_a_masked_weight_becomes_a_lowering_in_the_chosen_form():

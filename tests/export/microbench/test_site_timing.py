@@ -170,17 +170,17 @@ def test_what_cannot_be_timed_alone_is_refused_by_name():
         onnx_chain.chain(site.model_copy(update={"matmuls": (site.matmuls[0], odd)}), 2, 1)
     few = heads().model_copy(update={"tokens": 3})
     with pytest.raises(CompressError, match="heads: 10 rows are not batch 2 x 3 tokens"):
-        site_timing.session(onnx_chain.chain(few, 2, 1), few, 1)
+        site_timing.open_session(onnx_chain.chain(few, 2, 1), few, 1)
 
 
 def test_a_session_runs_at_the_shape_of_the_site():
     site = heads(causal=True)
-    call = site_timing.session(onnx_chain.chain(site, 2, 1), site, 1)
+    call = site_timing.open_session(onnx_chain.chain(site, 2, 1), site, 1)
     (found,) = call()
     assert found.shape == (ROWS, HIDDEN)
     assert np.isfinite(found).all()
     step = decode_step(site)
-    answers = site_timing.session(onnx_chain.chain(step, 2, 3), step, 1)()
+    answers = site_timing.open_session(onnx_chain.chain(step, 2, 3), step, 1)()
     assert [answer.shape for answer in answers] == [(BATCH, HIDDEN)] + [(BATCH, 2, TOKENS + 1, WIDTH)] * 6
     assert np.isfinite(answers[0]).all()
     assert answers[1][:, :, :-1].std() > 0.5
@@ -217,8 +217,8 @@ def machine(monkeypatch):
     def install(**keywords):
         made = Machine(**keywords)
         monkeypatch.setattr(site_timing, "chain", made.chain)
-        monkeypatch.setattr(site_timing, "session", made.session)
-        monkeypatch.setattr(site_timing, "CYCLES", (12, 12))
+        monkeypatch.setattr(site_timing, "open_session", made.session)
+        monkeypatch.setattr(site_timing, "CYCLE_LIMITS", (12, 12))
         return made
 
     return install
@@ -284,18 +284,18 @@ def test_large_sites_get_fewer_copies_and_the_largest_are_left_to_the_estimate(m
 
 
 def test_the_time_limit_ends_the_cycles_after_the_least_number(monkeypatch):
-    monkeypatch.setattr(site_timing, "CYCLES", (3, 50))
+    monkeypatch.setattr(site_timing, "CYCLE_LIMITS", (3, 50))
     clock = Machine(cost_ms=lambda units: 1.0)
     call = clock.session(1.0, ffn(), 1)
-    assert site_timing.cycles([call, call], 0.0, clock.clock, lambda done, work: None).shape == (3, 2)
-    assert site_timing.cycles([call, call], 1e9, clock.clock, lambda done, work: None).shape == (50, 2)
+    assert site_timing.time_cycles([call, call], 0.0, clock.clock, lambda done, work: None).shape == (3, 2)
+    assert site_timing.time_cycles([call, call], 1e9, clock.clock, lambda done, work: None).shape == (50, 2)
 
 
 def test_cycles_alternate_their_order_after_a_visit_to_each(monkeypatch):
-    monkeypatch.setattr(site_timing, "CYCLES", (2, 2))
+    monkeypatch.setattr(site_timing, "CYCLE_LIMITS", (2, 2))
     seen = []
     calls = [lambda k=k: seen.append(k) for k in range(3)]
-    site_timing.cycles(calls, 1.0, lambda: float(len(seen)), lambda done, work: None)
+    site_timing.time_cycles(calls, 1.0, lambda: float(len(seen)), lambda done, work: None)
     assert seen[::3] == [0, 1, 2, 0, 1, 2, 2, 1, 0]
 
 
@@ -323,16 +323,16 @@ def test_one_thread_is_timed_by_its_own_clock():
 
 
 def test_a_sample_keeps_both_ends_and_spreads_evenly():
-    assert site_timing.sample([5, 1, 3, 0, 3], 4) == [5, 3, 1]
-    found = site_timing.sample(range(101), 11)
+    assert site_timing.sample_levels([5, 1, 3, 0, 3], 4) == [5, 3, 1]
+    found = site_timing.sample_levels(range(101), 11)
     assert (found[0], found[-1], len(found)) == (100, 1, 11)
     assert all(9 <= a - b <= 11 for a, b in itertools.pairwise(found))
-    assert len(site_timing.sample(range(1000))) == site_timing.LEVELS
+    assert len(site_timing.sample_levels(range(1000))) == site_timing.MOST_LEVELS
 
 
 def test_the_table_of_this_machine_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
-    monkeypatch.setattr(site_timing, "CYCLES", (2, 2))
+    monkeypatch.setattr(site_timing, "CYCLE_LIMITS", (2, 2))
     sites = [ffn(64), heads()]
     first = site_timing.table(sites, align=8)
     assert first.fingerprint == timing.fingerprint()

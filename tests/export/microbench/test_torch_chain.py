@@ -174,7 +174,7 @@ def test_a_rig_times_its_own_chains_with_enough_copies_to_leave_the_caches():
 
     site = ffn()
     size = site_timing.weights_mb(site, site.units)
-    rig = site_timing.Rig(make, lambda: now[0], least_mb=8.5 * size, group_mb=1e9)
+    rig = site_timing.ChainRuntime(make, lambda: now[0], least_mb=8.5 * size, group_mb=1e9)
     rows = site_timing.measure([site], {site.shape: [6]}, seconds=0.0, rig=rig)
     assert rows[site.shape] == pytest.approx({12: 0.24, 6: 0.12})
     assert built == [(12, 9), (0, 9), (6, 9)]

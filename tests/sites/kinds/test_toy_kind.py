@@ -63,7 +63,7 @@ def test_the_shrunk_model_computes_what_the_masked_one_does(known, kept):
 
 def test_it_is_timed_as_an_onnx_file_and_as_a_module(known):
     site = found()[2][0]
-    answer = site_timing.session(onnx_chain.chain(site, 6, 2), site, 1)()[0]
+    answer = site_timing.open_session(onnx_chain.chain(site, 6, 2), site, 1)()[0]
     x, mask = torch_chain.inputs(site, 6)
     assert mask is None
     chain = torch_chain.Chain(site, 6, 2)
