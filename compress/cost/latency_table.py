@@ -199,7 +199,7 @@ def grid(site: Site, align: int = 1) -> list[int]:
 def drop_dominated(latencies: Mapping[int, float]) -> dict[int, float]:
     """The measured staircase: without every width for which a wider one is not slower.
 
-    >>> thin({8: 4.0, 7: 4.5, 6: 3.0, 5: 3.0, 0: 0.0})
+    >>> drop_dominated({8: 4.0, 7: 4.5, 6: 3.0, 5: 3.0, 0: 0.0})
     {8: 4.0, 6: 3.0, 0: 0.0}
     """
     kept: dict[int, float] = {}

@@ -82,7 +82,7 @@ def with_prefix(site: Site, old: str, new: str) -> Site:
 def common_module(names: Sequence[str]) -> str:
     """The innermost module that holds all tensors `names`.
 
-    >>> common(["a.self.query.weight", "a.output.dense.weight"])
+    >>> common_module(["a.self.query.weight", "a.output.dense.weight"])
     'a'
     """
     paths = [name.split(".")[:-1] for name in names]

@@ -257,7 +257,7 @@ def identify_activation(inputs: Sequence[Tensor], output: Tensor) -> str:
     """The function f with `output = f(inputs[0])`, or `f(one input) * other input`; else "other".
 
     >>> x = torch.linspace(-2, 2, 9)
-    >>> named_activation([x, x + 1], (x + 1) * torch.relu(x))
+    >>> identify_activation([x, x + 1], (x + 1) * torch.relu(x))
     'relu'
     """
     if len(inputs) > 2 or any(x.shape != output.shape for x in inputs):
