@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from compress.errors import CompressError
-from compress.export.backends.onnxruntime import Array, OrtRunner
+from compress.export.backends.backend import Array
+from compress.export.backends.onnxruntime import OrtRunner
 from compress.export.onnx import kv_cache
 from compress.export.onnx.kv_cache import IDS, MASK, PAST
 from compress.measure import timing
@@ -69,10 +70,7 @@ def generate(runner: OrtRunner, inputs: Mapping[str, Array], tokens: int, output
 
 def inputs_of(runner: OrtRunner, prompt: Mapping[str, Array], phase: Phase) -> dict[str, Array]:
     """What one run of a phase takes: the prompt itself, or one token after a past of its length."""
-    if phase == "prefill":
-        return kv_cache.complete(prompt, runner.inputs(), runner.outputs())
-    ids = prompt[IDS]
-    return kv_cache.step(np.ascontiguousarray(ids[:, -1:]), ids.shape[1], runner.inputs(), runner.outputs())
+    return kv_cache.phase_inputs(prompt, phase, runner.inputs(), runner.outputs())
 
 
 def compare(

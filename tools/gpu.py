@@ -37,9 +37,9 @@ from compress import profiles
 from compress.cost import energy, latency_table
 from compress.cost.latency_table import Table
 from compress.errors import CompressError
-from compress.export import place
 from compress.export.backends import onnxruntime, torch_cuda, torch_kernels
 from compress.export.backends.torch_cuda import CudaRunner
+from compress.export.backends.torch_module import TorchCuda
 from compress.export.microbench import site_timing
 from compress.export.onnx import writer
 from compress.export.onnx.kv_cache import IDS, MASK
@@ -132,13 +132,11 @@ def vit_base() -> Synthetic:
 MODELS = {"bert-base": bert_base, "vit-b": vit_base}
 
 
-def here(device: str) -> Callable[[profiles.Profile, int], place.Place | None]:
+def here(device: str) -> Callable[[profiles.Profile, int], TorchCuda | None]:
     """What says where a target is timed: torch on the GPU at hand or, to try it, on the processor."""
     if device == "cuda":
-        return lambda profile, threads: (
-            place.Place(profile, torch_cuda.RUNTIME, "cuda", threads) if torch_cuda.at_hand(profile) else None
-        )
-    return lambda profile, threads: place.Place(profile, "torch-cpu", "cpu", threads, graphs=False)
+        return TorchCuda.available
+    return partial(TorchCuda, device="cpu", graphs=False)
 
 
 def tables(options: argparse.Namespace, document: dict) -> list[dict]:
@@ -149,15 +147,15 @@ def tables(options: argparse.Namespace, document: dict) -> list[dict]:
         task, began = factory(), time.perf_counter()
         example = task.example(options.batch, tokens_of(options))
         inputs = {key: value.numpy() for key, value in example.items()}
-        suited = spot.suited(task.model, task.logits, "logits", inputs)
+        suited = spot.adapted(task.model, task.logits, "logits", inputs)
         sites = {site.shape: site for site in discovery.find_sites(task.model, example).sites}
         wanted = {}
         for shape, site in sites.items():
             align = spot.profile.align_units if site.kind == "ffn" else 1
             levels = latency_table.grid(site, align)
             wanted[shape] = site_timing.sample_levels(levels)
-            for form in apply.of(site, MOVES["forms"], spot.profile, in_torch=True):
-                fitting = apply.levels(site, form, levels, in_torch=True)
+            for form in apply.of(site, MOVES["forms"], spot):
+                fitting = apply.levels(site, form, levels, spot)
                 wanted[latency_table.row_key(site, form)] = site_timing.sample_levels(fitting, FORM_LEVELS)
         measure = partial(site_timing.measure, list(sites.values()), rig=suited.rig())
         table = latency_table.measure_missing(suited.empty_table(), wanted, measure)
@@ -177,7 +175,7 @@ def tables(options: argparse.Namespace, document: dict) -> list[dict]:
     return rows
 
 
-def spot_of(options: argparse.Namespace) -> place.Place:
+def spot_of(options: argparse.Namespace) -> TorchCuda:
     """Where everything is timed."""
     spot = here(options.device)(profiles.load(options.target), 1)
     if spot is None:
@@ -198,7 +196,7 @@ def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
     from compress.pipeline import compilation, job
     from compress.recipe import Recipe
 
-    job.place_of = lambda profile, threads: spot_of(options)
+    job.backend_for = lambda profile, threads: spot_of(options)
     rows = []
     for (name, factory), (moves, allowed) in itertools.product(MODELS.items(), MOVES.items()):
         with tempfile.TemporaryDirectory() as folder:

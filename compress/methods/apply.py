@@ -18,14 +18,11 @@ from compress.core import block, fakequant, gptq, lowrank, nm, obs
 from compress.core.fakequant import PRECISIONS, Quantized
 from compress.core.support import Block, Layer, prepare
 from compress.errors import CompressError
-from compress.export.backends import torch_kernels
+from compress.export.backends.backend import Capabilities
 from compress.ir import Option, Site
-from compress.profiles import Profile
 from compress.sites import permutation, prune
 from compress.sites.prune import Removal
 
-BLOCKS = ("block:64x32@0.5", "block:64x32@0.25")
-GPU_BLOCKS = ("block:64x64@0.5", "block:64x64@0.25")  # tensor cores want squarer ones
 RANKS = (0.25, 0.125)  # of the hidden width
 MIXED = 0.0625  # rank beside the sparsest blocks, of the hidden width
 DYNAMIC, STATIC = "int8-dynamic", "int8-static"
@@ -47,17 +44,12 @@ class Shaped:
 def of(
     site: Site,
     moves: Sequence[str],
-    profile: Profile,
+    runtime: Capabilities,
     blocks: Sequence[str] | None = None,
-    *,
-    in_torch: bool = False,
 ) -> tuple[str, ...]:
-    """The forms in which a site is offered on a device.
-
-    `blocks` are the patterns that were found to pay; `in_torch` where torch runs it on the GPU at hand.
-    """
+    """The forms in which a site is offered on a runtime; `blocks` are the patterns that were found to pay."""
     if blocks is None:
-        blocks = GPU_BLOCKS if in_torch else BLOCKS
+        blocks = runtime.block_patterns
     if _shared(site):
         return ()
     hidden = next(m.out for m in site.matmuls if m.weight == site.writer)
@@ -74,23 +66,21 @@ def of(
         "lowrank": tuple(f"rank:{rank}" for rank in ranks[: len(RANKS)]),
     }
     offered = [Option.of(form, None) for move in moves for form in by_move[move]]
-    if {"block", "lowrank"} <= set(moves) and blocks and not in_torch:
+    if {"block", "lowrank"} <= set(moves) and blocks and runtime.pairs_blocks_with_rank:
         sparsest = min(blocks, key=lambda pattern: Option(pattern=pattern).density)
         offered.append(Option.of(f"{sparsest}+rank:{ranks[-1]}", None))
     # Codes stand for [out, in] weights; a matrix that is stored the other way round keeps its floats.
     across = site.column.dim == 0
-    if in_torch:
-        return () if across else tuple(o.form for o in offered if _multiplies(o, profile))
-    return tuple(o.form for o in offered if _runs(o, profile) and not (across and o.precision != "fp32"))
+    return tuple(option.form for option in offered if runtime.executes(option, transposed=across))
 
 
-def levels(site: Site, form: str, units: Sequence[int], *, in_torch: bool = False) -> list[int]:
+def levels(site: Site, form: str, units: Sequence[int], runtime: Capabilities) -> list[int]:
     """Units at which a site is offered in a form, at most `LEVELS`, the most first.
 
     They are those that structure offers, moved to where the form fits.
     """
     option = Option.of(form, None)
-    steps = torch_kernels.form(form)[:2] if in_torch else _steps(option)
+    steps = runtime.multiples(option)
     fitting = [count for count in range(site.units, 0, -1) if _fits(site, option, steps, count)]
     nearest = {min(fitting, key=lambda fit: abs(fit - count)) for count in units if count and fitting}
     ordered = sorted(nearest, reverse=True)
@@ -266,34 +256,10 @@ def _split(option: Option, layer: Layer) -> Shaped:
     return Shaped(values, split.shift, split.error, (split.left.float(), split.right.float()))
 
 
-def _runs(option: Option, profile: Profile) -> bool:
-    """Whether a device can turn a form into time at all."""
-    if profile.measured_here:
-        return option.precision != "fp8"  # a processor has no product of it, only one of float
-    known = ("fp32", "fp8") if "fp8" in profile.precisions else ("fp32",)
-    return option.pattern in profile.patterns and option.precision in known
-
-
-def _multiplies(option: Option, profile: Profile) -> bool:
-    """Whether the GPU at hand may gain from a form in torch; whether it does, timing says."""
-    if option.precision in (STATIC, "int4"):
-        return False  # torch has no such product
-    if option.precision != "fp32":
-        return option.precision.split("-")[0] in profile.precisions
-    return option.pattern != "2:4" or "2:4" in profile.patterns
-
-
 def _span(second: Tensor) -> tuple[float, float]:
     """A range of inputs for fp8, far enough that nothing is clipped: small numbers lose nothing by it."""
     most = REACH * float(second.diagonal().max().clamp(min=0).sqrt())
     return -most, most
-
-
-def _steps(option: Option) -> tuple[int, int]:
-    """What outputs and inputs of a product in a form are multiples of, in a file."""
-    if option.pattern == "2:4":  # two of four are stored eight inputs at a time
-        return 1, 8
-    return (1, 1) if option.pattern == "dense" else option.block
 
 
 def _fits(site: Site, option: Option, steps: tuple[int, int], units: int) -> bool:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from compress.calibration.activation_statistics import real_rows
 from compress.core.fakequant import Precision
 from compress.errors import CompressError
-from compress.export import parity
-from compress.export.backends.onnxruntime import Array, OrtRunner, TorchRunner
+from compress.export.backends import parity
+from compress.export.backends.backend import Array
+from compress.export.backends.onnxruntime import OrtRunner, TorchRunner
 from compress.export.onnx.probes import Watched, watch
 from compress.methods.quantized_layers import QuantizedLinear
 from compress.tasks.loading import Batch

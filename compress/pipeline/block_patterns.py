@@ -2,7 +2,7 @@
 
 What blocks gain is decided by their shape as much as by their number: tall ones read their inputs once for
 more outputs, fine ones lose less of the weight. So every product of a job is timed once in a few shapes and
-all layouts that hold them (`export.microbench.block_layouts`). For each density a site gets
+all layouts that hold them (`export.backends.block_layouts`). For each density a site gets
 the finest blocks that come near the fastest, and its files are
 written in the layouts that were fastest: those that its price was timed in.
 """
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from pydantic import Field
 
 from compress import artifacts
-from compress.export.microbench import block_layouts
-from compress.export.microbench.block_layouts import Shape
+from compress.export.backends import block_layouts
+from compress.export.backends.backend import Backend, Capabilities
+from compress.export.backends.block_layouts import Shape
 from compress.export.microbench.onnx_chain import LayoutChooser
-from compress.export.place import Place
 from compress.ir import Document, Option, Site
 from compress.methods import apply
 from compress.pipeline.job import Job
@@ -69,20 +69,22 @@ class Patterns(Document):
 
 def find_patterns(job: Job) -> Patterns:
     """The patterns of a job: timed once on a machine, then read from its table."""
-    place = job.place
-    if place is None or place.on_gpu or "block" not in job.recipe.options.moves:
+    backend = job.backend
+    if backend is None or not backend.times_block_layouts or "block" not in job.recipe.options.moves:
         return Patterns()
-    made_from = artifacts.digest(place.fingerprint, place.threads, sorted({site.shape for site in job.sites}))
-    return artifacts.saved(job.folder / "patterns.json", Patterns, made_from, lambda: _measure(job, place))
+    made_from = artifacts.digest(
+        backend.fingerprint, backend.threads, sorted({site.shape for site in job.sites})
+    )
+    return artifacts.saved(job.folder / "patterns.json", Patterns, made_from, lambda: _measure(job, backend))
 
 
-def _measure(job: Job, place: Place) -> Patterns:
+def _measure(job: Job, backend: Backend) -> Patterns:
     """Every product of every site in every pattern that fits it."""
-    able = [site for site in job.sites if apply.of(site, ("block",), job.profile)]
-    wanted = {site.shape: fitting_patterns(site) for site in able}
+    able = [site for site in job.sites if apply.of(site, ("block",), backend)]
+    wanted = {site.shape: fitting_patterns(site, backend) for site in able}
     shapes = {shape for found in wanted.values() for own in found.values() for shape in own}
     with job.stages("time blocks") as tick:
-        table = block_layouts.table(sorted(shapes), place.threads, tick)
+        table = block_layouts.table(sorted(shapes), backend.threads, tick)
     best = {shape: block_layouts.fastest_layout(table, shape) for shape in shapes}
     sites = {}
     for key, found in wanted.items():
@@ -99,7 +101,7 @@ def _measure(job: Job, place: Place) -> Patterns:
     return Patterns(sites=sites)
 
 
-def fitting_patterns(site: Site) -> dict[str, list[Shape]]:
+def fitting_patterns(site: Site, runtime: Capabilities) -> dict[str, list[Shape]]:
     """The products of a site, at the most units that fit, by pattern; without those that fit nowhere.
 
     A pattern that keeps quite another share of a product than it says is left out too.
@@ -108,7 +110,7 @@ def fitting_patterns(site: Site) -> dict[str, list[Shape]]:
     for density in DENSITIES:
         for size in BLOCK_SHAPES:
             pattern = f"block:{size}@{density}"
-            units = apply.levels(site, pattern, [site.units])
+            units = apply.levels(site, pattern, [site.units], runtime)
             shapes = [
                 block_layouts.shape_of(matmul.rows, *matmul.features(most), pattern)
                 for most in units

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from compress import artifacts
 from compress.errors import CompressError
 from compress.export import huggingface
-from compress.export.place import Place
+from compress.export.backends.backend import Backend
 from compress.ir import Option, Width
 from compress.measure.timing import FINAL_BLOCKS, Comparison
-from compress.methods import lower, quantized_layers
+from compress.methods import lower, quantized_layers, torch_layers
 from compress.methods.sequential_refit import refit
 from compress.pipeline import (
     block_patterns,
@@ -204,12 +204,12 @@ def choose(ground: SearchSpace, asked: float, rounds: SearchHistory) -> SearchRe
 
 def meter_plan(job: Job, prices: Prices) -> energy_search.Meter | None:
     """A function that builds a plan and gives the energy of one run; None where nothing is metered."""
-    place = job.place
-    if place is None or prices.source != "measured":
+    backend = job.backend
+    if backend is None or prices.source != "measured":
         return None
 
     def act(choices: Mapping[str, Option]) -> float | None:
-        model, file = _trial(job, place, choices)
+        model, file = _trial(job, backend, choices)
         used = energy_budget.metered(job, model, file)
         file.unlink(missing_ok=True)
         return None if used is None else used.energy_mj
@@ -217,25 +217,28 @@ def meter_plan(job: Job, prices: Prices) -> energy_search.Meter | None:
     return act
 
 
-def _trial(job: Job, place: Place, choices: Mapping[str, Option]) -> tuple[nn.Module, Path]:
+def _trial(job: Job, backend: Backend, choices: Mapping[str, Option]) -> tuple[nn.Module, Path]:
     """A plan as a model, and as a file where it is the file that is timed."""
     file = job.folder / "trial.onnx"
     removals = plan_search.load_removals(job, choices)
     model = prune.shrink(job.task.model, job.sites, removals)
-    if place.by_file:
-        export(job, model, file, removals)
-    return model_files.in_forms(job, model, removals), file
+    built = backend.build(
+        model,
+        write=lambda: export(job, model, file, removals),
+        deploy=lambda: torch_layers.formed(model, job.sites, removals),
+    )
+    return built, file
 
 
 def time_plan(job: Job) -> TimePlan:
     """A function that builds a plan and times it against the dense model."""
-    place = job.place
-    assert place is not None, "only what is here is timed"
+    backend = job.backend
+    assert backend is not None, "only what is here is timed"
 
     def act(choices: dict[str, Option]) -> Timing:
-        model, file = _trial(job, place, choices)
+        model, file = _trial(job, backend, choices)
         found = evaluation.timing_of(
-            evaluation.compare(job, place, model, file, blocks=job.recipe.bench.blocks)
+            evaluation.compare(job, backend, model, file, blocks=job.recipe.bench.blocks)
         )
         file.unlink(missing_ok=True)
         job.stages.progress.say(f"measured {found.speedup:.2f}x")
@@ -333,18 +336,18 @@ def _proof_timing(
     long, and that alone counts. So it is, met or missed alike, where its interval holds what was asked and
     no other plan can follow (`last`): a second look at misses alone would favor the verdict MET.
     """
-    if job.place is None:
+    if job.backend is None:
         return None
     blocks = FINAL_BLOCKS * job.recipe.bench.blocks
-    runs = model_files.in_forms(job, model, removals)
-    comparison = evaluation.compare(job, job.place, runs, job.file, blocks=blocks)
+    runs = model_files.deployed(job, model, removals)
+    comparison = evaluation.compare(job, job.backend, runs, job.file, blocks=blocks)
     found = evaluation.timing_of(comparison)
     low, high = found.interval95
     if (found.speedup >= asked and low < SURE * asked) or (last and low < asked <= high):
         job.stages.progress.say(
             f"{found.speedup:.2f}x [{low:.2f}, {high:.2f}] is too uncertain: once more, longer"
         )
-        comparison = evaluation.compare(job, job.place, runs, job.file, blocks=2 * blocks)
+        comparison = evaluation.compare(job, job.backend, runs, job.file, blocks=2 * blocks)
     return comparison
 
 

@@ -59,11 +59,11 @@ class Prices(Document):
 
 def metered(job: Job, model: nn.Module, file: Path) -> Energy | None:
     """Energy of one run on this machine, where it was asked for and a counter exists."""
-    place = job.place
-    if place is None or job.recipe.budget.name not in ASKED:
+    backend = job.backend
+    if backend is None or job.recipe.budget.name not in ASKED:
         return None
-    with job.stages(f"energy {file.stem}"), model_files.opened(job, place, model, file) as runner:
-        return energy.measure_energy(model_files.timed(job, runner), meter=place.meter())
+    with job.stages(f"energy {file.stem}"), model_files.opened(job, backend, model, file) as runner:
+        return energy.measure_energy(model_files.timed(job, runner), meter=backend.meter())
 
 
 def price(job: Job, costs: Costs) -> Prices:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch import nn
 
 from compress import __version__
 from compress.cost import latency_table
-from compress.export import generation, parity
-from compress.export.backends import onnxruntime
-from compress.export.place import Place
+from compress.export import generation
+from compress.export.backends import onnxruntime, parity
+from compress.export.backends.backend import Backend
 from compress.ir import Option
 from compress.measure import timing
 from compress.measure.timing import Comparison
@@ -52,7 +53,7 @@ STEPS = 16  # tokens that are read one by one when a cache is verified
 
 
 def compare(
-    job: Job, place: Place, model: nn.Module, file: Path, *, blocks: int, phase: Phase | None = None
+    job: Job, backend: Backend, model: nn.Module, file: Path, *, blocks: int, phase: Phase | None = None
 ) -> Comparison:
     """The dense model and another one, timed in turn on the job's example, in the phase asked for.
 
@@ -62,8 +63,8 @@ def compare(
     wanted = job.recipe.bench
     named = f"time {file.stem}" if phase is None else f"time {phase}"
     with (
-        model_files.opened(base, place, base.task.model, base.folder / "dense.onnx") as dense,
-        model_files.opened(job, place, model, file) as quick,
+        model_files.opened(base, backend, base.task.model, base.folder / "dense.onnx") as dense,
+        model_files.opened(job, backend, model, file) as quick,
         job.stages(named) as tick,
     ):
         return timing.compare(
@@ -125,15 +126,13 @@ def check_parity(job: Job, model: nn.Module, file: Path) -> Parity:
 
 def _agreement(job: Job, expected: nn.Module, model: nn.Module, file: Path) -> list[str]:
     """How far what was timed is from what is expected, where it is not the file that was timed."""
-    if job.place is None or not job.place.on_gpu:
+    if job.backend is None:
         return []
     examples = parity.padded_examples(job.task.example, job.recipe.shapes.tokens)
-    with model_files.opened(job, job.place, model, file) as runner:
-        layers = [
-            module for module in expected.modules() if isinstance(module, quantized_layers.QuantizedLinear)
-        ]
-        rounding = max((TOLERANCES[layer.precision.partition("-")[0]] for layer in layers), default=0.0)
-        return job.place.agreement(expected, runner, job.task.logits, examples, rounding=rounding)
+    layers = [module for module in expected.modules() if isinstance(module, quantized_layers.QuantizedLinear)]
+    rounding = max((TOLERANCES[layer.precision.partition("-")[0]] for layer in layers), default=0.0)
+    opened = partial(model_files.opened, job, job.backend, model, file)
+    return job.backend.agreement(expected, opened, job.task.logits, examples, rounding=rounding)
 
 
 def _rounded(model: nn.Module) -> bool:
@@ -143,14 +142,14 @@ def _rounded(model: nn.Module) -> bool:
 
 def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None) -> Phases | None:
     """Both phases of a decoder; the one that was not asked for is timed here, for a turn of the loop."""
-    place = job.place
-    if not job.decodes or comparison is None or place is None:
+    backend = job.backend
+    if not job.decodes or comparison is None or backend is None:
         return None
     asked = job.recipe.shapes.phase
     other: Phase = "prefill" if asked == "decode" else "decode"
     taken = {
         asked: comparison,
-        other: compare(job, place, model, file, blocks=job.recipe.bench.blocks, phase=other),
+        other: compare(job, backend, model, file, blocks=job.recipe.bench.blocks, phase=other),
     }
 
     def times(side: str) -> PhaseTimes:
@@ -300,7 +299,7 @@ def assemble(
     shrunk, shipped = files_of["compressed"]
     emulated = quantized_layers.emulated(shrunk, job.sites, removals)
     agreement = check_parity(job, emulated, shipped)
-    shaped = model_files.in_forms(job, shrunk, removals)
+    shaped = model_files.deployed(job, shrunk, removals)
     notes = notes + _agreement(job, emulated, shaped, shipped)
     before, after = judged(job, files_of["dense"][1]), judged(job, shipped)
     dense = figures(job, *files_of["dense"], comparison, "dense", before.score)
@@ -377,7 +376,7 @@ def assemble(
             )
         ),
         environment=timing.environment()
-        | ({} if job.place is None else job.place.environment())
+        | ({} if job.backend is None else job.backend.environment())
         | {"compress": __version__},
         protocol={} if comparison is None else comparison.protocol.model_dump(),
         inputs={
@@ -392,15 +391,16 @@ def assemble(
 def _target(job: Job) -> Target:
     example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
     shape = next(iter(example.values())).shape
-    place = job.place
+    backend = job.backend
     names = ("batch", "tokens") if len(shape) == 2 else ("batch", "channels", "height", "width")
+    facts = {} if backend is None else backend.facts()
     return Target(
         name=job.profile.name,
-        runtime=job.profile.runtime if place is None else place.runtime,
-        runtime_version=None if place is None else str(place.facts()["version"]),
-        provider=None if place is None else str(place.facts()["provider"]),
-        threads=place.threads if place is not None and place.by_file else None,
-        precision=job.profile.baseline_precision if place is None else place.precision,
+        runtime=job.profile.runtime if backend is None else backend.runtime,
+        runtime_version=None if backend is None else str(facts["version"]),
+        provider=None if backend is None else str(facts["provider"]),
+        threads=backend.threads if backend is not None and "threads" in facts else None,
+        precision=job.profile.baseline_precision if backend is None else backend.precision,
         shapes=dict(zip(names, shape, strict=False)),
         phase=job.recipe.shapes.phase if job.decodes else None,
     )

@@ -13,7 +13,6 @@ from compress.methods import apply
 from compress.pipeline import attribution, evaluation, model_files, plan_search
 from compress.pipeline.job import Job
 from compress.pipeline.pricing import MAX_COST_SHARE, Costs
-from compress.profiles import Profile
 from compress.search import closed_loop
 from compress.search.closed_loop import CandidateTable, Timing
 from compress.sites import prune
@@ -32,31 +31,17 @@ def check_moves(job: Job) -> None:
         CompressError: there is nothing to choose from.
     """
     moves, name = job.recipe.options.moves, job.profile.name
-    in_torch = job.place is not None and not job.place.by_file
     idle = [
         move
         for move in moves
-        if move not in BY_UNITS
-        and not any(apply.of(site, (move,), job.profile, in_torch=in_torch) for site in job.sites)
+        if move not in BY_UNITS and not any(apply.of(site, (move,), job.runtime) for site in job.sites)
     ]
-    lines = [f"{move} is not possible on {name}: {_why(move, job.profile, in_torch)}" for move in idle]
+    lines = [f"{move} is not possible on {name}: {job.runtime.explain_refusal(move)}" for move in idle]
     if idle and len(idle) == len(moves):
         told = "".join(f"\n  {line}." for line in lines)
         raise CompressError(f"--moves {','.join(moves)} leaves nothing to choose from:{told}\n  {INSTEAD}")
     for line in lines:
         job.stages.progress.say(f"{line}; the other moves are used")
-
-
-def _why(move: str, profile: Profile, in_torch: bool) -> str:
-    """Why no site can take a move on a device."""
-    if profile.measured_here:
-        return "a processor has no product of it" if move == "fp8" else "no matrix of this model fits it"
-    if in_torch and move in ("int8-static", "int4"):
-        return "torch has no product of it there"
-    if not in_torch and move in ("int8", "int8-static", "int4"):
-        return "what integers gain there is not known before they are timed there"
-    known = ", ".join([*(pattern for pattern in profile.patterns if pattern != "dense"), *profile.precisions])
-    return f"its profile knows {known}"
 
 
 def check(job: Job, costs: Costs, asked: float) -> None:
@@ -80,10 +65,10 @@ def check(job: Job, costs: Costs, asked: float) -> None:
     if asked == 0.0:
         return
     predicted = costs.dense_ms / menus.latency_ms(menus.cheapest())
-    if asked <= NEAR * predicted or (job.place is None and asked <= predicted):
+    if asked <= NEAR * predicted or (job.backend is None and asked <= predicted):
         return
     timing = None if asked > FAR * predicted else _fastest(job, menus)
-    if timing is None and asked <= FAR * predicted and job.place is not None:
+    if timing is None and asked <= FAR * predicted and job.backend is not None:
         return  # only the loop can tell
     if timing is None or timing.interval95[1] < asked:
         raise closed_loop.unreachable(menus, asked, costs.dense_ms, timing)
@@ -122,9 +107,9 @@ def _fastest(job: Job, menus: CandidateTable) -> Timing | None:
 
     None where nothing is timed here, or where the plan runs in forms, which need their weights.
     """
-    place = job.place
+    backend = job.backend
     chosen = menus.named(menus.cheapest())
-    if place is None or any(option.form != "dense" and option.units != 0 for option in chosen.values()):
+    if backend is None or any(option.form != "dense" and option.units != 0 for option in chosen.values()):
         return None
     removals = {
         site.name: Removal(kept=torch.arange(_kept(chosen[site.name], site.units)))
@@ -133,10 +118,15 @@ def _fastest(job: Job, menus: CandidateTable) -> Timing | None:
     }
     model = prune.shrink(job.task.model, job.sites, removals)
     file = job.folder / "fastest.onnx"
-    if place.by_file:
+
+    def write() -> None:
         with job.stages("export fastest"):
             model_files.write(job, model, file)
-    found = evaluation.timing_of(evaluation.compare(job, place, model, file, blocks=job.recipe.bench.blocks))
+
+    model = backend.build(model, write=write)
+    found = evaluation.timing_of(
+        evaluation.compare(job, backend, model, file, blocks=job.recipe.bench.blocks)
+    )
     file.unlink(missing_ok=True)
     return found
 

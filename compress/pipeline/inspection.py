@@ -12,8 +12,8 @@ from compress import demo, profiles
 from compress.errors import CompressError
 from compress.export import generation
 from compress.export.backends import onnxruntime, torch_cuda
+from compress.export.backends.select import backend_for, target_here
 from compress.export.onnx.kv_cache import PAST, POSITIONS
-from compress.export.place import place_of
 from compress.ir import Option, Site
 from compress.measure import timing
 from compress.methods import hidden_width
@@ -269,11 +269,11 @@ def measure_target(
     Raises:
         CompressError: the target is another device than this one.
     """
-    name = target or (found.name if (found := torch_cuda.target_at_hand()) else "cpu")
+    name = target or target_here().name
     asked = {"target": name, "budget": {"speedup": 2.0}, "model": model}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.model_validate(asked | {"shapes": shapes or Shapes(), "out": f"{folder}/out"})
-        if place_of(profiles.load(name), recipe.bench.threads) is None:
+        if backend_for(profiles.load(name), recipe.bench.threads) is None:
             gpu = torch_cuda.gpu()
             raise CompressError(
                 f"--target {name} cannot be measured here: this machine has "
@@ -281,7 +281,7 @@ def measure_target(
                 "  Leave out --target to measure what is here, or run this on that device"
             )
         job = prepare(recipe, progress)
-        assert job.place is not None, "it was there a moment ago"
+        assert job.backend is not None, "it was there a moment ago"
         offered = block_patterns.find_patterns(job)
-        table = latency_table_of(job, job.place, wanted_levels(job, offered), offered)
+        table = latency_table_of(job, job.backend, wanted_levels(job, offered), offered)
     return {"target": name, **table.model_dump(mode="json", exclude={"schema_version"})}

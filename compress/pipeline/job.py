@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from compress import artifacts, profiles
 from compress.distributed import collectives
 from compress.errors import CompressError
-from compress.export.backends.onnxruntime import Array
+from compress.export.backends.backend import Array, Backend, Capabilities
+from compress.export.backends.onnx_file import OnnxFile
+from compress.export.backends.select import backend_for
 from compress.export.onnx import decoder
-from compress.export.place import Place, place_of
 from compress.ir import Site
 from compress.progress import Progress, Tick
 from compress.recipe import Recipe, to_toml
@@ -92,14 +93,19 @@ class Job:
         return self if before is None else before.baseline
 
     @cached_property
-    def place(self) -> Place | None:
-        """Where on this machine time is measured, None when the target is another device."""
-        found = place_of(self.profile, self.recipe.bench.threads)
+    def backend(self) -> Backend | None:
+        """What runs and times models on this machine; None where the target is another device."""
+        found = backend_for(self.profile, self.recipe.bench.threads)
         if found is None:
             return None
         steps = self.recipe.shapes.phase == "decode"
         task = self.task
-        return found.suited(task.model, task.logits, task.output_name, self.prompt, steps=steps)
+        return found.adapted(task.model, task.logits, task.output_name, self.prompt, steps=steps)
+
+    @property
+    def runtime(self) -> Capabilities:
+        """What the target's runtime executes, be it here or not."""
+        return self.backend or OnnxFile(self.profile)
 
     @property
     def prompt(self) -> dict[str, Array]:
@@ -110,7 +116,7 @@ class Job:
     @property
     def here(self) -> bool:
         """Whether the target is this machine or its GPU, so that time is measured and not looked up."""
-        return self.place is not None
+        return self.backend is not None
 
     @property
     def file(self) -> Path:

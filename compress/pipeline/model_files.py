@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from compress.export import generation
+from compress.export.backends.backend import Backend, OpenRunner
 from compress.export.backends.onnxruntime import OrtRunner
-from compress.export.backends.torch_cuda import CudaRunner
 from compress.export.onnx import decoder, writer
 from compress.export.onnx.writer import Exported, Lower
-from compress.export.place import Place, Timed
 from compress.measure import timing
 from compress.methods import torch_layers
 from compress.pipeline.job import Job
@@ -44,22 +43,20 @@ def inputs(job: Job, runner: OrtRunner, phase: Phase | None = None) -> dict[str,
     return generation.inputs_of(runner, prompt, phase or job.recipe.shapes.phase) if job.decodes else prompt
 
 
-def opened(job: Job, place: Place, model: nn.Module, file: Path) -> Timed:
-    """The model as it is timed at a place: its file, or the module itself on a GPU."""
-    return place.runner(model, file, job.task.logits, job.task.output_name, torch_layers.settle)
+def opened(job: Job, backend: Backend, model: nn.Module, file: Path) -> OpenRunner:
+    """A model, built by the job's backend, as it is timed."""
+    return backend.open(model, file, job.task.logits, job.task.output_name, torch_layers.settle)
 
 
-def in_forms(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> nn.Module:
-    """A shrunk model as it is opened where torch runs it: its products say their forms; a file has them."""
-    if job.place is None or job.place.by_file:
+def deployed(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> nn.Module:
+    """A shrunk model, whose file is written, as the job's backend opens it."""
+    if job.backend is None:
         return model
-    return torch_layers.formed(model, job.sites, removals)
+    return job.backend.build(model, deploy=lambda: torch_layers.formed(model, job.sites, removals))
 
 
-def timed(job: Job, runner: Timed, phase: Phase | None = None) -> timing.Runner:
-    """One run of a model, ready to be measured."""
-    if isinstance(runner, OrtRunner):
-        return runner.timed(inputs(job, runner, phase))
-    if isinstance(runner, CudaRunner) and (phase or job.recipe.shapes.phase) == "decode":
-        return runner.timed_step(job.prompt)
+def timed(job: Job, runner: OpenRunner, phase: Phase | None = None) -> timing.Runner:
+    """One run of a model, ready to be timed; of a decoder one phase, which the recipe names unless given."""
+    if job.decodes:
+        return runner.timed_phase(job.prompt, phase or job.recipe.shapes.phase)
     return runner.timed(job.prompt)

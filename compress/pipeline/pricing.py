@@ -12,8 +12,8 @@ from compress import artifacts, profiles
 from compress.cost import latency_table, roofline
 from compress.cost.latency_table import Rows, Table
 from compress.export.backends import onnxruntime, torch_cuda
+from compress.export.backends.backend import Backend
 from compress.export.microbench import site_timing
-from compress.export.place import Place
 from compress.ir import Document, Option, Site, Source, Whole
 from compress.measure import timing
 from compress.methods import apply
@@ -71,15 +71,17 @@ def price(job: Job) -> Costs:
     export_dense(job)
     found = block_patterns.find_patterns(job)
     levels = wanted_levels(job, found)
-    place = job.place
-    machine = job.profile.name if place is None else place.fingerprint
+    backend = job.backend
+    machine = job.profile.name if backend is None else backend.fingerprint
     sized = job.recipe.budget.name == SIZE_BUDGET
     made_from = artifacts.digest(job.model_key, machine, job.recipe.bench.threads, levels, sized, found)
     return artifacts.saved(
         job.folder / "costs.json",
         Costs,
         made_from,
-        lambda: _estimate_costs(job, levels) if place is None else _measure_costs(job, place, levels, found),
+        lambda: (
+            _estimate_costs(job, levels) if backend is None else _measure_costs(job, backend, levels, found)
+        ),
     )
 
 
@@ -124,14 +126,13 @@ def _site_levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[st
     if "structure" not in options.moves:
         levels = levels[:1]
     wanted = {"dense": levels}
-    in_torch = job.place is not None and not job.place.by_file
-    for form in apply.of(site, options.moves, job.profile, offered, in_torch=in_torch):
-        wanted[form] = apply.levels(site, form, levels, in_torch=in_torch)
+    for form in apply.of(site, options.moves, job.runtime, offered):
+        wanted[form] = apply.levels(site, form, levels, job.runtime)
     return wanted
 
 
 def latency_table_of(
-    job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns
+    job: Job, backend: Backend, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns
 ) -> Table:
     """This machine's table; widths between the timed ones are interpolated."""
     sites = {site.shape: site for site in job.sites}
@@ -145,20 +146,20 @@ def latency_table_of(
 
     def measure(missing: dict[str, list[int]]) -> Rows:
         with job.stages("time sites") as tick:
-            rig = place.rig(found.written)
+            rig = backend.rig(found.written)
             return site_timing.measure(
-                list(sites.values()), missing, threads=place.threads, progress=tick, rig=rig
+                list(sites.values()), missing, threads=backend.threads, progress=tick, rig=rig
             )
 
-    return latency_table.measure_missing(place.empty_table(), wanted, measure)
+    return latency_table.measure_missing(backend.empty_table(), wanted, measure)
 
 
 def _measure_costs(
-    job: Job, place: Place, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns
+    job: Job, backend: Backend, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns
 ) -> Costs:
     """Times on this machine: a table of sites, brought to the level of whole models."""
-    timing.check_threads(place.threads)
-    table = latency_table_of(job, place, levels, found)
+    timing.check_threads(backend.threads)
+    table = latency_table_of(job, backend, levels, found)
     alone = {
         site.name: {
             form: {
@@ -167,8 +168,8 @@ def _measure_costs(
                     Option.of(form, units),
                     profile=job.profile,
                     table=table,
-                    precision=place.precision,
-                    threads=place.threads,
+                    precision=backend.precision,
+                    threads=backend.threads,
                 ).latency_ms
                 for units in row
             }
@@ -177,7 +178,7 @@ def _measure_costs(
         }
         for site in job.sites
     }
-    factor, whole = whole_model.measure(job, place, {name: rows["dense"] for name, rows in alone.items()})
+    factor, whole = whole_model.measure(job, backend, {name: rows["dense"] for name, rows in alone.items()})
     wanted = {form for row in levels.values() for form, units in row.items() if units}
     timed = {form for row in alone.values() for form in row}
     costs = _select_costs(job, alone, factor, whole, "measured")

@@ -7,10 +7,11 @@ taken from whole models with every site at the same share of its units.
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 
-from compress.export.place import Place
+from compress.export.backends.backend import Backend
 from compress.ir import Whole
 from compress.measure import timing
 from compress.pipeline import model_files
@@ -41,7 +42,7 @@ def fit(whole_ms: Sequence[float], alone_ms: Sequence[float]) -> tuple[float, Wh
     return factor, Whole(inside_ms=tuple(factor * ms for ms in alone_ms), whole_ms=tuple(whole_ms))
 
 
-def measure(job: Job, place: Place, prices: Prices) -> tuple[float, Whole]:
+def measure(job: Job, backend: Backend, prices: Prices) -> tuple[float, Whole]:
     """Time the dense model and smaller ones here, and fit their sums of `prices[site][units]`.
 
     The dense model of a narrow job is wider, and no price is about it: it counts as this job's uncut model
@@ -52,7 +53,7 @@ def measure(job: Job, place: Place, prices: Prices) -> tuple[float, Whole]:
         size = {site.name: _nearest(prices[site.name], share * site.units) for site in job.sites}
         if not sizes or _sum_ms(prices, size) < _sum_ms(prices, sizes[-1]):
             sizes.append(size)
-    whole_ms = _time_models(job, place, sizes)
+    whole_ms = _time_models(job, backend, sizes)
     alone_ms = [_sum_ms(prices, size) for size in sizes]
     if job.narrowed is not None:
         alone_ms = [alone_ms[0] * max(1.0, whole_ms[0] / whole_ms[1]), *alone_ms]
@@ -71,7 +72,7 @@ def _sum_ms(prices: Prices, size: Mapping[str, int]) -> float:
     return sum(prices[name][units] for name, units in size.items())
 
 
-def _time_models(job: Job, place: Place, sizes: Sequence[Mapping[str, int]]) -> list[float]:
+def _time_models(job: Job, backend: Backend, sizes: Sequence[Mapping[str, int]]) -> list[float]:
     """Milliseconds of the dense model, whose file is there, and of this job's at every size.
 
     The first size leaves everything in place, which is the dense model itself unless the job is narrow.
@@ -86,16 +87,16 @@ def _time_models(job: Job, place: Place, sizes: Sequence[Mapping[str, int]]) -> 
                 for site in job.sites
                 if size[site.name] < site.units
             }
-            models.append(prune.shrink(job.task.model, job.sites, removals))
-            written.append(job.folder / f"size{number}.onnx")
-            if place.by_file:
-                model_files.write(job, models[-1], written[-1])
+            model = prune.shrink(job.task.model, job.sites, removals)
+            file = job.folder / f"size{number}.onnx"
+            models.append(backend.build(model, write=partial(model_files.write, job, model, file)))
+            written.append(file)
             tick(number, len(sizes) - 1)
     with ExitStack() as stack:
         calls = {}
         for number, (model, file) in enumerate(zip(models, written, strict=True)):
             calls[str(number)] = model_files.timed(
-                job, stack.enter_context(model_files.opened(job, place, model, file))
+                job, stack.enter_context(model_files.opened(job, backend, model, file))
             )
         tick = stack.enter_context(job.stages("time sizes"))
         found = timing.compare(

@@ -8,20 +8,19 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import onnxruntime
 import torch
-from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.export.backends.backend import Array
 from compress.export.onnx import kv_cache
 
-Array = NDArray[Any]
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 CHUNK_BYTES = 2**20
@@ -44,13 +43,6 @@ BROKEN = (
     state.NotImplemented,
     state.RuntimeException,
 )
-
-
-class Runner(Protocol):
-    """What the proof compares."""
-
-    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name."""
 
 
 class OrtRunner:
@@ -134,6 +126,10 @@ class OrtRunner:
         except (*BROKEN, RuntimeError) as error:  # bound runs raise the plain one
             raise self._refusal(feed, error) from error
         return call
+
+    def timed_phase(self, prompt: Mapping[str, Array], phase: str) -> Callable[[], object]:
+        """One phase of a decoder file: "prefill" of the prompt, or "decode" of one token after it."""
+        return self.timed(kv_cache.phase_inputs(prompt, phase, self.inputs(), self.outputs()))
 
     def facts(self) -> dict[str, str | int]:
         """Runtime, version, provider and threading, for the report."""
@@ -256,9 +252,6 @@ def _own(session: onnxruntime.InferenceSession, provider: str) -> None:
             f"onnxruntime {onnxruntime.__version__} names {provider} but could not start it, and would run "
             f"on {', '.join(found)}: libraries of CUDA or cuDNN of its versions are missing"
         )
-
-
-RUNNERS = {"onnxruntime": OrtRunner, "torch": TorchRunner}
 
 
 def facts() -> dict[str, str | int]:

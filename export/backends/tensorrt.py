@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.export.backends.onnxruntime import Array, sha256
+from compress.export.backends.backend import Array
+from compress.export.backends.onnxruntime import sha256
 from compress.export.backends.tensorrt_engine import (
     EngineOptions,
     Machine,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compress import profiles
 from compress.errors import CompressError
-from compress.export.backends.onnxruntime import Array
+from compress.export.backends.backend import Array, Change
 from compress.export.onnx import decoder
 from compress.ir import Document
 from compress.measure.verify_on_device import Nvml
@@ -29,7 +29,6 @@ RUNTIME = "torch-cuda"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MODEL = Path("/proc/device-tree/model")
 WARM_UP = 3
-Change = Callable[[nn.Module], nn.Module]
 
 
 class Gpu(Document):
@@ -148,6 +147,10 @@ class CudaRunner:
         """
         step = decoder.stepper(self._open(), self._feed(prompt))
         return self._waiting(captured(step) if self.graphs else step)
+
+    def timed_phase(self, prompt: Mapping[str, Array], phase: str) -> Callable[[], object]:
+        """One phase of a decoder: "prefill" of the prompt, or "decode" of one token after it."""
+        return self.timed_step(prompt) if phase == "decode" else self.timed(prompt)
 
     def device_ms(self, inputs: Mapping[str, Array], runs: int) -> NDArray[np.float64]:
         """Milliseconds of `runs` single inferences between events on the device."""

@@ -25,7 +25,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from compress import profiles
 from compress.errors import CompressError
-from compress.export.backends.onnxruntime import CPU, Array, OrtRunner
+from compress.export.backends.backend import Array
+from compress.export.backends.onnxruntime import CPU, OrtRunner
 from compress.export.edge import bundle
 from compress.export.onnx.writer import ONE_FILE_BYTES, save
 from compress.export.output_dir import Finished, parts

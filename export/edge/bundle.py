@@ -19,7 +19,8 @@ from compress import __version__, profiles
 from compress.errors import CompressError
 from compress.export import ort_format
 from compress.export.backends import onnxruntime
-from compress.export.backends.onnxruntime import Array, OrtRunner
+from compress.export.backends.backend import Array
+from compress.export.backends.onnxruntime import OrtRunner
 from compress.export.edge import stable_inputs
 from compress.export.edge.bundle_schema import Bundle, BundledModel, Device, Pair, identity
 from compress.export.onnx import kv_cache

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from compress.export.backends.onnxruntime import Array, OrtRunner
+from compress.export.backends.backend import Array
+from compress.export.backends.onnxruntime import OrtRunner
 from compress.export.onnx import kv_cache
 from compress.export.onnx.writer import save
 

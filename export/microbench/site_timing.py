@@ -10,21 +10,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.core.fakequant import PRECISIONS
-from compress.cost.latency_table import FORM_SEPARATOR, Rows, Table, grid, measure_missing
+from compress.cost.latency_table import FORM_SEPARATOR, Rows
 from compress.errors import CompressError
-from compress.export.backends import onnxruntime
-from compress.export.microbench.onnx_chain import SiteLayouts, default_layouts
-from compress.export.microbench.onnx_chain import chain as chain
-from compress.export.onnx import quantized
-from compress.ir import Option, Site
+from compress.ir import Site
 from compress.measure import timing
-from compress.sites.kinds import kind_of
 
 COPIES = 4
 COPIES_MB = 96  # weights of one graph
@@ -39,7 +32,7 @@ Tick = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ChainRuntime:
-    """How chains are run, where it is not onnxruntime on this processor.
+    """How a backend runs chains.
 
     Attributes:
         make: a call that runs the chain of a site at some units, with so many copies, in a form, once.
@@ -52,39 +45,6 @@ class ChainRuntime:
     clock: timing.Clock = time.perf_counter
     least_mb: float = 0.0
     group_mb: float = 0.0
-
-
-def open_session(file: bytes, site: Site, threads: int, provider: str = onnxruntime.CPU) -> timing.Runner:
-    """A call that runs the file once at the site's own shape, and waits for it.
-
-    Raises:
-        CompressError: the rows of the site's products are not its batch times its tokens.
-    """
-    import onnxruntime as ort
-
-    rows, batch, tokens = site.matmuls[0].rows, site.batch, site.tokens
-    if kind_of(site).attends and rows != batch * tokens:
-        raise CompressError(f"{site.name}: {rows} rows are not batch {batch} x {tokens} tokens; not timed")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    loaded = ort.InferenceSession(file, options, providers=[provider])
-    hidden = next(m.inner for m in site.matmuls if m.out_per_unit)
-    random = np.random.default_rng(0)
-    feeds = {"x": random.standard_normal((rows, hidden)).astype(np.float32)}
-    for value in loaded.get_inputs()[1:]:
-        if value.name == "mask":
-            feeds["mask"] = np.zeros((batch, 1, tokens, site.past + tokens), dtype=np.float32)
-            if site.causal:
-                later = np.triu(np.full((tokens, tokens), -1e9, dtype=np.float32), 1)
-                feeds["mask"][..., site.past :] += later
-        else:
-            held = (batch, value.shape[1], site.past, site.head_dim)
-            feeds[value.name] = random.standard_normal(held).astype(np.float32)
-    if provider != onnxruntime.CPU:
-        return onnxruntime.bound(loaded, feeds, provider)
-    return lambda: loaded.run(None, feeds)
 
 
 def weights_mb(site: Site, units: int) -> float:
@@ -107,9 +67,8 @@ def measure(
     threads: int = 1,
     progress: Tick | None = None,
     *,
+    rig: ChainRuntime,
     seconds: float = SHAPE_SECONDS,
-    clock: timing.Clock | None = None,
-    rig: ChainRuntime | None = None,
 ) -> Rows:
     """Milliseconds that a site adds to the model, by shape and units.
 
@@ -118,14 +77,12 @@ def measure(
     Args:
         sites: one of every shape is timed.
         levels: units to time by row (`latency_table.row_key`); the dense width is always timed.
-        threads: of onnxruntime.
+        threads: of the runtime.
         progress: called with cycles done and cycles in all, of all rows.
+        rig: how chains are run (`Backend.rig`).
         seconds: about how long one row may take.
-        clock: seconds; the thread's processor time or the wall clock when None.
-        rig: how chains are run; by onnxruntime on this processor unless given.
     """
     timing.check_threads(threads)
-    rig = rig or cpu_runtime(threads, clock)
     shapes = {site.shape: site for site in sites}
     wanted = {
         key: units for key, units in levels.items() if units and key.partition(FORM_SEPARATOR)[0] in shapes
@@ -143,25 +100,6 @@ def measure(
         except CompressError:
             continue
     return rows
-
-
-def cpu_runtime(
-    threads: int, clock: timing.Clock | None = None, written: SiteLayouts = default_layouts
-) -> ChainRuntime:
-    """ONNX chains in onnxruntime on this processor, blocks in the layouts that `written` chooses."""
-    make = onnxruntime_chains(threads, onnxruntime.CPU, written)
-    return ChainRuntime(make, clock or clock_for(threads), group_mb=GROUP_MB)
-
-
-def onnxruntime_chains(
-    threads: int, provider: str, written: SiteLayouts = default_layouts
-) -> Callable[[Site, int, int, str], timing.Runner]:
-    """What makes a call of an ONNX chain with its products in a form."""
-
-    def make(site: Site, units: int, copies: int, form: str) -> timing.Runner:
-        return open_session(_formed(site, units, copies, form, written), site, threads, provider)
-
-    return make
 
 
 def measure_site(
@@ -203,16 +141,6 @@ def measure_site(
     site_ms = (1 - float(np.median(around))) * float(np.median(dense_ms)) / copies
     # Noise can make a tiny site look free or better than free; it never is.
     return {units: max(ratios[units], 1e-4) * site_ms for units in wanted}
-
-
-def _formed(site: Site, units: int, copies: int, form: str, written: SiteLayouts) -> bytes:
-    """A chain whose products run in a form; zeros that onnxruntime multiplies like any number need none."""
-    option = Option.of(form, units)
-    if form in ("dense", "2:4"):
-        return chain(site, units, copies)
-    if option.precision == "fp32":
-        return chain(site, units, copies, pattern=option.pattern, rank=option.rank, choose=written(site))
-    return quantized.lower_chain(chain(site, units, copies), PRECISIONS[option.precision])
 
 
 def _groups(site: Site, levels: Sequence[int], copies: int, group_mb: float) -> list[list[int]]:
@@ -272,22 +200,3 @@ def _copies(site: Site, least_mb: float) -> int:
     """Copies in one chain: fewer where weights are large, more where caches would hold them all."""
     size = max(weights_mb(site, site.units), 1e-9)
     return int(max(1, min(COPIES, COPIES_MB // size), min(MOST_COPIES, math.ceil(least_mb / size))))
-
-
-def empty_table(threads: int) -> Table:
-    """A table of this machine and runtime without any rows."""
-    return Table(
-        fingerprint=timing.fingerprint(),
-        runtime="onnxruntime",
-        versions={"onnxruntime": timing.version("onnxruntime") or "unknown"},
-        threads=threads,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
-
-def table(sites: Sequence[Site], *, align: int, threads: int = 1, progress: Tick | None = None) -> Table:
-    """The measured table of this machine for these sites; what is cached is not timed again."""
-    wanted = {site.shape: sample_levels(grid(site, align)) for site in sites}
-    return measure_missing(
-        empty_table(threads), wanted, lambda missing: measure(sites, missing, threads, progress)
-    )

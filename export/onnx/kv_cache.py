@@ -78,3 +78,13 @@ def step(ids: Array, past: int, names: Mapping[str, object], outputs: Sizes) -> 
     for name, (heads, width) in widths(names, outputs).items():
         known[name] = random.standard_normal((len(ids), heads, past, width)).astype(np.float32)
     return complete(known, names, outputs)
+
+
+def phase_inputs(
+    prompt: Mapping[str, Array], phase: str, names: Mapping[str, object], outputs: Sizes
+) -> dict[str, Array]:
+    """What one run of a phase takes: the prompt in "prefill", one token after its length in "decode"."""
+    if phase == "prefill":
+        return complete(prompt, names, outputs)
+    ids = prompt[IDS]
+    return step(np.ascontiguousarray(ids[:, -1:]), ids.shape[1], names, outputs)

@@ -8,6 +8,7 @@ from compress.calibration import activation_statistics
 from compress.core.fakequant import GRIDS
 from compress.errors import CompressError
 from compress.export.backends import onnxruntime
+from compress.export.backends.onnx_file import OnnxFile, OnnxRuntimeCpu
 from compress.export.onnx import writer
 from compress.ir import Option
 from compress.methods import apply, candidate_store, quantized_layers
@@ -17,7 +18,8 @@ from compress.sites import prune
 
 HALF = "block:4x4@0.5"
 INTEGERS = ("int8-dynamic", "int8-static", "int4")
-HERE = profiles.load("cpu")
+HERE = OnnxRuntimeCpu(profiles.load("cpu"), 1)
+A100 = OnnxFile(profiles.load("a100"))
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +47,21 @@ def treated(statistics, index, form):
 def test_structure_offers_no_form_and_a_device_none_that_it_cannot_run():
     _, sites = padded()
     assert apply.of(sites[0], ["structure"], HERE) == ()
-    assert set(apply.of(sites[0], ["structure", "block"], HERE)) == set(apply.BLOCKS)
-    assert apply.of(sites[0], ["block", "int8"], profiles.load("a100")) == ()
-    assert apply.of(sites[0], ["2:4"], profiles.load("a100")) == ("2:4",)
+    assert set(apply.of(sites[0], ["structure", "block"], HERE)) == set(HERE.block_patterns)
+    assert apply.of(sites[0], ["block", "int8"], A100) == ()
+    assert apply.of(sites[0], ["2:4"], A100) == ("2:4",)
     assert apply.of(sites[0], ["int8", "int8-static", "int4"], HERE) == INTEGERS
-    assert apply.of(sites[0], ["int8-static", "int4"], profiles.load("a100")) == ()
+    assert apply.of(sites[0], ["int8-static", "int4"], A100) == ()
 
 
 def test_levels_lie_where_blocks_fit_near_what_structure_offers():
     _, sites = padded()
     ffn = next(site for site in sites if site.kind == "ffn")
-    found = apply.levels(ffn, HALF, [ffn.units, ffn.units - 3, 5, 1, 0])
+    found = apply.levels(ffn, HALF, [ffn.units, ffn.units - 3, 5, 1, 0], HERE)
     assert found == sorted(set(found), reverse=True)
     assert all(units > 0 and units % 4 == 0 for units in found)
-    assert apply.levels(ffn, "block:1000x1000@0.5", [ffn.units]) == []
-    assert len(apply.levels(ffn, "block:1x1@0.5", range(ffn.units, 0, -1))) == apply.LEVELS
+    assert apply.levels(ffn, "block:1000x1000@0.5", [ffn.units], HERE) == []
+    assert len(apply.levels(ffn, "block:1x1@0.5", range(ffn.units, 0, -1), HERE)) == apply.LEVELS
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -115,7 +117,7 @@ def test_integers_stand_for_the_weights_that_are_judged(statistics):
 def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form, layout):
     """One path for all: candidates, the shrunk model (integers emulated), the rewritten file."""
     task, sites = padded()
-    half = {site.name: (apply.levels(site, form, [site.units // 2]) or [None])[0] for site in sites}
+    half = {site.name: (apply.levels(site, form, [site.units // 2], HERE) or [None])[0] for site in sites}
     options = {name: [Option.of(form, units)] for name, units in half.items()}
     candidate_store.build(task.model, sites, statistics, options, tmp_path)
     removals = {
@@ -226,7 +228,7 @@ def test_without_statistics_of_the_readers_it_is_refused(tmp_path):
 
 def test_stored_candidates_of_a_form_are_judged_and_shrunk_alike(statistics, tmp_path):
     task, sites = padded()
-    half = {site.name: apply.levels(site, HALF, [site.units // 2])[0] for site in sites}
+    half = {site.name: apply.levels(site, HALF, [site.units // 2], HERE)[0] for site in sites}
     options = {
         name: [Option(units=units), Option.of(HALF, None), Option.of(HALF, units)]
         for name, units in half.items()

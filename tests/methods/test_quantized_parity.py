@@ -16,7 +16,7 @@ from torch import nn
 
 from compress.core import fakequant
 from compress.errors import CompressError
-from compress.export import parity
+from compress.export.backends import parity
 from compress.export.backends.onnxruntime import OrtRunner, TorchRunner
 from compress.export.onnx import quantized
 from compress.export.onnx.probes import watch

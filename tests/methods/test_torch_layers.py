@@ -1,7 +1,5 @@
 """A model whose products run in the forms of a plan in torch answers as the plan was judged to."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +11,9 @@ from compress import profiles
 from compress.calibration import activation_statistics
 from compress.errors import CompressError
 from compress.export.backends import torch_kernels
+from compress.export.backends.onnx_file import OnnxFile, OnnxRuntimeCpu
 from compress.export.backends.torch_cuda import CudaRunner
-from compress.export.place import Place
+from compress.export.backends.torch_module import TorchCuda
 from compress.ir import Option
 from compress.methods import apply, candidate_store, quantized_layers, torch_layers
 from compress.pipeline import compilation, job
@@ -24,6 +23,7 @@ from compress.sites import prune
 from compress.sites.prune import Removal
 
 H100 = profiles.load("h100")
+GPU, CPU = TorchCuda(H100, 1), OnnxRuntimeCpu(profiles.load("cpu"), 1)
 FORMS = ("2:4", "int8-dynamic", "fp8", "block:32x32@0.5", "rank:16")
 KINDS = {
     "2:4": torch_kernels.SparseLinear,
@@ -109,40 +109,43 @@ def test_a_matrix_that_is_no_linear_layer_is_refused(statistics, tmp_path):
 
 def test_forms_offered_in_torch_are_those_that_the_gpu_has():
     _, sites = wide()
-    offered = functools.partial(apply.of, sites[1], in_torch=True)
+
+    def offered(moves, profile):
+        return apply.of(sites[1], moves, TorchCuda(profile, 1))
+
     moves = ["structure", "int8", "fp8", "2:4", "block", "lowrank"]
     assert set(offered(moves, H100)) == {
-        "int8-dynamic", "fp8", "2:4", *apply.GPU_BLOCKS, "rank:16", "rank:8",
+        "int8-dynamic", "fp8", "2:4", *TorchCuda.block_patterns, "rank:16", "rank:8",
     }  # fmt: skip
     assert set(offered(moves, profiles.load("a100"))) == set(offered(moves, H100)) - {"fp8"}
-    assert set(offered(moves, profiles.load("v100"))) == {*apply.GPU_BLOCKS, "rank:16", "rank:8"}
-    assert set(apply.of(sites[1], moves, H100)) == {"fp8", "2:4", "rank:16", "rank:8"}  # in a file
-    assert "fp8" not in apply.of(sites[1], moves, profiles.load("cpu"))
+    assert set(offered(moves, profiles.load("v100"))) == {*TorchCuda.block_patterns, "rank:16", "rank:8"}
+    assert set(apply.of(sites[1], moves, OnnxFile(H100))) == {"fp8", "2:4", "rank:16", "rank:8"}  # in a file
+    assert "fp8" not in apply.of(sites[1], moves, CPU)
     across = sites[1].model_copy(
         update={"slices": tuple(part.model_copy(update={"dim": 1 - part.dim}) for part in sites[1].slices)}
     )
-    assert apply.of(across, moves, H100, in_torch=True) == ()
+    assert apply.of(across, moves, GPU) == ()
 
 
 def test_levels_in_torch_lie_where_its_kernels_fit():
     _, sites = wide()
     ffn = next(site for site in sites if site.kind == "ffn")
-    assert apply.levels(ffn, "2:4", [128, 100, 30, 5], in_torch=True) == [128, 64]
-    assert apply.levels(ffn, "fp8", [128, 100, 30, 5], in_torch=True) == [128, 96, 32, 16]
-    assert apply.levels(ffn, "2:4", [128, 100], in_torch=False) == [128, 104]
+    assert apply.levels(ffn, "2:4", [128, 100, 30, 5], GPU) == [128, 64]
+    assert apply.levels(ffn, "fp8", [128, 100, 30, 5], GPU) == [128, 96, 32, 16]
+    assert apply.levels(ffn, "2:4", [128, 100], CPU) == [128, 104]
     # A quarter of a single block of 64 inputs is none; half of one is rounded to it.
-    assert apply.levels(ffn, "block:64x64@0.25", [128, 64], in_torch=True) == []
-    assert apply.levels(ffn, "block:64x64@0.5", [128, 64], in_torch=True) == [128, 64]
-    assert apply.levels(ffn, "block:64x32@0.25", [128]) == [128]
-    assert apply.levels(ffn, "block:64x64@0.25", [128]) == []
+    assert apply.levels(ffn, "block:64x64@0.25", [128, 64], GPU) == []
+    assert apply.levels(ffn, "block:64x64@0.5", [128, 64], GPU) == [128, 64]
+    assert apply.levels(ffn, "block:64x32@0.25", [128], CPU) == [128]
+    assert apply.levels(ffn, "block:64x64@0.25", [128], CPU) == []
 
 
 def compiled(monkeypatch, folder, moves, speedup, **more):
     """A whole compilation for an H100 whose torch is that of this processor, in time that is counted."""
     monkeypatch.setenv("COMPRESS_CACHE", str(folder / "cache"))
     clockwork.wind(monkeypatch)
-    spot = Place(H100, "torch-cpu", "cpu", 1, graphs=False)
-    monkeypatch.setattr(job, "place_of", lambda profile, threads: spot)
+    backend = TorchCuda(H100, 1, device="cpu", graphs=False)
+    monkeypatch.setattr(job, "backend_for", lambda profile, threads: backend)
     recipe = {
         "model": "classifier:wider",
         "target": "h100",

@@ -15,9 +15,10 @@ from support.graphs import values
 from compress import profiles
 from compress.core import block
 from compress.errors import CompressError
-from compress.export.microbench import block_layouts, site_timing
+from compress.export.backends import block_layouts, ort_chains
+from compress.export.backends.onnx_file import OnnxRuntimeCpu
+from compress.export.backends.torch_module import TorchCuda
 from compress.export.onnx import block_sparse
-from compress.export.place import Place
 from compress.ir import Matmul, Site, Slice
 from compress.methods import apply
 from compress.pipeline import block_patterns, compilation, inspection, pricing
@@ -25,6 +26,7 @@ from compress.pipeline.block_patterns import Patterns, SitePatterns, TimedProduc
 
 pytestmark = pytest.mark.slow
 
+CPU = OnnxRuntimeCpu(profiles.load("cpu"), 1)
 SPEEDS = {"dense": 1.0, "concat": 1.5, "gather": 1.6, "batched": 1.7, "conv": 1.8}
 
 
@@ -35,7 +37,7 @@ def site(units=3072, hidden=768, rows=32):
     return Site(name="ffn", kind="ffn", units=units, slices=slices, matmuls=(up, down), writer="down")
 
 
-def job(folder, *own, moves=("block",), place=None):
+def job(folder, *own, moves=("block",), backend=None):
     @contextlib.contextmanager
     def stages(name):
         yield lambda done, work: None
@@ -44,7 +46,7 @@ def job(folder, *own, moves=("block",), place=None):
         sites=own, folder=folder, stages=stages,
         recipe=SimpleNamespace(options=SimpleNamespace(moves=moves)),
         profile=profiles.load("cpu"),
-        place=place or Place(profiles.load("cpu"), "onnxruntime", "cpu", 1),
+        backend=backend or OnnxRuntimeCpu(profiles.load("cpu"), 1),
     )  # fmt: skip
 
 
@@ -108,20 +110,20 @@ def test_what_was_timed_on_this_machine_is_not_timed_again(timed, tmp_path):
 def test_other_threads_are_other_times(timed, tmp_path):
     block_patterns.find_patterns(job(tmp_path, site()))
     count = len(timed)
-    two = Place(profiles.load("cpu"), "onnxruntime", "cpu", 2)
-    block_patterns.find_patterns(job(tmp_path, site(), place=two))
+    two = OnnxRuntimeCpu(profiles.load("cpu"), 2)
+    block_patterns.find_patterns(job(tmp_path, site(), backend=two))
     assert timed[count:] == timed[:count]
 
 
 def test_nothing_is_timed_that_nobody_asked_for_or_that_is_elsewhere(timed, tmp_path):
-    gpu = Place(profiles.load("h100"), "torch-cuda", "cuda", 1)
-    for asked in (job(tmp_path, site(), moves=("structure", "int8")), job(tmp_path, site(), place=gpu)):
+    gpu = TorchCuda(profiles.load("h100"), 1)
+    for asked in (job(tmp_path, site(), moves=("structure", "int8")), job(tmp_path, site(), backend=gpu)):
         found = block_patterns.find_patterns(asked)
         assert found == Patterns()
         assert found.offered(site()) is None
         assert found.written(site())(768, 3072, None) == "concat"
     elsewhere = job(tmp_path, site())
-    elsewhere.place = None
+    elsewhere.backend = None
     assert block_patterns.find_patterns(elsewhere) == Patterns()
     assert not timed
     assert not (tmp_path / "patterns.json").exists()
@@ -136,19 +138,19 @@ def test_a_matrix_with_rows_that_no_unit_owns_is_not_timed(timed, tmp_path):
 
 
 def test_a_pattern_that_does_not_keep_what_it_says_is_not_timed():
-    found = block_patterns.fitting_patterns(site(1536, 384))
+    found = block_patterns.fitting_patterns(site(1536, 384), CPU)
     # A quarter of six blocks of 64 inputs is 1.5: two stay, a third of the weight.
     quarter = {f"block:{size}@0.25" for size in ("64x32", "128x32")}
     assert set(found) == quarter | {f"block:{size}@0.5" for size in block_patterns.BLOCK_SHAPES}
-    assert block_patterns.fitting_patterns(site(40, 20)) == {}
-    narrower = block_patterns.fitting_patterns(site(1000, 768))["block:128x64@0.5"]
+    assert block_patterns.fitting_patterns(site(40, 20), CPU) == {}
+    narrower = block_patterns.fitting_patterns(site(1000, 768), CPU)["block:128x64@0.5"]
     assert [(shape.out, shape.inner) for shape in narrower] == [(1024 - 128, 768), (768, 1024 - 128)]
 
 
 def test_a_form_that_would_keep_no_block_has_no_levels():
     wide = site(64, 32)
-    assert apply.levels(wide, "block:32x32@0.5", [64]) == [64]
-    assert apply.levels(wide, "block:32x32@0.25", [64]) == []
+    assert apply.levels(wide, "block:32x32@0.5", [64], CPU) == [64]
+    assert apply.levels(wide, "block:32x32@0.25", [64], CPU) == []
     with pytest.raises(CompressError, match="must keep at least one"):
         block.choose(torch.ones(2, 1), 0.25)
 
@@ -167,9 +169,9 @@ def known(own, *layouts_of):
 def test_a_site_is_priced_in_the_layouts_that_were_found(monkeypatch):
     own, seen = made.ffn(16), []
     found = known(own, "conv", "gather")
-    monkeypatch.setattr(site_timing, "open_session", lambda file, *rest: seen.append(file))
-    Place(profiles.load("cpu"), "onnxruntime", "cpu", 1).rig(found.written).make(own, 8, 1, "block:4x4@0.5")
-    Place(profiles.load("cpu"), "onnxruntime", "cpu", 1).rig().make(own, 8, 1, "block:4x4@0.5")
+    monkeypatch.setattr(ort_chains, "open_session", lambda file, *rest: seen.append(file))
+    OnnxRuntimeCpu(profiles.load("cpu"), 1).rig(found.written).make(own, 8, 1, "block:4x4@0.5")
+    OnnxRuntimeCpu(profiles.load("cpu"), 1).rig().make(own, 8, 1, "block:4x4@0.5")
     chosen, plain = ({node.op_type for node in onnx.load_from_string(file).graph.node} for file in seen)
     assert {"Conv", "Gather"} <= chosen
     assert not {"Conv", "Gather"} & plain
@@ -183,12 +185,12 @@ def test_the_price_and_the_file_take_the_layouts_of_the_job(monkeypatch, tmp_pat
     own = made.ffn(16)
     found, seen = known(own, "conv", "gather"), []
     here = job(tmp_path, own)
-    place = SimpleNamespace(threads=1, empty_table=lambda: site_timing.empty_table(1), rig=seen.append)
+    backend = SimpleNamespace(threads=1, empty_table=lambda: ort_chains.empty_table(1), rig=seen.append)
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
     monkeypatch.setattr(
         pricing.site_timing, "measure", lambda sites, missing, **rest: {key: {} for key in missing}
     )
-    pricing.latency_table_of(here, place, {"ffn": {"block:4x4@0.5": [8]}}, found)
+    pricing.latency_table_of(here, backend, {"ffn": {"block:4x4@0.5": [8]}}, found)
     monkeypatch.setattr(block_patterns, "find_patterns", lambda job: found)
     monkeypatch.setattr(compilation.model_files, "write", lambda job, model, file, lower: lower(None))
     monkeypatch.setattr(

@@ -90,23 +90,23 @@ def test_a_budget_of_bytes_is_met_with_few_bits_that_have_learned(tmp_path, move
 def test_a_proof_that_is_too_uncertain_is_timed_for_longer(monkeypatch, asked, first, last, lengths):
     seen = []
 
-    def compare(job, place, model, file, *, blocks):
+    def compare(job, backend, model, file, *, blocks):
         seen.append(blocks)
         return first if len(seen) == 1 else (2.04, 2.0)
 
     def timing(found):
         return SimpleNamespace(speedup=found[0], interval95=(found[1], 2 * found[0] - found[1]))
 
-    monkeypatch.setattr(compilation.model_files, "in_forms", lambda job, model, removals: model)
+    monkeypatch.setattr(compilation.model_files, "deployed", lambda job, model, removals: model)
     monkeypatch.setattr(compilation.evaluation, "compare", compare)
     monkeypatch.setattr(compilation.evaluation, "timing_of", timing)
     job = SimpleNamespace(
-        place="here", file=None, recipe=SimpleNamespace(bench=Bench(blocks=40)), stages=Stages(Quiet())
+        backend="here", file=None, recipe=SimpleNamespace(bench=Bench(blocks=40)), stages=Stages(Quiet())
     )
     found = compilation._proof_timing(job, None, {}, asked, last=last)
     assert seen == lengths
     assert found == (first if len(lengths) == 1 else (2.04, 2.0))
-    assert compilation._proof_timing(SimpleNamespace(place=None), None, {}, asked, last=last) is None
+    assert compilation._proof_timing(SimpleNamespace(backend=None), None, {}, asked, last=last) is None
 
 
 class Answers:

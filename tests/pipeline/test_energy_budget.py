@@ -30,10 +30,10 @@ def costs(fixed_ms=1.0):
     return Costs(whole=whole, rows=ROWS, source="estimated")
 
 
-def job(budget, target="a100", place=None):
+def job(budget, target="a100", backend=None):
     recipe = SimpleNamespace(budget=budget, bench=SimpleNamespace(threads=1, rounds=6))
     return SimpleNamespace(
-        recipe=recipe, profile=profiles.load(target), sites=SITES, place=place, task=None, narrowed=None
+        recipe=recipe, profile=profiles.load(target), sites=SITES, backend=backend, task=None, narrowed=None
     )
 
 
@@ -149,7 +149,7 @@ def test_a_budget_of_energy_prunes_more_the_smaller_it_is_and_its_wrong_sign_wou
 
 def test_nothing_is_metered_that_was_not_asked_for_or_is_not_here():
     assert energy_budget.metered(job(Budget(energy_mj=5.0)), None, None) is None
-    assert energy_budget.metered(job(Budget(speedup=2.0), place=object()), None, None) is None
+    assert energy_budget.metered(job(Budget(speedup=2.0), backend=object()), None, None) is None
 
 
 def test_a_gpu_that_waits_draws_less_and_a_processor_the_same():

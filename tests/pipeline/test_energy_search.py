@@ -10,7 +10,7 @@ import pytest
 
 from compress.cost import energy as energy_module
 from compress.errors import CompressError
-from compress.export.place import Place
+from compress.export.backends.onnx_file import OnnxRuntimeCpu
 from compress.ir import Budget, Option, Whole
 from compress.pipeline import compilation, energy_budget, energy_search, plan_search, pricing
 from compress.pipeline.energy_budget import Prices
@@ -209,7 +209,7 @@ class Counter:
 @pytest.mark.slow
 def test_where_a_counter_exists_plans_are_metered_and_the_verdict_is_the_counters(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(Place, "meter", lambda self: Counter())
+    monkeypatch.setattr(OnnxRuntimeCpu, "meter", lambda self: Counter())
     monkeypatch.setattr(energy_module, "measure_energy", partial(energy_module.measure_energy, seconds=0.3))
     dense = dense_mj(tmp_path / "a", "cpu")
     found = compilation.run(request(tmp_path / "a", "cpu", {"energy_mj": 0.75 * dense}), Quiet())

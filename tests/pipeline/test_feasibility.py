@@ -8,6 +8,7 @@ from support.sites import ffn, heads
 
 from compress import profiles
 from compress.errors import CompressError
+from compress.export.backends.onnx_file import OnnxFile, OnnxRuntimeCpu
 from compress.ir import Budget, Slice, Whole
 from compress.pipeline import feasibility
 from compress.pipeline.job import Stages
@@ -16,7 +17,7 @@ from compress.recipe import Bench
 from compress.search.closed_loop import OutOfReachError, Timing
 
 CPU, H100, PI = profiles.load("cpu"), profiles.load("h100"), profiles.load("rpi5")
-HERE = SimpleNamespace(by_file=True)
+HERE = OnnxRuntimeCpu(CPU, 1)
 SITES = (
     ffn(64).model_copy(
         update={"slices": (Slice(tensor="up", dim=0, width=1), Slice(tensor="down", dim=1, width=1))}
@@ -46,9 +47,10 @@ class Heard:
         self.lines.append(line)
 
 
-def job(moves=("structure",), profile=CPU, place=HERE, folder=None, **budget):
+def job(moves=("structure",), profile=CPU, backend=HERE, folder=None, **budget):
     return SimpleNamespace(
-        profile=profile, place=place, folder=folder, sites=SITES, stages=Stages(Heard()),
+        profile=profile, backend=backend, runtime=backend or OnnxFile(profile),
+        folder=folder, sites=SITES, stages=Stages(Heard()),
         task=SimpleNamespace(model="dense"),
         recipe=SimpleNamespace(
             budget=Budget(**(budget or {"speedup": 2.0})), bench=Bench(),
@@ -81,7 +83,7 @@ def timed(monkeypatch, speedup, low=0.98, high=1.02):
     monkeypatch.setattr(feasibility.prune, "shrink", shrink)
     monkeypatch.setattr(feasibility.model_files, "write", lambda job, model, file: file.write_bytes(b"onnx"))
     monkeypatch.setattr(
-        feasibility.evaluation, "compare", lambda job, place, model, file, *, blocks: (model, blocks)
+        feasibility.evaluation, "compare", lambda job, backend, model, file, *, blocks: (model, blocks)
     )
     monkeypatch.setattr(feasibility.evaluation, "timing_of", lambda comparison: found)
     return built
@@ -129,7 +131,7 @@ def test_forms_need_their_weights_so_that_only_the_loop_can_tell(monkeypatch, tm
 
 
 def test_elsewhere_an_estimate_is_all_there_is():
-    away = job(profile=H100, place=None)
+    away = job(profile=H100, backend=None)
     feasibility.check(away, costs(), 4.9)
     with pytest.raises(OutOfReachError, match="estimated"):
         feasibility.check(away, costs(), 5.1)
@@ -174,11 +176,11 @@ def test_a_size_is_refused_before_anything_is_computed(tmp_path, asked_mb, words
 def test_moves_that_no_site_can_take_are_refused_at_once(monkeypatch, moves, profile, why):
     if moves == ("block",):
         monkeypatch.setattr(feasibility.apply, "of", lambda *words, **more: ())
-    place = HERE if profile is CPU else None
+    backend = HERE if profile is CPU else None
     with pytest.raises(CompressError, match=f"leaves nothing to choose from:\n  {why}") as refusal:
-        feasibility.check_moves(job(moves, profile, place))
+        feasibility.check_moves(job(moves, profile, backend))
     assert "--moves structure" in str(refusal.value)
-    other = job((*moves, "structure"), profile, place)
+    other = job((*moves, "structure"), profile, backend)
     feasibility.check_moves(other)
     (line,) = other.stages.progress.lines
     assert why.removesuffix(".") in line

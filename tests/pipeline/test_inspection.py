@@ -7,9 +7,9 @@ from support import families
 from compress import profiles
 from compress.errors import CompressError
 from compress.export.backends.onnxruntime import OrtRunner
+from compress.export.backends.torch_module import TorchCuda
 from compress.export.onnx import decoder
 from compress.export.onnx.writer import export
-from compress.export.place import Place
 from compress.pipeline import inspection, job
 from compress.progress import Quiet
 from compress.recipe import Shapes
@@ -79,10 +79,12 @@ def test_a_device_that_is_not_here_cannot_be_measured(monkeypatch):
 def test_the_gpu_here_is_measured_unless_the_processor_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
     v100 = profiles.load("v100")
-    monkeypatch.setattr(inspection.torch_cuda, "target_at_hand", lambda: v100)
-    spot = Place(v100, "torch-cpu", "cpu", 1, graphs=False)
+    monkeypatch.setattr(inspection, "target_here", lambda: v100)
+    backend = TorchCuda(v100, 1, device="cpu", graphs=False)
     for module in (inspection, job):
-        monkeypatch.setattr(module, "place_of", lambda profile, threads: spot if profile == v100 else None)
+        monkeypatch.setattr(
+            module, "backend_for", lambda profile, threads: backend if profile == v100 else None
+        )
     monkeypatch.setattr("compress.export.microbench.site_timing.CYCLE_LIMITS", (3, 3))
     found = inspection.measure_target(Quiet(), None, "classifier:Padded", Shapes(tokens=9))
     assert (found["target"], found["runtime"], found["precision"]) == ("v100", "torch-cpu", "fp32")

@@ -54,7 +54,7 @@ def test_a_curve_without_points_is_refused():
 
 def narrow_times(monkeypatch, whole_ms, narrowed):
     site = SimpleNamespace(name="a", units=8)
-    monkeypatch.setattr(whole_model, "_time_models", lambda job, place, sizes: whole_ms)
+    monkeypatch.setattr(whole_model, "_time_models", lambda job, backend, sizes: whole_ms)
     job = SimpleNamespace(sites=[site], narrowed=narrowed)
     return whole_model.measure(job, None, {"a": {8: 4.0, 4: 2.0, 2: 1.0, 0: 0.0}})
 

@@ -20,7 +20,7 @@ from compress.errors import CompressError
 from compress.export.backends.onnxruntime import OrtRunner
 from compress.ir import Budget, Matmul, Option, Site, Whole, Width
 from compress.methods.hidden_width import find_stream, narrow
-from compress.pipeline import compilation, evaluation, model_files, plan_search, pricing, recovery
+from compress.pipeline import compilation, evaluation, plan_search, pricing, recovery
 from compress.pipeline import width_search as widths
 from compress.pipeline.job import Stages
 from compress.pipeline.width_search import (
@@ -230,8 +230,7 @@ def test_a_narrow_and_cut_model_is_saved_loaded_and_exported_alike(family, tmp_p
     assert found.max_abs_difference <= found.tolerance
     assert found.agreement == 1.0
     with OrtRunner(job.file, 1) as runner:
-        given = model_files.inputs(job, runner)
-        assert np.allclose(runner.infer(given)["logits"], expected.numpy(), atol=1e-4)
+        assert np.allclose(runner.infer(job.prompt)["logits"], expected.numpy(), atol=1e-4)
     assert widths.narrow(wide, seen, 16).key == job.key != wide.key
 
 

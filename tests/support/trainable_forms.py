@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from compress import profiles
 from compress.calibration import activation_statistics
+from compress.export.backends.onnx_file import OnnxRuntimeCpu
 from compress.ir import Option
 from compress.methods import apply, candidate_store
 from compress.search import objective
@@ -22,6 +24,7 @@ def candidates(tmp_path_factory):
     """A function that gives the model in a form, shrunk to a share of its units, and its removals."""
     folder = tmp_path_factory.mktemp("candidates")
     task, sites = padded()
+    backend = OnnxRuntimeCpu(profiles.load("cpu"), 1)
     activation_statistics.collect(
         task, sites, list(task.batches("calibration", 16)), folder / "s", spans=True
     )
@@ -30,7 +33,7 @@ def candidates(tmp_path_factory):
         place = folder / f"{form} {share}".replace(":", "-")
         options = {}
         for site in sites:
-            units = apply.levels(site, form, [int(site.units * share)]) or [None]
+            units = apply.levels(site, form, [int(site.units * share)], backend) or [None]
             options[site.name] = Option.of(form, units[0])
         candidate_store.build(
             task.model, sites, folder / "s", {name: [one] for name, one in options.items()}, place

@@ -21,7 +21,7 @@ def script(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COMPRESS_GPU_QUICK", "0")
-    monkeypatch.setattr(job, "place_of", job.place_of)
+    monkeypatch.setattr(job, "backend_for", job.backend_for)
     import gpu
 
     monkeypatch.setattr(gpu, "QUICK", False)

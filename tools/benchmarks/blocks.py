@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from compress.export.backends import onnxruntime
-from compress.export.microbench import block_layouts
+from compress.export.backends import block_layouts, onnxruntime
 from compress.export.microbench.site_timing import clock_for
 from compress.export.onnx import block_sparse, writer
 from compress.export.onnx.block_sparse import Blocks

@@ -10,7 +10,8 @@ from onnx import TensorProto, numpy_helper
 from support import families
 
 from compress.errors import CompressError
-from compress.export.microbench import onnx_chain, site_timing
+from compress.export.backends import ort_chains
+from compress.export.microbench import onnx_chain
 from compress.export.onnx.writer import export
 from compress.sites.discovery import find_sites
 
@@ -109,7 +110,7 @@ def test_a_chain_in_blocks_holds_what_the_pattern_keeps_and_runs(name):
         kept = sum(out * 2 * max(1, round(0.5 * inner / 2)) for out, inner in inner)
         assert floats(file) == kept < floats(dense)
         assert [value.name for value in file.graph.input] == [value.name for value in dense.graph.input]
-        assert site_timing.open_session(lowered, site, 1)()[0].shape == (
+        assert ort_chains.open_session(lowered, site, 1)()[0].shape == (
             site.matmuls[0].rows,
             site.matmuls[0].inner,
         )
@@ -127,7 +128,7 @@ def test_a_chain_of_low_rank_holds_two_factors_and_runs(units):
         both = onnx.load_from_string(onnx_chain.chain(site, count, 1, pattern="block:4x2@0.5", rank=3))
         alone = onnx.load_from_string(onnx_chain.chain(site, count, 1, pattern="block:4x2@0.5"))
         assert floats(both) == floats(alone) + floats(file)
-        site_timing.open_session(both.SerializeToString(), site, 1)()
+        ort_chains.open_session(both.SerializeToString(), site, 1)()
 
 
 def test_first_factors_of_query_key_and_value_are_one_product_in_a_chain():

@@ -9,9 +9,10 @@ from onnx import numpy_helper
 from support import oracles
 from support.sites import BATCH, HIDDEN, ROWS, TOKENS, WIDTH, ffn, heads
 
-from compress.cost import latency_table
 from compress.errors import CompressError
+from compress.export.backends import ort_chains
 from compress.export.microbench import onnx_chain, site_timing
+from compress.export.microbench.site_timing import ChainRuntime
 from compress.measure import timing
 from compress.sites.kinds import decode_step
 
@@ -170,17 +171,17 @@ def test_what_cannot_be_timed_alone_is_refused_by_name():
         onnx_chain.chain(site.model_copy(update={"matmuls": (site.matmuls[0], odd)}), 2, 1)
     few = heads().model_copy(update={"tokens": 3})
     with pytest.raises(CompressError, match="heads: 10 rows are not batch 2 x 3 tokens"):
-        site_timing.open_session(onnx_chain.chain(few, 2, 1), few, 1)
+        ort_chains.open_session(onnx_chain.chain(few, 2, 1), few, 1)
 
 
 def test_a_session_runs_at_the_shape_of_the_site():
     site = heads(causal=True)
-    call = site_timing.open_session(onnx_chain.chain(site, 2, 1), site, 1)
+    call = ort_chains.open_session(onnx_chain.chain(site, 2, 1), site, 1)
     (found,) = call()
     assert found.shape == (ROWS, HIDDEN)
     assert np.isfinite(found).all()
     step = decode_step(site)
-    answers = site_timing.open_session(onnx_chain.chain(step, 2, 3), step, 1)()
+    answers = ort_chains.open_session(onnx_chain.chain(step, 2, 3), step, 1)()
     assert [answer.shape for answer in answers] == [(BATCH, HIDDEN)] + [(BATCH, 2, TOKENS + 1, WIDTH)] * 6
     assert np.isfinite(answers[0]).all()
     assert answers[1][:, :, :-1].std() > 0.5
@@ -204,7 +205,12 @@ class Machine:
         self.built.append((site.shape, units, copies))
         return copies * (self.around_ms + (self.cost_ms(units) if units else 0.0))
 
-    def session(self, ms, site, threads, provider="CPUExecutionProvider"):
+    def rig(self):
+        return ChainRuntime(self.make, self.clock, group_mb=site_timing.GROUP_MB)
+
+    def make(self, site, units, copies, form):
+        ms = self.chain(site, units, copies)
+
         def call():
             self.calls += 1
             self.now += ms / 1e3 * self.slowness(self.calls)
@@ -216,8 +222,6 @@ class Machine:
 def machine(monkeypatch):
     def install(**keywords):
         made = Machine(**keywords)
-        monkeypatch.setattr(site_timing, "chain", made.chain)
-        monkeypatch.setattr(site_timing, "open_session", made.session)
         monkeypatch.setattr(site_timing, "CYCLE_LIMITS", (12, 12))
         return made
 
@@ -226,44 +230,44 @@ def machine(monkeypatch):
 
 def test_a_row_is_the_cost_of_the_site_alone_per_copy(machine):
     made = machine(cost_ms=lambda units: 0.1 + 0.02 * units)
-    rows = site_timing.measure([ffn()], {ffn().shape: [8, 4, 0]}, clock=made.clock)
+    rows = site_timing.measure([ffn()], {ffn().shape: [8, 4, 0]}, rig=made.rig())
     assert rows == {ffn().shape: pytest.approx({12: 0.34, 8: 0.26, 4: 0.18})}
     assert {copies for _, _, copies in made.built} == {site_timing.COPIES}
 
 
 def test_a_machine_that_slows_down_keeps_the_ratios_of_a_row(machine):
     made = machine(cost_ms=lambda units: 0.02 * units, slowness=lambda calls: 1 + calls / 100)
-    row = site_timing.measure([ffn()], {ffn().shape: [9, 6, 3]}, clock=made.clock)[ffn().shape]
+    row = site_timing.measure([ffn()], {ffn().shape: [9, 6, 3]}, rig=made.rig())[ffn().shape]
     for units in (9, 6, 3):
         assert row[units] / row[12] == pytest.approx(units / 12, rel=0.02)
 
 
 def test_a_disturbed_run_is_outvoted(machine):
     made = machine(cost_ms=lambda units: 0.02 * units, slowness=lambda calls: 9.0 if calls % 7 == 0 else 1.0)
-    row = site_timing.measure([ffn()], {ffn().shape: [6]}, clock=made.clock)[ffn().shape]
+    row = site_timing.measure([ffn()], {ffn().shape: [6]}, rig=made.rig())[ffn().shape]
     assert row == pytest.approx({12: 0.24, 6: 0.12})
 
 
 def test_a_site_that_seems_free_still_costs_a_little(machine):
     made = machine(cost_ms=lambda units: 0.2 if units == 12 else -0.1)
-    row = site_timing.measure([ffn()], {ffn().shape: [6]}, clock=made.clock)[ffn().shape]
+    row = site_timing.measure([ffn()], {ffn().shape: [6]}, rig=made.rig())[ffn().shape]
     assert 0 < row[6] < 1e-3
 
 
 def test_sites_of_one_shape_are_timed_once_and_unasked_shapes_not_at_all(machine):
     made = machine(cost_ms=lambda units: 0.02 * units)
     twin = ffn().model_copy(update={"name": "twin"})
-    rows = site_timing.measure([ffn(), twin, heads()], {ffn().shape: [6]}, clock=made.clock)
+    rows = site_timing.measure([ffn(), twin, heads()], {ffn().shape: [6]}, rig=made.rig())
     assert list(rows) == [ffn().shape]
     assert [units for _, units, _ in made.built] == [12, 0, 6]
 
 
 def test_groups_bound_the_memory_and_change_nothing(machine, monkeypatch):
     made = machine(cost_ms=lambda units: 0.02 * units)
-    whole = site_timing.measure([ffn()], {ffn().shape: [9, 6, 3]}, clock=made.clock)
+    whole = site_timing.measure([ffn()], {ffn().shape: [9, 6, 3]}, rig=made.rig())
     monkeypatch.setattr(site_timing, "GROUP_MB", 0.0)
     made.built.clear()
-    parts = site_timing.measure([ffn()], {ffn().shape: [9, 6, 3]}, clock=made.clock)
+    parts = site_timing.measure([ffn()], {ffn().shape: [9, 6, 3]}, rig=made.rig())
     assert parts[ffn().shape] == pytest.approx(whole[ffn().shape])
     assert [units for _, units, _ in made.built] == [12, 0, 9, 12, 0, 6, 12, 0, 3]
 
@@ -273,20 +277,20 @@ def test_large_sites_get_fewer_copies_and_the_largest_are_left_to_the_estimate(m
     size = site_timing.weights_mb(ffn(), 12)
     assert size == pytest.approx(2 * 12 * HIDDEN * 4e-6)
     monkeypatch.setattr(site_timing, "COPIES_MB", 2.5 * size)
-    site_timing.measure([ffn()], {ffn().shape: [6]}, clock=made.clock)
+    site_timing.measure([ffn()], {ffn().shape: [6]}, rig=made.rig())
     assert {copies for _, _, copies in made.built} == {2}
     monkeypatch.setattr(site_timing, "COPIES_MB", 0.5 * size)
     made.built.clear()
-    site_timing.measure([ffn()], {ffn().shape: [6]}, clock=made.clock)
+    site_timing.measure([ffn()], {ffn().shape: [6]}, rig=made.rig())
     assert {copies for _, _, copies in made.built} == {1}
     monkeypatch.setattr(site_timing, "LARGEST_MB", 0.9 * size)
-    assert site_timing.measure([ffn()], {ffn().shape: [6]}, clock=made.clock) == {}
+    assert site_timing.measure([ffn()], {ffn().shape: [6]}, rig=made.rig()) == {}
 
 
 def test_the_time_limit_ends_the_cycles_after_the_least_number(monkeypatch):
     monkeypatch.setattr(site_timing, "CYCLE_LIMITS", (3, 50))
     clock = Machine(cost_ms=lambda units: 1.0)
-    call = clock.session(1.0, ffn(), 1)
+    call = clock.make(ffn(), 1, 1, "dense")
     assert site_timing.time_cycles([call, call], 0.0, clock.clock, lambda done, work: None).shape == (3, 2)
     assert site_timing.time_cycles([call, call], 1e9, clock.clock, lambda done, work: None).shape == (50, 2)
 
@@ -304,7 +308,7 @@ def test_progress_ends_at_its_total(machine):
     seen = []
     sites = [ffn(), heads()]
     site_timing.measure(
-        sites, {s.shape: [2] for s in sites}, 1, lambda a, b: seen.append((a, b)), clock=made.clock
+        sites, {s.shape: [2] for s in sites}, 1, lambda a, b: seen.append((a, b)), rig=made.rig()
     )
     assert seen[-1] == (2000, 2000)
     assert seen == sorted(seen)
@@ -314,7 +318,7 @@ def test_progress_ends_at_its_total(machine):
 def test_more_threads_than_cores_are_refused(monkeypatch):
     monkeypatch.setattr(timing, "physical_cores", lambda: 1)
     with pytest.raises(CompressError, match="2 threads"):
-        site_timing.measure([ffn()], {ffn().shape: [6]}, 2)
+        site_timing.measure([ffn()], {ffn().shape: [6]}, 2, rig=None)
 
 
 def test_one_thread_is_timed_by_its_own_clock():
@@ -328,18 +332,3 @@ def test_a_sample_keeps_both_ends_and_spreads_evenly():
     assert (found[0], found[-1], len(found)) == (100, 1, 11)
     assert all(9 <= a - b <= 11 for a, b in itertools.pairwise(found))
     assert len(site_timing.sample_levels(range(1000))) == site_timing.MOST_LEVELS
-
-
-def test_the_table_of_this_machine_is_measured_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
-    monkeypatch.setattr(site_timing, "CYCLE_LIMITS", (2, 2))
-    sites = [ffn(64), heads()]
-    first = site_timing.table(sites, align=8)
-    assert first.fingerprint == timing.fingerprint()
-    assert first.versions == {"onnxruntime": ort.__version__}
-    assert (first.threads, first.precision, first.runtime) == (1, "fp32", "onnxruntime")
-    assert set(first.rows) == {site.shape for site in sites}
-    assert set(first.rows[sites[0].shape]) == set(latency_table.grid(sites[0], 8))
-    assert all(ms > 0 for row in first.rows.values() for ms in row.values())
-    monkeypatch.setattr(site_timing, "measure", None)
-    assert site_timing.table(sites, align=8) == first

@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from compress.errors import CompressError
-from compress.export import parity
-from compress.export.backends import onnxruntime
+from compress.export.backends import onnxruntime, parity
 from compress.export.backends.onnxruntime import OrtRunner, TorchRunner
 from compress.export.onnx import writer
 from compress.export.onnx.writer import export, free_dimensions

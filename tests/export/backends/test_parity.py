@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from compress.errors import CompressError
-from compress.export import parity
+from compress.export.backends import parity
 
 
 class Says:

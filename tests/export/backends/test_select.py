@@ -1,4 +1,4 @@
-"""Where targets are timed: the file on this processor, the torch model on its GPU, elsewhere nowhere."""
+"""Which backend runs a target here, and what the backends for files and torch models do."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,12 +16,14 @@ from compress import profiles
 from compress.cost import latency_table
 from compress.cost.energy import Rapl
 from compress.errors import CompressError
-from compress.export import place
 from compress.export.backends import onnxruntime as ort_backend
-from compress.export.backends import torch_cuda
+from compress.export.backends import torch_cuda, torch_kernels, torch_module
+from compress.export.backends.backend import VERSIONS
+from compress.export.backends.onnx_file import OnnxRuntimeCpu, OnnxRuntimeCuda
+from compress.export.backends.select import backend_for
 from compress.export.backends.torch_cuda import CudaRunner
+from compress.export.backends.torch_module import TorchCuda
 from compress.export.microbench import site_timing
-from compress.export.place import Place, place_of
 from compress.measure.verify_on_device import Nvml
 
 H100 = profiles.load("h100")
@@ -87,8 +89,9 @@ def with_cuda(monkeypatch):
 
 def test_a_gpu_is_timed_in_onnxruntime_where_its_cuda_provider_starts(monkeypatch, with_cuda):
     on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
-    found = place_of(H100, 1)
-    assert (found.runtime, found.provider, found.by_file) == ("onnxruntime", "CUDAExecutionProvider", True)
+    found = backend_for(H100, 1)
+    assert found == OnnxRuntimeCuda(H100, 1)
+    assert (found.runtime, found.provider) == ("onnxruntime", "CUDAExecutionProvider")
     assert with_cuda.made == [["CUDAExecutionProvider"]]
     assert (found.precision, replace(found, profile=profiles.load("t4")).precision) == ("tf32", "fp32")
     facts = found.facts()
@@ -101,9 +104,9 @@ def test_a_gpu_is_timed_in_onnxruntime_where_its_cuda_provider_starts(monkeypatc
         "tf32",
         "NVIDIA H100 80GB HBM3",
     )
-    torch_there = Place(H100, torch_cuda.RUNTIME, "cuda", 1)
+    torch_there = TorchCuda(H100, 1)
     assert table.fingerprint != torch_there.empty_table().fingerprint
-    assert place_of(profiles.load("cpu"), 1).provider == "CPUExecutionProvider"
+    assert backend_for(profiles.load("cpu"), 1).provider == "CPUExecutionProvider"
 
 
 def test_a_provider_that_is_named_but_does_not_start_leaves_the_gpu_to_torch(monkeypatch, with_cuda):
@@ -112,7 +115,7 @@ def test_a_provider_that_is_named_but_does_not_start_leaves_the_gpu_to_torch(mon
     monkeypatch.setattr(
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
-    assert place_of(H100, 1).runtime == "torch-cuda"
+    assert backend_for(H100, 1).runtime == "torch-cuda"
     assert not ort_backend.starts("CUDAExecutionProvider")
 
 
@@ -122,7 +125,7 @@ def test_a_file_on_a_gpu_is_bound_there_and_every_run_is_waited_for(monkeypatch,
     write_model(file, 8, 1)
     ids = np.ones((1, 4), dtype=np.int64)
     feed = {"input_ids": ids, "attention_mask": ids}
-    with place_of(H100, 1).runner(None, file, None, "logits") as runner:
+    with backend_for(H100, 1).open(None, file, None, "logits") as runner:
         assert runner.facts()["provider"] == "CUDAExecutionProvider"
         call = runner.timed(feed)
         before = len(with_cuda.waits)
@@ -138,7 +141,7 @@ def test_a_file_on_a_gpu_is_bound_there_and_every_run_is_waited_for(monkeypatch,
 
 def test_chains_on_a_gpu_in_onnxruntime_are_files_that_its_provider_runs(monkeypatch, with_cuda):
     on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
-    rig = place_of(H100, 1).rig()
+    rig = backend_for(H100, 1).rig()
     assert rig.least_mb > 0
     with_cuda.made.clear()
     rows = site_timing.measure([ffn()], {ffn().shape: [6]}, seconds=0.0, rig=rig)
@@ -148,28 +151,23 @@ def test_chains_on_a_gpu_in_onnxruntime_are_files_that_its_provider_runs(monkeyp
 
 
 def tried():
-    """The GPU's place with a processor in the place of the GPU."""
-    return Place(H100, "torch-cpu", "cpu", 1, graphs=False)
+    """The backend for a GPU, on the processor."""
+    return TorchCuda(H100, 1, device="cpu", graphs=False)
 
 
 def test_a_target_is_here_when_it_is_this_processor_or_this_gpu(monkeypatch):
-    assert place_of(profiles.load("cpu"), 2) == Place(profiles.load("cpu"), "onnxruntime", "cpu", 2)
-    assert place_of(H100, 1) is None
+    assert backend_for(profiles.load("cpu"), 2) == OnnxRuntimeCpu(profiles.load("cpu"), 2)
+    assert backend_for(H100, 1) is None
     on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
-    found = place_of(H100, 1)
-    assert (found.runtime, found.device, found.precision, found.by_file) == (
-        "torch-cuda",
-        "cuda",
-        "fp16",
-        False,
-    )
-    assert place_of(profiles.load("a100"), 1) is None
-    assert place_of(profiles.load("cpu"), 1).by_file
+    found = backend_for(H100, 1)
+    assert found == TorchCuda(H100, 1)
+    assert (found.runtime, found.device, found.precision) == ("torch-cuda", "cuda", "fp16")
+    assert backend_for(profiles.load("a100"), 1) is None
 
 
 def test_a_table_names_the_gpu_the_versions_and_the_precision(monkeypatch):
     on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
-    here = place_of(H100, 1)
+    here = backend_for(H100, 1)
     table = here.empty_table()
     assert (table.runtime, table.precision, table.rows) == ("torch-cuda", "fp16", {})
     assert table.versions["provider"] == "NVIDIA H100 80GB HBM3"
@@ -179,12 +177,12 @@ def test_a_table_names_the_gpu_the_versions_and_the_precision(monkeypatch):
     monkeypatch.setattr(torch_cuda, "conditions", lambda: {"driver": "590.2"})
     assert here.empty_table().fingerprint != first
     assert latency_table.cache_path(table) != latency_table.cache_path(
-        place_of(profiles.load("cpu"), 1).empty_table()
+        backend_for(profiles.load("cpu"), 1).empty_table()
     )
 
 
-def test_each_place_has_its_own_counter():
-    assert isinstance(place_of(profiles.load("cpu"), 1).meter(), Rapl)
+def test_each_backend_has_its_own_counter():
+    assert isinstance(backend_for(profiles.load("cpu"), 1).meter(), Rapl)
     assert isinstance(tried().meter(), Nvml)
 
 
@@ -194,7 +192,7 @@ def test_the_model_is_timed_on_a_gpu_in_the_targets_precision_and_no_file_is_rea
             return 2 * x
 
     x = {"x": np.array([[0.1]], dtype=np.float32)}
-    with tried().runner(Double(), tmp_path / "none.onnx", lambda found: found, "y") as runner:
+    with tried().open(Double(), tmp_path / "none.onnx", lambda found: found, "y") as runner:
         assert isinstance(runner, CudaRunner)
         assert runner.infer(x)["y"][0, 0] == np.float32(2 * np.float16(0.1))
 
@@ -232,14 +230,14 @@ def test_chains_of_a_form_are_timed_in_torch_where_it_fits(form):
 def test_every_product_of_a_chain_runs_in_the_form(monkeypatch):
     _, sites = wide()
     converted = []
-    convert = place.torch_kernels.convert
+    convert = torch_kernels.convert
     monkeypatch.setattr(
-        place.torch_kernels, "convert", lambda chain, form: converted.append(form) or convert(chain, form)
+        torch_kernels, "convert", lambda chain, form: converted.append(form) or convert(chain, form)
     )
     seen = []
-    forward = place.torch_kernels.Int8Linear.forward
+    forward = torch_kernels.Int8Linear.forward
     monkeypatch.setattr(
-        place.torch_kernels.Int8Linear, "forward", lambda self, x: seen.append(x.shape) or forward(self, x)
+        torch_kernels.Int8Linear, "forward", lambda self, x: seen.append(x.shape) or forward(self, x)
     )
     site = next(site for site in sites if site.kind == "ffn")
     tried().rig().make(site, 64, 3, "int8-dynamic")()
@@ -256,7 +254,7 @@ def test_a_product_that_torch_does_not_have_is_told_with_its_words(monkeypatch):
     def without(self, x):
         raise NotImplementedError("no kernel for this GPU\nand a long story")
 
-    monkeypatch.setattr(place.torch_kernels.Int8Linear, "forward", without)
+    monkeypatch.setattr(torch_kernels.Int8Linear, "forward", without)
     with pytest.raises(CompressError, match=r"torch cannot run int8-dynamic here: no kernel for this GPU$"):
         tried().rig().make(sites[0], 2, 1, "int8-dynamic")
 
@@ -282,15 +280,15 @@ def test_a_shape_that_cannot_be_timed_alone_is_left_to_the_estimate():
 
 def test_facts_of_a_gpu_say_how_it_ran(monkeypatch):
     on_a(monkeypatch, "NVIDIA H100 80GB HBM3")
-    facts = place_of(H100, 1).facts()
+    facts = backend_for(H100, 1).facts()
     assert facts["provider"] == "NVIDIA H100 80GB HBM3"
     assert (facts["cuda_graph"], facts["driver"], facts["gpu_mhz"]) == ("on", "580.1", 1980)
-    assert place.VERSIONS[0] in facts
+    assert VERSIONS[0] in facts
     assert tried().facts()["provider"] == "cpu"
 
 
 def test_a_model_that_cannot_be_captured_is_timed_without_graphs_and_so_is_all_else(monkeypatch):
-    spot = Place(H100, "torch-cuda", "cuda", 1)
+    backend = TorchCuda(H100, 1)
 
     class Runner:
         def __init__(self, *words, graphs, **more):
@@ -306,8 +304,8 @@ def test_a_model_that_cannot_be_captured_is_timed_without_graphs_and_so_is_all_e
             if self.graphs and inputs["x"]:
                 raise CompressError("cannot be captured")
 
-    monkeypatch.setattr(place, "CudaRunner", Runner)
-    assert spot.suited(nn.Identity(), None, "y", {"x": 0}) == spot
-    assert spot.suited(nn.Identity(), None, "y", {"x": 1}) == replace(spot, graphs=False)
-    here = place_of(profiles.load("cpu"), 1)
-    assert here.suited(nn.Identity(), None, "y", {"x": 1}) == here
+    monkeypatch.setattr(torch_module, "CudaRunner", Runner)
+    assert backend.adapted(nn.Identity(), None, "y", {"x": 0}) == backend
+    assert backend.adapted(nn.Identity(), None, "y", {"x": 1}) == replace(backend, graphs=False)
+    here = backend_for(profiles.load("cpu"), 1)
+    assert here.adapted(nn.Identity(), None, "y", {"x": 1}) == here

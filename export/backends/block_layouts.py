@@ -15,6 +15,7 @@ import onnx_ir as ir
 from compress.cost import latency_table
 from compress.cost.latency_table import Rows, Table
 from compress.errors import CompressError
+from compress.export.backends import ort_chains
 from compress.export.microbench import site_timing as sites
 from compress.export.microbench.onnx_chain import IR_VERSION, OPSET, Graph, LayoutChooser, default_layout
 from compress.export.microbench.site_timing import Tick
@@ -84,7 +85,7 @@ def table(shapes: Iterable[Shape], threads: int = 1, progress: Tick | None = Non
                 progress(number + 1, len(due))
         return rows
 
-    return latency_table.measure_missing(sites.empty_table(threads), wanted, measure)
+    return latency_table.measure_missing(ort_chains.empty_table(threads), wanted, measure)
 
 
 def measure_layouts(shape: Shape, threads: int = 1, clock: timing.Clock | None = None) -> dict[str, float]:

@@ -8,9 +8,9 @@ from support.graphs import answers, linear, values
 from compress.core import support
 from compress.cost import latency_table
 from compress.errors import CompressError
-from compress.export.microbench import block_layouts
+from compress.export.backends import block_layouts
+from compress.export.backends.block_layouts import Shape
 from compress.export.microbench import site_timing as sites
-from compress.export.microbench.block_layouts import Shape
 from compress.export.onnx import block_sparse
 from compress.export.onnx.block_sparse import Blocks
 from compress.export.onnx.linear_lowering import lower

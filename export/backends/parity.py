@@ -1,12 +1,13 @@
 """Do two runners give the same answers, on several shapes and with padding?"""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.export.backends.onnxruntime import Array, Runner
+from compress.export.backends.backend import Array, Logits, OpenRunner, Runner
+from compress.export.backends.onnxruntime import TorchRunner
 from compress.ir import Document
 
 Arrays = dict[str, Array]
@@ -87,3 +88,34 @@ def parity(
         )
     share = float(np.concatenate([part.ravel() for part in agreed]).mean())
     return Agreement(max_abs_difference=worst, tolerance=tolerance, agreement=share, inputs=items)
+
+
+def note(
+    what: str,
+    expected: nn.Module,
+    opened: Callable[[], OpenRunner],
+    logits: Logits,
+    batches: Sequence[Arrays],
+    relative: float,
+) -> str:
+    """How far a timed model is from float32 on the processor, as a note for the report.
+
+    Args:
+        what: names the timed model.
+        expected: the model on the processor; low precision is emulated.
+        opened: loads the timed model.
+        logits: picks the output tensor.
+        batches: inputs.
+        relative: tolerance, relative to the largest output.
+
+    Raises:
+        CompressError: they disagree by more than the tolerance.
+    """
+    with opened() as runner:
+        name = next(iter(runner.infer(batches[0])))
+        with TorchRunner(expected, logits, name) as reference:
+            found = parity(reference, runner, batches, relative=relative)
+    return (
+        f"What was timed is the {what}: its outputs differ from float32 by at most "
+        f"{found.max_abs_difference:.2g}; {found.agreement:.1%} of the predictions agree."
+    )

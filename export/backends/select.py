@@ -1,0 +1,26 @@
+"""The known backends, and which of them runs a target on this machine."""
+
+from compress import profiles
+from compress.export.backends import torch_cuda
+from compress.export.backends.backend import Backend
+from compress.export.backends.onnx_file import OnnxRuntimeCpu, OnnxRuntimeCuda
+from compress.export.backends.torch_module import TorchCuda
+from compress.profiles import Profile
+
+# In order of preference. A new runtime is one module with a `Backend` and one line here.
+BACKENDS: dict[str, type[Backend]] = {
+    "onnxruntime-cpu": OnnxRuntimeCpu,
+    "onnxruntime-cuda": OnnxRuntimeCuda,
+    "torch-cuda": TorchCuda,
+}
+
+
+def backend_for(profile: Profile, threads: int) -> Backend | None:
+    """The first backend that runs the target on this machine; None where the target is another device."""
+    found = (backend.available(profile, threads) for backend in BACKENDS.values())
+    return next((backend for backend in found if backend is not None), None)
+
+
+def target_here() -> Profile:
+    """The profile of the GPU of this machine where there is one, else of its processor."""
+    return torch_cuda.target_at_hand() or profiles.load("cpu")
