@@ -8,7 +8,7 @@ from support.graphs import answers, linear, values
 from compress.core import support
 from compress.cost import latency_table
 from compress.errors import CompressError
-from compress.export.backends import block_layouts
+from compress.export.backends import block_layouts, ort_chains
 from compress.export.backends.block_layouts import Shape
 from compress.export.microbench import site_timing as sites
 from compress.export.onnx import block_sparse
@@ -74,9 +74,9 @@ def test_a_shape_is_timed_once_and_then_read_from_the_cache(cache, timed):
 
 def test_products_share_the_file_of_the_sites_and_leave_their_rows(cache, timed):
     mine = {"f": {4: 1.0}}
-    latency_table.measure_missing(sites.empty_table(1), {"f": [4]}, lambda missing: mine)
+    latency_table.measure_missing(ort_chains.empty_table(1), {"f": [4]}, lambda missing: mine)
     block_layouts.table([SHAPE])
-    whole = latency_table.measure_missing(sites.empty_table(1), {"f": [4]}, lambda missing: {})
+    whole = latency_table.measure_missing(ort_chains.empty_table(1), {"f": [4]}, lambda missing: {})
     assert whole.rows["f"] == {4: 1.0}
     assert SHAPE.key("batched") in whole.rows
 

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from support.capsules import GROUPS, SIZE, task
 from support.toy_kind import CAPSULES
 
-from compress.export.microbench import onnx_chain, site_timing, torch_chain
+from compress.export.backends import ort_chains
+from compress.export.microbench import onnx_chain, torch_chain
 from compress.ir import Budget
 from compress.pipeline import compilation
 from compress.progress import Quiet
@@ -63,7 +64,7 @@ def test_the_shrunk_model_computes_what_the_masked_one_does(known, kept):
 
 def test_it_is_timed_as_an_onnx_file_and_as_a_module(known):
     site = found()[2][0]
-    answer = site_timing.open_session(onnx_chain.chain(site, 6, 2), site, 1)()[0]
+    answer = ort_chains.open_session(onnx_chain.chain(site, 6, 2), site, 1)()[0]
     x, mask = torch_chain.inputs(site, 6)
     assert mask is None
     chain = torch_chain.Chain(site, 6, 2)
