@@ -1,26 +1,86 @@
-"""Compile a trained PyTorch model to a budget on a named device, and measure that it was met."""
+"""Compile a trained PyTorch model to a budget on a named device, and measure that it was met.
 
-from collections.abc import Callable
-from pathlib import Path
+    result = compress.compile("path/to/model", data="train.csv", target="cpu", speedup=2.0, out="out")
+    result.verdict.status, result.verdict.measured.speedup, result.model
+
+Nothing heavy is imported before a function is used: `import compress` does not load torch.
+"""
+
+import importlib
 from typing import TYPE_CHECKING
 
+from compress.errors import CompressError
+
 if TYPE_CHECKING:
-    from torch import nn
+    from compress.api import (
+        FamilyResult,
+        Result,
+        bench,
+        clean,
+        compile,
+        export_files,
+        inspect,
+        load,
+        plan,
+        targets,
+        write_report,
+    )
+    from compress.progress import Progress
+    from compress.recipe import Recipe
+    from compress.tasks.task import Batch, Task
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "Batch",
+    "CompressError",
+    "FamilyResult",
+    "Progress",
+    "Recipe",
+    "Result",
+    "Task",
+    "bench",
+    "clean",
+    "compile",
+    "export",
+    "export_files",
+    "inspect",
+    "load",
+    "plan",
+    "targets",
+    "write_report",
+]
 
-def load(directory: str | Path, factory: "Callable[[], nn.Module] | None" = None) -> "nn.Module":
-    """The compressed model in the output directory of a run, ready to run or to train further.
+HOMES = {
+    "Batch": "compress.tasks.task",
+    "Task": "compress.tasks.task",
+    "Progress": "compress.progress",
+    "Recipe": "compress.recipe",
+    "FamilyResult": "compress.api",
+    "Result": "compress.api",
+    "bench": "compress.api",
+    "clean": "compress.api",
+    "compile": "compress.api",
+    "export_files": "compress.api",
+    "inspect": "compress.api",
+    "load": "compress.api",
+    "plan": "compress.api",
+    "targets": "compress.api",
+    "write_report": "compress.api",
+}
 
-    Args:
-        directory: holds config.json and model.safetensors.
-        factory: gives a fresh instance of the original architecture; needed only for a model that is
-            none of transformers' own.
 
-    Raises:
-        CompressError: a file is missing, damaged, or does not fit the others.
-    """
-    from compress.export import huggingface
+def __getattr__(name: str) -> object:
+    """A public name, imported when it is first used."""
+    if name == "export":  # a package that can be called
+        return importlib.import_module("compress.export")
+    if name not in HOMES:
+        raise AttributeError(f"module 'compress' has no attribute {name!r}")
+    value = getattr(importlib.import_module(HOMES[name]), name)
+    globals()[name] = value
+    return value
 
-    return huggingface.read(Path(directory), factory)
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from compress.ir import SCHEMA_VERSION, Document
 
 T = TypeVar("T", bound=Document)
 MARKER = "compression"
+WORK = "work"
 
 
 def digest(*parts: object) -> str:
@@ -123,3 +125,13 @@ def claim(out: Path) -> Path:
             f"--out {out} cannot be written ({error.strerror}); give a directory of yours with --out"
         ) from error
     return marker
+
+
+def size_mb(directory: Path) -> float:
+    """Megabytes of all files below a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) / 1e6
+
+
+def remove_work(out: Path) -> None:
+    """Remove the working files of a run: statistics, candidates, tables; the next run makes them anew."""
+    shutil.rmtree(out / MARKER / WORK, ignore_errors=True)

@@ -168,7 +168,11 @@ class Calls:
     def stage(self, name: str) -> Iterator[Tick]:
         """Call the function when the stage begins, at every report and at its end."""
         self._function(name, 0, None, None)
-        yield lambda done, total: self._function(name, done, total, None) and None
+
+        def tick(done: int, total: int) -> None:
+            self._function(name, done, total, None)
+
+        yield tick
         self._function(name, None, None, None)
 
     def say(self, line: str) -> None:

@@ -4,7 +4,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -140,6 +140,9 @@ class Bench(Document):
     rounds: int = Field(default=6, ge=1)
 
 
+D = TypeVar("D", bound=Document)
+
+
 class Recipe(Document):
     """A whole request. Everything but the target and a budget has a default that works untouched.
 
@@ -252,18 +255,55 @@ def read(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     Raises:
         CompressError: the file is missing or malformed (with the line and the nearest key).
     """
-    text = ""
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = path.read_text(encoding="utf-8")
-            values = tomllib.loads(text)
-        except OSError as error:
-            raise CompressError(
-                f"--recipe {path} cannot be read ({error.strerror}); give a TOML file"
-            ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise CompressError(f"{path} is not TOML: {error}") from error
+    if path is None:
+        return _complete({}, overrides, "request")
+    text, values = _parsed(path)
+    return _complete(values, overrides, str(path), text)
+
+
+def values_of(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file, not yet checked.
+
+    Raises:
+        CompressError: it cannot be read, or is not TOML.
+    """
+    return _parsed(path)[1]
+
+
+def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
+    """A TOML file as text and as values."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, tomllib.loads(text)
+    except OSError as error:
+        raise CompressError(f"--recipe {path} cannot be read ({error.strerror}); give a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CompressError(f"{path} is not TOML: {error}") from error
+
+
+def overlaid(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """A recipe with other values laid over it.
+
+    Raises:
+        CompressError: a value is none that its key may have.
+    """
+    return _complete(recipe.model_dump(), overrides, "request")
+
+
+def checked(kind: type[D], values: dict[str, Any]) -> D:
+    """One table of a recipe from its values.
+
+    Raises:
+        CompressError: a key or value is wrong; the message names the nearest one.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise CompressError(explain(error, kind, "request")) from error
+
+
+def _complete(values: dict[str, Any], overrides: dict[str, Any], where: str, text: str = "") -> Recipe:
+    """The recipe of `values` with `overrides` laid over them, checked as a whole."""
     for key, value in overrides.items():
         if value is None:
             continue
@@ -279,7 +319,7 @@ def read(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     try:
         found = Recipe.model_validate(values)
     except ValidationError as error:
-        raise CompressError(explain(error, Recipe, str(path or "request"), text)) from error
+        raise CompressError(explain(error, Recipe, where, text)) from error
     if found.budget.power_w is not None and found.budget.rate_hz is None:
         raise CompressError(no_rate(found.budget.power_w))
     return found

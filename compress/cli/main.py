@@ -19,10 +19,7 @@ from compress.errors import CompressError
 
 if TYPE_CHECKING:
     from compress.cli.command import Session
-    from compress.ir import Budget
-    from compress.recipe import Recipe, Shapes
 
-BUDGETS = ("speedup", "latency_ms", "energy_mj", "power_w", "size_mb")
 EXAMPLES = """\b
 Examples:
   compress --target cpu --speedup 2x
@@ -171,33 +168,26 @@ def app() -> None:
 @functools.partial(_verb, shared=True)
 def run(session: "Session", words: Words) -> int:
     """Compile MODEL to a budget, and measure that it was met."""
-    recipe = request(words)
-    if process_info().size > 1:
-        from compress.distributed import collectives
-
-        collectives.join()
-    session.out = Path(recipe.out)
+    from compress import api, request
     from compress.cli import console
-    from compress.pipeline import compilation, worker
-    from compress.report import next_steps, schema, summary
+    from compress.report import family, next_steps, summary
 
+    recipe = request.make(words.pop("recipe"), _options_of(words))
+    api.join()
+    session.out = Path(recipe.out)
     console.use_cores()
     if process_info().rank:
-        return worker.serve()
-    if recipe.speedups:
-        from compress.pipeline import family_compilation
-        from compress.report import family
-
-        members = family_compilation.run(recipe, session.progress)
-        session.answer(members.model_dump(mode="json"), family.text(members))
-        return family.exit_code(members)
-    result = compilation.run(recipe, session.progress)
+        return api.serve()
+    result = api.compile(recipe=recipe, progress=session.progress)
+    if isinstance(result, api.FamilyResult):
+        session.answer(result.family.model_dump(mode="json"), family.text(result.family))
+        return result.exit_code
     page = str(session.out / "compression" / "report.html")
-    session.answer(result.model_dump(mode="json"), summary.verdict_line(result, page))
-    for line in (next_steps.next_step(result, recipe.out), next_steps.ruin(result)):
+    session.answer(result.report.model_dump(mode="json"), summary.verdict_line(result.report, page))
+    for line in (next_steps.next_step(result.report, recipe.out), next_steps.ruin(result.report)):
         if line is not None:
             session.progress.say(line)
-    return schema.exit_code(result)
+    return result.exit_code
 
 
 @app.command()
@@ -207,9 +197,10 @@ def run(session: "Session", words: Words) -> int:
 @_verb
 def inspect(session: "Session", words: Words) -> int:
     """List the sites of MODEL, the places to compress."""
-    from compress.pipeline import inspection
+    from compress import api
 
-    session.answer(inspection.inspect(words["model"], shapes(words)))
+    found = api.inspect(words["model"], batch=words["batch"], tokens=words["tokens"])
+    session.answer(found.model_dump(mode="json"))
     return 0
 
 
@@ -218,13 +209,14 @@ def inspect(session: "Session", words: Words) -> int:
 @_verb
 def plan(session: "Session", words: Words) -> int:
     """Say what is reachable, and by which move; builds nothing."""
-    recipe = request(words, asked="2x")
-    session.out = Path(recipe.out)
+    from compress import api
     from compress.cli import console
-    from compress.pipeline import inspection
 
+    session.out = Path(words["out"] or "out")
     console.use_cores()
-    session.answer(inspection.plan(recipe, session.progress))
+    recipe = words.pop("recipe")
+    found = api.plan(recipe=recipe, progress=session.progress, **_options_of(words))
+    session.answer(found.model_dump(mode="json"))
     return 0
 
 
@@ -238,10 +230,12 @@ def plan(session: "Session", words: Words) -> int:
 @_verb
 def bench(session: "Session", words: Words) -> int:
     """Time files in turn here; ratios are to the first."""
-    from compress.pipeline import inspection
+    from compress import api
 
-    paths, threads, blocks = list(words["artifacts"]), words["threads"] or 1, words["blocks"]
-    session.answer(inspection.time_files(paths, shapes(words), threads, blocks, session.progress))
+    given = {name: words[name] for name in ("batch", "tokens", "phase", "blocks")}
+    threads = words["threads"] or 1
+    found = api.bench(*words["artifacts"], threads=threads, progress=session.progress, **given)
+    session.answer(found.model_dump(mode="json"))
     return 0
 
 
@@ -254,14 +248,14 @@ def bench(session: "Session", words: Words) -> int:
 @click.option("--archive", is_flag=True, help="One .tar.gz instead of a folder.")
 @COMMON
 @_verb
-def export_files(session: "Session", words: Words) -> int:
+def export(session: "Session", words: Words) -> int:
     """Write what a run made as files for a runtime or a device."""
-    from compress.export.delivery import deliver
+    from compress import api
 
     directory, to, archive = words["directory"], words["to"], words["archive"]
-    written = deliver.deliver(directory, to, words["out"], archive=archive)
-    document = {"format": to, "files": [str(path) for path in written]}
-    session.answer(document, "\n".join(str(path) for path in written))
+    written = api.export_files(directory, to, out=words["out"], archive=archive)
+    document: Words = {"format": to, "files": [str(path) for path in written]}
+    session.answer(document, "\n".join(document["files"]))
     return 0
 
 
@@ -271,25 +265,33 @@ def export_files(session: "Session", words: Words) -> int:
 @click.option("--device-is-target", is_flag=True, help="Vouch for a device that is not recognised.")
 @COMMON
 @_verb
-def rebuild(session: "Session", words: Words) -> int:
+def report(session: "Session", words: Words) -> int:
     """Write the report of a run again, and repeat its verdict."""
-    from compress.report import render, schema, summary
+    from compress import api
+    from compress.report import family, schema, summary
 
-    directory: Path = words["directory"]
-    found = schema.read(directory)
-    nested = directory / "compression"
-    folder = nested if (nested / "report.json").is_file() else directory
-    if words["merge"] is not None:
-        from compress.export.edge import bundle_schema, merge
-
-        taken = bundle_schema.read(words["merge"])
-        before, found = found, merge.merge(found, taken, device_is_target=words["device_is_target"])
-        merge.renew_card(folder, before, found)
-    elif words["device_is_target"]:
-        raise CompressError("--device-is-target is about a measurement; name it with --merge measured.json")
-    written = render.write(found, folder)
-    session.answer(found.model_dump(mode="json"), summary.verdict_line(found, str(written)))
+    directory, vouched = words["directory"], words["device_is_target"]
+    found = api.write_report(directory, measurement=words["merge"], device_is_target=vouched)
+    if isinstance(found, family.Family):
+        session.answer(found.model_dump(mode="json"), family.text(found))
+        return family.exit_code(found)
+    page = str(schema.folder_of(directory) / "report.html")
+    session.answer(found.model_dump(mode="json"), summary.verdict_line(found, page))
     return schema.exit_code(found)
+
+
+@app.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@COMMON
+@_verb
+def clean(session: "Session", words: Words) -> int:
+    """Remove a run's working files; what ships and the report stay."""
+    from compress import api
+
+    found = api.clean(words["directory"])
+    freed = f"{found.freed_mb:g} MB removed, {found.remaining_mb:g} MB remain in {found.directory}"
+    session.answer(found.model_dump(mode="json"), freed)
+    return 0
 
 
 @app.command()
@@ -301,19 +303,22 @@ def rebuild(session: "Session", words: Words) -> int:
 @_verb
 def targets(session: "Session", words: Words) -> int:
     """List the devices, show one, or measure this machine."""
+    given = {name: words[name] for name in ("target", "model", "batch", "tokens") if words[name] is not None}
     if words["name"] == "measure":
+        from compress import api
         from compress.cli import console
-        from compress.pipeline import inspection
 
         console.use_cores()
-        target, model = words["target"], words["model"]
-        session.answer(inspection.measure_target(session.progress, target, model, shapes(words)))
+        session.answer(api.measure_target(progress=session.progress, **given))
         return 0
-    if given := list(_given(words, "target", "model", "batch", "tokens")):
-        raise CompressError(f"--{given[0]} belongs to `compress targets measure`")
-    from compress.cli import device_facts
+    if given:
+        raise CompressError(f"--{next(iter(given))} belongs to `compress targets measure`")
+    from compress.cost import device_facts
 
-    session.answer(device_facts.listed() if words["name"] is None else device_facts.facts(words["name"]))
+    if words["name"] is None:
+        session.answer({"targets": [one.model_dump(mode="json") for one in device_facts.listed()]})
+    else:
+        session.answer(device_facts.facts(words["name"]))
     return 0
 
 
@@ -329,72 +334,9 @@ def check_up(session: "Session", words: Words) -> int:
     return 0 if found["ready"] else 2
 
 
-def shapes(words: Words) -> "Shapes":
-    """The input shape in the words, with defaults for what they leave out."""
-    from compress.recipe import Shapes
-
-    return Shapes(**_given({"phase": None, **words}, "batch", "tokens", "phase"))
-
-
-def request(words: Words, asked: str | None = None) -> "Recipe":
-    """The recipe that the words ask for, laid over the file that `--recipe` names.
-
-    `asked` is the speedup where there is neither a budget nor a recipe.
-    """
-    from compress import recipe
-
-    plain = ("model", "target", "data", "test", "task", "text", "label", "max_drop", "out")
-    values = _given(words, *plain)
-    found = budgets(words)
-    if not found and words["recipe"] is None and asked is not None:
-        found = [recipe.parse_budget("speedup", asked)]
-    if found:
-        values["budget"] = found[0]
-        values["speedups"] = [one.value for one in found] if len(found) > 1 else []
-    tables = {"shapes": ("batch", "tokens", "phase"), "bench": ("threads",), "search": ("seed",)}
-    values |= {table: _given(words, *names) for table, names in tables.items()}
-    if words["recover"] is not None:
-        values["recovery"] = {"mode": words["recover"]}
-    if words["moves"] is not None:
-        values["options"] = {"moves": [move.strip() for move in words["moves"].split(",")]}
-    return recipe.read(words["recipe"], values)
-
-
-def budgets(words: Words) -> "list[Budget]":
-    """The budget among the words, none without any; several only where they ask for a family."""
-    from compress.recipe import parse_budget
-
-    given = _given(words, *BUDGETS)
-    if len(given) > 1:
-        flags = " and ".join("--" + name.replace("_", "-") for name in given)
-        raise CompressError(f"{flags} were both given; a run has one budget, so leave out all but one")
-    for name, value in given.items():
-        parts = value.split(",")
-        if len(parts) > 1 and name != "speedup":
-            raise CompressError(
-                f"--{name.replace('_', '-')} {value} names several budgets; only --speedup makes a family "
-                "of models, so run the command once for each"
-            )
-        return [at_rate(parse_budget(name, part), words["rate_hz"]) for part in parts]
-    if words["rate_hz"] is not None:
-        raise CompressError(
-            "--rate-hz goes with --power-w; give both on the command line or both in the recipe"
-        )
-    return []
-
-
-def at_rate(budget: "Budget", rate_hz: float | None) -> "Budget":
-    """The budget with the rate of runs that average power depends on."""
-    if rate_hz is None:
-        return budget
-    if budget.power_w is None or not 0 < rate_hz < float("inf"):
-        raise CompressError(f"--rate-hz {rate_hz:g} must be above zero, and goes with --power-w only")
-    return budget.model_copy(update={"rate_hz": rate_hz})
-
-
-def _given(words: Words, *names: str) -> Words:
-    """The words that were said, out of `names`."""
-    return {name: words[name] for name in names if words[name] is not None}
+def _options_of(words: Words) -> Words:
+    """The words of a request without those about its output."""
+    return {name: value for name, value in words.items() if name not in ("as_json", "quiet")}
 
 
 def perform(words: Sequence[str]) -> int:

@@ -75,7 +75,7 @@ def find_patterns(job: Job) -> Patterns:
     made_from = artifacts.digest(
         backend.fingerprint, backend.threads, sorted({site.shape for site in job.sites})
     )
-    return artifacts.saved(job.folder / "patterns.json", Patterns, made_from, lambda: _measure(job, backend))
+    return artifacts.saved(job.work / "patterns.json", Patterns, made_from, lambda: _measure(job, backend))
 
 
 def _measure(job: Job, backend: Backend) -> Patterns:

@@ -50,6 +50,7 @@ from compress.sites import prune
 from compress.sites.expand import expand
 from compress.sites.prune import Removal
 from compress.sites.residual_stream import Stream
+from compress.tasks.task import Task
 from compress.training.block_reconstruction import reconstruct
 
 ATTEMPTS = 3
@@ -73,13 +74,13 @@ class Compiled:
         return expand(self.job.task.model, self.job.sites, self.kept, self.model)
 
 
-def run(recipe: Recipe, progress: Progress) -> Report:
-    """Compile the recipe's model to its budget on its target; everything lands in `recipe.out`.
+def run(recipe: Recipe, progress: Progress, task: Task | None = None) -> Report:
+    """Compile the recipe's model, or that of `task`, to its budget on its target, into `recipe.out`.
 
     Raises:
         CompressError: the request cannot be carried out; the message says what can.
     """
-    return compiled(prepare(recipe, progress)).report
+    return compiled(prepare(recipe, progress, task)).report
 
 
 def compiled(job: Job, before: Compiled | None = None) -> Compiled:
@@ -219,7 +220,7 @@ def meter_plan(job: Job, prices: Prices) -> energy_search.Meter | None:
 
 def _trial(job: Job, backend: Backend, choices: Mapping[str, Option]) -> tuple[nn.Module, Path]:
     """A plan as a model, and as a file where it is the file that is timed."""
-    file = job.folder / "trial.onnx"
+    file = job.work / "trial.onnx"
     removals = plan_search.load_removals(job, choices)
     model = prune.shrink(job.task.model, job.sites, removals)
     built = backend.build(

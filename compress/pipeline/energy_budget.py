@@ -78,7 +78,7 @@ def price(job: Job, costs: Costs) -> Prices:
         return priced(job, costs, used)
 
     made_from = artifacts.digest(job.key, costs, job.profile.idle_w, job.profile.load_w)
-    return artifacts.saved(job.folder / "energy.json", Prices, made_from, make)
+    return artifacts.saved(job.work / "energy.json", Prices, made_from, make)
 
 
 def priced(job: Job, costs: Costs, used: Energy | None) -> Prices:

@@ -18,12 +18,13 @@ from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.report import family
 from compress.report.family import Family
+from compress.tasks.task import Task
 
-SHARED = ("sites.json", "dense.onnx", "dense.json", "costs.json")
+SHARED = ("dense.onnx", *(f"{artifacts.WORK}/{name}.json" for name in ("sites", "dense", "costs")))
 
 
-def run(recipe: Recipe, progress: Progress) -> Family:
-    """Compile one model for each of the recipe's speedups.
+def run(recipe: Recipe, progress: Progress, task: Task | None = None) -> Family:
+    """Compile one model for each of the recipe's speedups, from the recipe's model or that of `task`.
 
     Raises:
         CompressError: as for a single model; members that were finished before stay.
@@ -38,7 +39,7 @@ def run(recipe: Recipe, progress: Progress) -> Family:
         if before is not None:
             _share(before, place / name)
         asked = {"budget": Budget(speedup=speedup), "speedups": (), "out": str(place / name)}
-        done = compilation.compiled(prepare(recipe.model_copy(update=asked), progress), done)
+        done = compilation.compiled(prepare(recipe.model_copy(update=asked), progress, task), done)
         before = place / name
         members.append(family.member(name, done.report))
         found = family.of(done.report, members)
@@ -51,4 +52,5 @@ def _share(before: Path, after: Path) -> None:
     source, folder = before / artifacts.MARKER, artifacts.claim(after)
     for name in SHARED:
         if not (folder / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)

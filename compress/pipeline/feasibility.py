@@ -117,7 +117,7 @@ def _fastest(job: Job, menus: CandidateTable) -> Timing | None:
         if _kept(chosen[site.name], site.units) < site.units
     }
     model = prune.shrink(job.task.model, job.sites, removals)
-    file = job.folder / "fastest.onnx"
+    file = job.work / "fastest.onnx"
 
     def write() -> None:
         with job.stages("export fastest"):

@@ -1,5 +1,6 @@
 """What can be said without compiling: the sites of a model, what is reachable, how fast files are."""
 
+import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -7,8 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor, nn
 
-from compress import demo, profiles
+from compress import profiles
 from compress.errors import CompressError
 from compress.export import generation
 from compress.export.backends import onnxruntime, torch_cuda
@@ -23,31 +25,45 @@ from compress.pipeline.job import Job, prepare
 from compress.pipeline.pricing import Costs, latency_table_of, price, wanted_levels
 from compress.progress import Progress
 from compress.recipe import Recipe, Shapes
+from compress.report.overviews import (
+    BenchResult,
+    BlockTiming,
+    Inspection,
+    OptionOverview,
+    PlanOverview,
+    PlanRow,
+    SiteOverview,
+    SkippedPlace,
+    TimedArtifact,
+)
 from compress.search import knapsack
 from compress.search.closed_loop import CandidateTable
 from compress.sites import discovery
 from compress.sites.kinds import kind_of
-from compress.tasks.loading import load_model
-from compress.tasks.pretrained import example_inputs
+from compress.tasks.task import Task
 
+DEFAULT_MODEL = "embedded default"
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 
 
-def inspect(model: str | None, shapes: Shapes) -> dict[str, object]:
-    """The sites of a model, from its directory alone: no data, no tokenizer.
+def inspect(name: str, module: nn.Module, example: dict[str, Tensor]) -> Inspection:
+    """The sites of a model, from the model alone: no data, no tokenizer.
 
     The hidden width, in which all others lie, comes last; `parameters_in_sites` counts none twice.
+
+    Args:
+        name: what the model is called in the result.
+        module: the model.
+        example: inputs by argument name, of the shape that shares of work are stated for.
     """
-    module = load_model(model or str(Path(demo.__file__).parent))
-    example = example_inputs(module, shapes.batch, shapes.tokens)
     found = discovery.find_sites(module, example)
-    skipped = [{"place": skip.place, "reason": skip.reason} for skip in found.skipped]
+    skipped = [SkippedPlace(place=skip.place, reason=skip.reason) for skip in found.skipped]
     owned = {site: site.parameters for site in found.sites}
     inside = {matmul.weight for site in found.sites for matmul in site.matmuls}
     try:
         stream = hidden_width.site_of(hidden_width.find_stream(module, example))
     except CompressError as refusal:
-        skipped.append({"place": "residual", "reason": str(refusal)})
+        skipped.append(SkippedPlace(place="residual", reason=str(refusal)))
     else:
         stored = module.state_dict(keep_vars=True)
         tensors = {id(stored[part.tensor]): stored[part.tensor].numel() for part in stream.slices}
@@ -55,33 +71,33 @@ def inspect(model: str | None, shapes: Shapes) -> dict[str, object]:
         owned[stream.model_copy(update={"matmuls": shared})] = sum(tensors.values())
     parameters = sum(p.numel() for p in module.parameters())
     everything = max(1, sum(kind_of(site).multiplications(site) for site in found.sites))
-    return {
-        "model": model or "embedded default",
-        "sites": [
-            {
-                "name": site.name,
-                "kind": site.kind,
-                "units": site.units,
-                "parameters": own,
-                "weights_share": round(own / parameters, 4),
-                "multiplications_share": round(kind_of(site).multiplications(site) / everything, 4),
-                "can_be_dropped": site.drop is not None,
-            }
+    return Inspection(
+        model=name,
+        sites=tuple(
+            SiteOverview(
+                name=site.name,
+                kind=site.kind,
+                units=site.units,
+                parameters=own,
+                weights_share=round(own / parameters, 4),
+                multiplications_share=round(kind_of(site).multiplications(site) / everything, 4),
+                can_be_dropped=site.drop is not None,
+            )
             for site, own in owned.items()
-        ],
-        "parameters": parameters,
-        "parameters_in_sites": sum(site.parameters for site in found.sites),
-        "skipped": skipped,
-        "fallback": found.fallback,
-    }
+        ),
+        parameters=parameters,
+        parameters_in_sites=sum(site.parameters for site in found.sites),
+        skipped=tuple(skipped),
+        fallback=found.fallback or "",
+    )
 
 
-def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
+def plan(recipe: Recipe, progress: Progress, task: Task | None = None) -> PlanOverview:
     """What is reachable on the target, by which move, and at what layer error; builds nothing.
 
     Everything in it is an estimate: errors are those of single sites, times come from the table.
     """
-    job = prepare(recipe, progress)
+    job = prepare(recipe, progress, task)
     stream = width_search.requested_stream(job)
     feasibility.check_moves(job)
     costs = price(job)
@@ -89,20 +105,24 @@ def plan(recipe: Recipe, progress: Progress) -> dict[str, object]:
     reachable = {"everything": _reach(costs, menus)}
     for kind in sorted(set(menus.kinds)):
         reachable[f"{kind} alone"] = _reach(costs, menus, only=kind)
-    return {
-        "model": recipe.model or "embedded default",
-        "target": recipe.target,
-        "source": costs.source,
-        "dense_ms": round(costs.dense_ms, 4),
-        "outside_sites_ms": round(costs.fixed_ms, 4),
-        "reachable_speedup_estimate": {name: round(value, 3) for name, value in reachable.items()},
-        "forms": _forms(costs),
-        "blocks": _blocks(block_patterns.find_patterns(job)),
-        "hidden_width": _offered(job)
-        if stream is None
-        else width_search.estimate_widths(job, stream, costs.dense_ms),
-        "plans": [row for speedup in SPEEDUPS if (row := _row(job, costs, menus, speedup))],
-    }
+    rows: dict[tuple[int, ...], PlanRow] = {}  # one for each plan: several speedups may share one
+    for speedup in SPEEDUPS:
+        with contextlib.suppress(knapsack.UnreachableError):
+            choices = knapsack.solve(menus.prior, menus.whole.room_ms(costs.dense_ms / speedup))
+            rows.setdefault(tuple(choices), _row(job, costs, menus, choices))
+    width = _offered(job) if stream is None else width_search.estimate_widths(job, stream, costs.dense_ms)
+    return PlanOverview(
+        model=recipe.model or DEFAULT_MODEL,
+        target=recipe.target,
+        source=costs.source,
+        dense_ms=round(costs.dense_ms, 4),
+        outside_sites_ms=round(costs.fixed_ms, 4),
+        reachable_speedup_estimate={name: round(value, 3) for name, value in reachable.items()},
+        forms=_forms(costs),
+        blocks=_blocks(block_patterns.find_patterns(job)),
+        hidden_width=width,
+        plans=tuple(rows.values()),
+    )
 
 
 def _offered(job: Job) -> str:
@@ -116,44 +136,42 @@ def _offered(job: Job) -> str:
     )
 
 
-def _forms(costs: Costs) -> list[dict[str, object]]:
-    """What every form that was looked at would make of a whole site's time on the target."""
+def _forms(costs: Costs) -> tuple[OptionOverview, ...]:
+    """How much faster whole sites run on the target in every form that was priced."""
     gains: dict[str, list[float]] = {}
     for row in costs.gains.values():
         for form, gain in row.items():
             gains.setdefault(form, []).append(gain)
-    return [
-        {
-            "form": form,
-            "slowest_site_speedup": round(min(found), 3),
-            "fastest_site_speedup": round(max(found), 3),
-            "pays": any(form in row for row in costs.rows.values()),
-        }
+    return tuple(
+        OptionOverview(
+            form=form,
+            slowest_site_speedup=round(min(found), 3),
+            fastest_site_speedup=round(max(found), 3),
+            pays=any(form in row for row in costs.rows.values()),
+        )
         for form, found in sorted(gains.items())
-    ]
+    )
 
 
-def _blocks(found: Patterns) -> list[dict[str, object]]:
-    """What blocks make of the time of every product, in their fastest layout; what is offered is a choice.
+def _blocks(found: Patterns) -> tuple[BlockTiming, ...]:
+    """The time of every product in blocks, in their fastest layout, and whether the search may take it.
 
     Timed on this machine; a target that is not here has no such rows.
     """
-    rows: dict[tuple[object, ...], dict[str, object]] = {}
+    rows: dict[tuple[object, ...], BlockTiming] = {}
     for offer in found.sites.values():
         for one in offer.products:
-            row = rows.setdefault(
-                (one.out, one.inner, one.rows, one.pattern),
-                {
-                    "product": f"{one.out}x{one.inner}",
-                    "rows": one.rows,
-                    "pattern": one.pattern,
-                    "layout": one.layout,
-                    "speedup": round(one.speedup, 2),
-                    "offered": False,
-                },
+            key = (one.out, one.inner, one.rows, one.pattern)
+            offered = one.pattern in offer.patterns or (key in rows and rows[key].offered)
+            rows[key] = BlockTiming(
+                product=f"{one.out}x{one.inner}",
+                rows=one.rows,
+                pattern=one.pattern,
+                layout=one.layout,
+                speedup=round(one.speedup, 2),
+                offered=offered,
             )
-            row["offered"] = row["offered"] or one.pattern in offer.patterns
-    return list(rows.values())
+    return tuple(rows.values())
 
 
 def _reach(costs: Costs, menus: CandidateTable, only: str | None = None) -> float:
@@ -165,24 +183,23 @@ def _reach(costs: Costs, menus: CandidateTable, only: str | None = None) -> floa
     return costs.dense_ms / menus.whole.latency_ms(spent)
 
 
-def _row(job: Job, costs: Costs, menus: CandidateTable, speedup: float) -> dict[str, object] | None:
-    try:
-        choices = knapsack.solve(menus.prior, menus.whole.room_ms(costs.dense_ms / speedup))
-    except knapsack.UnreachableError:
-        return None
-    row: dict[str, object] = {
-        "speedup_estimate": round(costs.dense_ms / menus.latency_ms(choices), 3),
-        "latency_ms_estimate": round(menus.latency_ms(choices), 4),
-        "mean_layer_error": round(knapsack.totals(menus.prior, choices)[1] / len(choices), 4),
-    }
+def _row(job: Job, costs: Costs, menus: CandidateTable, choices: tuple[int, ...]) -> PlanRow:
+    """A plan in one row."""
     chosen = menus.named(choices)
+    kept = {}
     for kind in sorted(set(menus.kinds)):
         own = [site for site in job.sites if site.kind == kind]
-        kept = sum(_kept(site, chosen[site.name]) for site in own)
-        row[f"{kind}_kept"] = round(kept / sum(site.units for site in own), 3)
+        units = sum(_kept(site, chosen[site.name]) for site in own)
+        kept[kind] = round(units / sum(site.units for site in own), 3)
     counted = Counter(option.form for option in chosen.values())
-    row["forms"] = ", ".join(f"{count} x {form}" for form, count in sorted(counted.items()))
-    return row
+    error = knapsack.totals(menus.prior, choices)[1] / len(choices)
+    return PlanRow(
+        speedup_estimate=round(costs.dense_ms / menus.latency_ms(choices), 3),
+        latency_ms_estimate=round(menus.latency_ms(choices), 4),
+        mean_layer_error=float(f"{error:.3g}"),
+        kept=kept,
+        forms=", ".join(f"{count} x {form}" for form, count in sorted(counted.items())),
+    )
 
 
 def _kept(site: Site, option: Option) -> int:
@@ -191,7 +208,7 @@ def _kept(site: Site, option: Option) -> int:
 
 def time_files(
     paths: Sequence[str], shapes: Shapes, threads: int, blocks: int, progress: Progress
-) -> dict[str, object]:
+) -> BenchResult:
     """Interleaved latency of ONNX files or output directories; ratios are to the first."""
     files = [_file(Path(path)) for path in paths]
     names = [path.rstrip("/") for path in paths]
@@ -208,20 +225,20 @@ def time_files(
     for name in names:
         ratio = found.ratio(name)
         rows.append(
-            {
-                "artifact": name,
+            TimedArtifact(
+                artifact=name,
+                speedup=round(ratio.value, 4),
+                interval95=(round(ratio.low, 4), round(ratio.high, 4)),
                 **found.latency(name).model_dump(),
-                "speedup": round(ratio.value, 4),
-                "interval95": [round(ratio.low, 4), round(ratio.high, 4)],
-            }
+            )
         )
-    return {
-        "artifacts": rows,
-        "shapes": shapes.model_dump(),
-        "protocol": found.protocol.model_dump(),
-        "drift": round(found.drift, 4),
-        "environment": timing.environment(),
-    }
+    return BenchResult(
+        artifacts=tuple(rows),
+        shapes=shapes,
+        protocol=found.protocol.model_dump(),
+        drift=round(found.drift, 4),
+        environment=timing.environment(),
+    )
 
 
 def _file(path: Path) -> Path:

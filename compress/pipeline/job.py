@@ -119,6 +119,13 @@ class Job:
         return self.backend is not None
 
     @property
+    def work(self) -> Path:
+        """Where working files go, which the next run would make again; the folder is there."""
+        place = self.folder / artifacts.WORK
+        place.mkdir(parents=True, exist_ok=True)
+        return place
+
+    @property
     def file(self) -> Path:
         """The file that ships."""
         return Path(self.recipe.out) / "model.onnx"
@@ -140,8 +147,8 @@ class Job:
         return replace(self, task=task, key=artifacts.digest(self.key, *fingerprint(model)), origin=self)
 
 
-def prepare(recipe: Recipe, progress: Progress) -> Job:
-    """Load the model and its data, and find the sites.
+def prepare(recipe: Recipe, progress: Progress, task: Task | None = None) -> Job:
+    """Load the model and its data, and find the sites; with `task` given, that is not loaded.
 
     Raises:
         CompressError: the target, output folder, model or data cannot be used, or nothing in the
@@ -151,8 +158,14 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
     folder = artifacts.claim(Path(recipe.out))
     stages = Stages(progress)
     with stages("load"):
-        collectives.send_command("load", {"recipe": recipe.model_dump(mode="json")})
-        task, batches = load(recipe)
+        if task is None:
+            collectives.send_command("load", {"recipe": recipe.model_dump(mode="json")})
+        elif collectives.size() > 1:
+            raise CompressError(
+                f"a model given as an object is in this process alone, but {collectives.size()} run; "
+                "name it as package.module:factory, which every process can load"
+            )
+        task, batches = load(recipe, task)
     model_key = artifacts.digest(*fingerprint(task.model), recipe.shapes)
     if recipe.shapes.phase == "decode" and not decodes(task):
         raise CompressError(
@@ -162,7 +175,10 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
     example = task.example(recipe.shapes.batch, recipe.shapes.tokens)
     with stages("find sites"):
         found = artifacts.saved(
-            folder / "sites.json", Sites, model_key, lambda: discovery.find_sites(task.model, example)
+            folder / artifacts.WORK / "sites.json",
+            Sites,
+            model_key,
+            lambda: discovery.find_sites(task.model, example),
         )
     sites = tuple(site for site in found.sites if site.kind in recipe.options.kinds)
     if not sites:
@@ -182,10 +198,10 @@ def prepare(recipe: Recipe, progress: Progress) -> Job:
     return Job(recipe, task, profile, folder, stages, model_key, key, found, sites, batches)
 
 
-def load(recipe: Recipe) -> tuple[Task, tuple[Batch, ...]]:
+def load(recipe: Recipe, task: Task | None = None) -> tuple[Task, tuple[Batch, ...]]:
     """A recipe's task and its calibration inputs; of several processes, each loads its own."""
     with collectives.synchronized():
-        task = load_task(
+        task = task or load_task(
             recipe.model,
             recipe.data,
             test=recipe.test,

@@ -43,7 +43,7 @@ class Losses(Document):
 def build_candidates(job: Job, costs: Costs) -> Errors:
     """Build a candidate for every option in the costs; return layer errors by site and option."""
     wanted = job.recipe.calibration
-    statistics = artifacts.folder(job.folder / "statistics", job.key)
+    statistics = artifacts.folder(job.work / "statistics", job.key)
     with job.stages("calibrate") as tick:
         activation_statistics.collect(
             job.task,
@@ -67,10 +67,10 @@ def build_candidates(job: Job, costs: Costs) -> Errors:
             job.sites,
             statistics,
             wanted_options,
-            artifacts.folder(job.folder / "candidates", key),
+            artifacts.folder(job.work / "candidates", key),
             score=job.recipe.options.score,
             damping=wanted.damping,
-            saliency=saliency,
+            felt=saliency,
             progress=tick,
         )
 
@@ -82,7 +82,7 @@ def _collect_saliency(job: Job, costs: Costs) -> Path | None:
     if job.recipe.options.blocks != "fisher" or not shapes:
         return None
     tile = math.gcd(*(rows for rows, _ in shapes)), math.gcd(*(columns for _, columns in shapes))
-    directory = artifacts.folder(job.folder / "saliency", artifacts.digest(job.key, tile))
+    directory = artifacts.folder(job.work / "saliency", artifacts.digest(job.key, tile))
     memory_mb = job.recipe.calibration.memory_mb
     with job.stages("saliency") as tick:
         block_saliency.collect(
@@ -119,7 +119,7 @@ def build_objective(job: Job, table: CandidateTable) -> ModelObjective:
     return ModelObjective(
         job.task,
         job.sites,
-        job.folder / "candidates",
+        job.work / "candidates",
         table.options,
         batches or job.calibration[:8],
         job.baseline.task.model,
@@ -140,7 +140,7 @@ def measure_losses(job: Job, table: CandidateTable, objective: ModelObjective) -
             )
         return Losses(rows=tuple(tuple(site_costs.error.tolist()) for site_costs in scaled))
 
-    losses = artifacts.saved(job.folder / "losses.json", Losses, made_from, measure)
+    losses = artifacts.saved(job.work / "losses.json", Losses, made_from, measure)
     scaled = tuple(
         OptionCosts(prior.cost, np.array(row)) for prior, row in zip(table.prior, losses.rows, strict=True)
     )
@@ -166,7 +166,7 @@ def run_closed_loop(
 
     Continues after `rounds`, or, if empty, after the stored iterations of an interrupted run.
     """
-    path = job.folder / "rounds.json"
+    path = job.work / "rounds.json"
     made_from = artifacts.digest(job.key, costs, job.recipe.search, job.recipe.bench, asked)
 
     def stage(name: str) -> Callable[[int, int], None]:
@@ -274,7 +274,7 @@ def search_within(
 def load_removals(job: Job, choices: Mapping[str, Option]) -> dict[str, Removal]:
     """Read the stored candidates of a plan, by site name."""
     return {
-        site.name: candidate_store.removal(job.folder / "candidates", index, choices[site.name])
+        site.name: candidate_store.removal(job.work / "candidates", index, choices[site.name])
         for index, site in enumerate(job.sites)
         if choices[site.name] != Option()
     }

@@ -76,7 +76,7 @@ def price(job: Job) -> Costs:
     sized = job.recipe.budget.name == SIZE_BUDGET
     made_from = artifacts.digest(job.model_key, machine, job.recipe.bench.threads, levels, sized, found)
     return artifacts.saved(
-        job.folder / "costs.json",
+        job.work / "costs.json",
         Costs,
         made_from,
         lambda: (
@@ -88,7 +88,7 @@ def price(job: Job) -> Costs:
 def export_dense(job: Job) -> Path:
     """The dense model as a file: the baseline of every comparison."""
     path = job.folder / "dense.onnx"
-    stamp = job.folder / "dense.json"
+    stamp = job.work / "dense.json"
     if path.is_file() and _identity(path, job.model_key) == _read(stamp):
         return path
     with job.stages("export dense"):

@@ -45,7 +45,7 @@ def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list
     if formed:
         return [f"No pruning-aware tuning: {formed[0]} runs as {removals[formed[0]].form}."]
     path, made_from = (
-        job.folder / WEIGHTS_FILE,
+        job.work / WEIGHTS_FILE,
         artifacts.digest(job.key, job.recipe.recovery, *fingerprint(model)),
     )
     weights = _load_weights(path, made_from)

@@ -23,7 +23,8 @@ from compress import artifacts
 from compress.distributed import collectives
 from compress.ir import Site
 from compress.methods import candidate_store, quantized_layers, training_layers
-from compress.pipeline.job import Job, Tick, content, fingerprint
+from compress.pipeline.job import Job, content, fingerprint
+from compress.progress import Tick
 from compress.recipe import Recovery
 from compress.report.formatting import digits, duration
 from compress.search import objective
@@ -70,14 +71,14 @@ def recover(
             judge,
             lambda words: job.stages(f"recover ({wanted.mode}){words}"),
             job.stages.progress.say,
-            job.folder / TEACHER_CACHE,
-            job.folder,
+            job.work / TEACHER_CACHE,
+            job.work,
             artifacts.digest(data, alone, *fingerprint(model), *training_layers.fingerprint(removals)),
             artifacts.digest(data, collectives.size()),
         )
         down = None if job.narrowed is None else job.narrowed.down
         found = train_student(desk, wanted, model, removals, dense=job.baseline.task.model, down=down)
-    shutil.rmtree(job.folder / TEACHER_CACHE)
+    shutil.rmtree(job.work / TEACHER_CACHE)
     forms = sorted({one.form for one in removals.values()} - {"dense"})
     forms += ["sparse plus low-rank updates"] if wanted.adapter == "sltrain" else []
     return found.removals, [_summary(found, judge, wanted.mode, forms)]

@@ -90,7 +90,7 @@ def smooth_model(job: Job) -> tuple[Job, list[str]]:
             spots = find_pairs(job.task, job.sites, job.calibration[:STATISTICS_BATCHES], levels)
         return Smoothing(spots=tuple(spots))
 
-    found = artifacts.saved(job.folder / "smoothing.json", Smoothing, job.key, find)
+    found = artifacts.saved(job.work / "smoothing.json", Smoothing, job.key, find)
     if not found.spots:
         return job, ["Smoothing: no channel is so loud that moving it would help integers"]
     model = copy.deepcopy(job.task.model)

@@ -88,7 +88,7 @@ def _time_models(job: Job, backend: Backend, sizes: Sequence[Mapping[str, int]])
                 if size[site.name] < site.units
             }
             model = prune.shrink(job.task.model, job.sites, removals)
-            file = job.folder / f"size{number}.onnx"
+            file = job.work / f"size{number}.onnx"
             models.append(backend.build(model, write=partial(model_files.write, job, model, file)))
             written.append(file)
             tick(number, len(sizes) - 1)

@@ -100,7 +100,7 @@ def find_stream(job: Job) -> Stream:
     example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
     with job.stages("find residual stream"):
         return artifacts.saved(
-            job.folder / "stream.json",
+            job.work / "stream.json",
             Stream,
             job.model_key,
             lambda: hidden_width.find_stream(job.task.model, example),
@@ -199,7 +199,7 @@ def _narrowed_job(job: Job, model: nn.Module, sites: tuple[Site, ...], less: Nar
     """The job with a narrower model, in a folder of its own."""
     task = copy.copy(job.task)
     task.model = model
-    folder = less.wide.folder / f"width-{less.units}"
+    folder = less.wide.work / f"width-{less.units}"
     folder.mkdir(exist_ok=True)
     model_key = artifacts.digest(*fingerprint(model), job.recipe.shapes)
     return replace(

@@ -9,11 +9,14 @@ from markupsafe import Markup
 from pydantic import Field
 
 from compress.artifacts import write_text
+from compress.errors import CompressError
 from compress.ir import SCHEMA_VERSION, Document
 from compress.report.formatting import digits, lost, score_text
 from compress.report.schema import EXIT_CODES, Report, Status, Target
 from compress.report.summary import device
 from compress.report.svg import PALETTE, WIDTH, Canvas, Chart, finish, ticks
+
+FILE = "family.json"
 
 
 class Member(Document):
@@ -89,9 +92,26 @@ def exit_code(family: Family) -> int:
     return 1 if 1 in codes else max(codes)
 
 
+def read(directory: Path) -> Family:
+    """The family in a directory.
+
+    Raises:
+        CompressError: there is none, or it is damaged.
+    """
+    path = directory / FILE
+    try:
+        return Family.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CompressError(
+            f"{path} cannot be read ({error.strerror}); give the --out of a family"
+        ) from error
+    except ValueError as error:
+        raise CompressError(f"{path} is damaged; run compress with --out {directory} again") from error
+
+
 def write(family: Family, directory: Path) -> None:
     """Write family.json, README.md (the table) and family.html (with the front)."""
-    write_text(directory / "family.json", family.model_dump_json(indent=1) + "\n")
+    write_text(directory / FILE, family.model_dump_json(indent=1) + "\n")
     write_text(directory / "README.md", markdown(family))
     write_text(directory / "family.html", html(family))
 

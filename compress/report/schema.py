@@ -338,14 +338,19 @@ def steps(dense_ms: float, compressed_ms: float, sites: Sequence[SiteReport]) ->
     return (Step(name="dense", ms=dense_ms), *middle, Step(name="compressed", ms=compressed_ms))
 
 
+def folder_of(directory: Path) -> Path:
+    """The folder that holds report.json: a `compression` folder itself, or the one in an output directory."""
+    nested = directory / "compression"
+    return nested if (nested / "report.json").is_file() else directory
+
+
 def read(directory: Path) -> Report:
     """The report in a `compression` folder, or in the output directory around it.
 
     Raises:
         CompressError: there is none, or it is truncated, malformed or from another version.
     """
-    nested = directory / "compression" / "report.json"
-    path = nested if nested.is_file() else directory / "report.json"
+    path = folder_of(directory) / "report.json"
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.recipe import TaskName
@@ -21,7 +21,7 @@ from compress.tasks.task import Batch, Request, Run, Split, Task
 from compress.tasks.text import FeatureExtraction, TextClassification, TextGeneration
 from compress.tasks.vision import ImageClassification
 
-__all__ = ["Batch", "Run", "Split", "Task", "demo", "example_inputs", "load_model", "load_task"]
+__all__ = ["Batch", "Run", "Split", "Task", "demo", "example_inputs", "load_example", "load_task"]
 
 KINDS: dict[TaskName, Callable[[Request], Task]] = {
     "text-classification": TextClassification,
@@ -94,13 +94,21 @@ def demo() -> Task:
     return load_task(None, None)
 
 
-def load_model(model: str) -> nn.Module:
-    """A model alone, for looking at: no data and no tokenizer are needed."""
-    if _is_factory(model):
-        return _from_factory(model).model
-    directory = pretrained.resolve(model)
+def load_example(model: str | None, batch: int, tokens: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model alone and example inputs of one shape: no data and no tokenizer are needed.
+
+    Args:
+        model: as for `load_task`.
+        batch: inputs in one batch.
+        tokens: their length, where the model reads text.
+    """
+    if model is not None and _is_factory(model):
+        task = _from_factory(model)
+        return task.model, task.example(batch, tokens)
+    directory = _demo_directory() if model is None else pretrained.resolve(model)
     config = pretrained.read_config(directory)
-    return pretrained.load_weights(directory, config, pretrained.task_of(config))
+    module = pretrained.load_weights(directory, config, pretrained.task_of(config))
+    return module, example_inputs(module, batch, tokens)
 
 
 def _demo_directory() -> Path:
@@ -136,7 +144,7 @@ def _from_factory(words: str) -> Task:
         raise CompressError(f"{words} failed: {type(error).__name__}: {error}") from error
     if not isinstance(task, Task):
         raise CompressError(
-            f"{words} returned {type(task).__name__}; return an instance of a subclass of compress.task.Task"
+            f"{words} returned {type(task).__name__}; return an instance of a subclass of compress.Task"
         )
     if not isinstance(getattr(task, "model", None), nn.Module):
         raise CompressError(f"{words} returned a Task without a model; set self.model to an nn.Module")

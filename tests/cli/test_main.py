@@ -15,14 +15,14 @@ import click
 import pytest
 
 import compress
-from compress import pipeline as pipeline_room
 from compress import recipe
 from compress.cli import main
 from compress.errors import CompressError
 from compress.ir import Budget, Latency
 from compress.report import family, schema, summary
+from compress.request import make
 
-VERBS = ["run", "inspect", "plan", "bench", "export", "report", "targets", "doctor"]
+VERBS = ["run", "inspect", "plan", "bench", "export", "report", "clean", "targets", "doctor"]
 ASK = ["--target", "cpu", "--speedup", "2x"]
 
 
@@ -64,20 +64,28 @@ def pipeline(monkeypatch):
             raise fake.result
         return fake.result() if callable(fake.result) else fake.result
 
-    def run(asked, progress):
+    def document(*call):
+        found = outcome(*call)
+        return types.SimpleNamespace(model_dump=lambda mode: found)
+
+    def run(asked, progress, task):
         with progress.stage("search") as tick:
             tick(1, 2)
             progress.say("turn 1: 1.9x")
         return outcome("run", asked)
 
-    fake.run = run
-    fake.inspect = lambda model, shapes: outcome("inspect", model, shapes)
-    fake.plan = lambda asked, progress: outcome("plan", asked)
-    fake.time_files = lambda *call: outcome("bench", *call[:-1])
-    fake.measure_target = lambda progress, *call: outcome("measure", *call)
-    for name in ("compilation", "inspection"):
-        monkeypatch.setitem(sys.modules, f"compress.pipeline.{name}", fake)
-        monkeypatch.setattr(pipeline_room, name, fake, raising=False)
+    doubles = {
+        "compilation.run": run,
+        "inspection.inspect": lambda name, module, example: document("inspect", *example),
+        "inspection.plan": lambda asked, progress, task: document("plan", asked),
+        "inspection.time_files": lambda *call: document("bench", *call[:-1]),
+        "inspection.measure_target": lambda progress, *call: outcome("measure", *call),
+    }
+    for name, double in doubles.items():
+        monkeypatch.setattr(f"compress.pipeline.{name}", double)
+    monkeypatch.setattr(
+        "compress.tasks.loading.load_example", lambda model, batch, tokens: (None, (model, batch, tokens))
+    )
     monkeypatch.setattr("compress.cli.console.use_cores", lambda: fake.calls.append("cores"))
     return fake
 
@@ -141,7 +149,8 @@ def test_each_budget_has_its_flag(pipeline, flag, words, budget):
 
 def test_several_speedups_ask_for_a_family_and_one_for_a_model(tmp_path):
     def request(*words):
-        return main.request(main.app.commands["run"].make_context("run", list(words)).params)
+        params = main.app.commands["run"].make_context("run", list(words)).params
+        return make(params.pop("recipe"), main._options_of(params))
 
     found = request("--target", "cpu", "--speedup", "1.5x,2,4x")
     assert (found.budget, found.speedups) == (Budget(speedup=1.5), (1.5, 2.0, 4.0))
@@ -164,10 +173,8 @@ def written(folder, text):
 
 def test_a_family_is_answered_by_its_table_and_its_worst_member(pipeline, monkeypatch, capfd):
     members = family.of(a_report(), [family.member("2x", a_report()), family.member("3x", a_report(1.9))])
-    fake = types.ModuleType("compress.pipeline.family_compilation")
-    fake.run = lambda asked, progress: members
-    monkeypatch.setitem(sys.modules, "compress.pipeline.family_compilation", fake)
-    monkeypatch.setattr(pipeline_room, "family_compilation", fake, raising=False)
+    monkeypatch.setattr("compress.pipeline.family_compilation.run", lambda asked, progress, task: members)
+    monkeypatch.setattr("compress.report.schema.read", lambda directory: a_report())
     assert main.perform(["--target", "cpu", "--speedup", "2x,3x"]) == 1
     assert capfd.readouterr().out == family.text(members) + "\n"
     assert main.perform(["--target", "cpu", "--speedup", "2x,3x", "--json"]) == 1
@@ -208,8 +215,8 @@ def test_inspect_and_bench_pass_on_what_they_were_given(pipeline, capfd):
     assert main.perform(["bench", "a", "--phase", "decode"]) == 0
     assert main.perform(["bench", "a", "--phase", "sideways"]) == 2
     assert pipeline.calls == [
-        ("inspect", "m", recipe.Shapes(tokens=9)),
-        ("inspect", None, recipe.Shapes()),
+        ("inspect", "m", 1, 9),
+        ("inspect", None, 1, 32),
         ("bench", ["a", "b"], recipe.Shapes(batch=3), 2, 50),
         ("bench", ["a"], recipe.Shapes(), 1, 40),
         ("bench", ["a"], recipe.Shapes(phase="decode"), 1, 40),
@@ -476,13 +483,12 @@ FAKE = """
 import sys, types, os, time
 import compress
 from pathlib import Path
-fake = types.ModuleType("compress.fake")
-import compress.pipeline
-sys.modules["compress.pipeline.compilation"] = compress.pipeline.compilation = fake
-sys.modules["compress.pipeline.inspection"] = compress.pipeline.inspection = fake
+from compress.pipeline import compilation, inspection
+from compress.report.overviews import Inspection
+from compress.tasks import loading
 import compress.cli.console
 compress.cli.console.use_cores = lambda: None
-def run(recipe, progress):
+def run(recipe, progress, task):
     folder = Path(recipe.out, "compression")
     folder.mkdir(parents=True, exist_ok=True)
     with progress.stage("slow stage") as tick:
@@ -491,9 +497,12 @@ def run(recipe, progress):
         for done in range(6000):
             tick(done, 6000)
             time.sleep(0.05)
-fake.run = run
-fake.inspect = lambda model, shapes: {"model": chr(0xB7) * shapes.tokens}
-fake.time_files = lambda *call: os.abort()
+compilation.run = run
+loading.load_example = lambda model, batch, tokens: (None, tokens)
+inspection.inspect = lambda model, module, example: Inspection(
+    model=chr(0xB7) * example, sites=(), parameters=0, parameters_in_sites=0
+)
+inspection.time_files = lambda *call: os.abort()
 from compress.cli.main import main
 main()
 """
@@ -560,7 +569,7 @@ def test_a_terminal_that_cannot_show_a_character_gets_a_question_mark():
     narrow = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     with started(["inspect", "--tokens", "3"], **narrow) as process:
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (0, "model: ???\n", "")
+    assert (process.returncode, out.splitlines()[0], err) == (0, "model: ???", "")
 
 
 def test_native_code_that_dies_says_where():
@@ -572,7 +581,7 @@ def test_native_code_that_dies_says_where():
 
 
 def test_closed_standard_streams_do_not_stop_the_work(tmp_path):
-    code = "import os; os.close(1); os.close(2)\n" + textwrap.dedent(FAKE)
+    code = textwrap.dedent(FAKE).replace("\nmain()", "\nos.close(1); os.close(2)\nmain()")
     done = subprocess.run([sys.executable, "-c", code, "inspect"], check=False)
     assert done.returncode == 0
 
@@ -648,6 +657,7 @@ def test_the_options_of_each_verb_are_frozen():
         "bench": shapes | {"--phase", "--threads", "--blocks"},
         "export": {"--to", "--out", "-o", "--archive"},
         "report": {"--merge", "--device-is-target"},
+        "clean": set(),
         "targets": shapes | {"--target", "--model"},
         "doctor": set(),
     }

@@ -46,11 +46,9 @@ def test_a_file_without_a_cache_has_no_phases(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
-def test_the_hidden_width_is_listed_as_a_site_or_with_the_reason_why_not(family, monkeypatch):
+def test_the_hidden_width_is_listed_as_a_site_or_with_the_reason_why_not(family):
     model, example = families.build(family)
-    monkeypatch.setattr(inspection, "load_model", lambda name: model)
-    monkeypatch.setattr(inspection, "example_inputs", lambda *_: example)
-    found = inspection.inspect("m", Shapes())
+    found = inspection.inspect("m", model, example).model_dump(mode="json")
     listed = [site for site in found["sites"] if site["kind"] == "residual"]
     refused = [skip for skip in found["skipped"] if skip["place"] == "residual"]
     others = [site for site in found["sites"] if site["kind"] != "residual"]

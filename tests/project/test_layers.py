@@ -18,6 +18,7 @@ FLOORS = (
     "ir profiles",
     "sites.kinds",
     "artifacts recipe",
+    "request",
     "core measure",
     "cost report sites demo",
     "tasks export.onnx progress",
@@ -27,6 +28,7 @@ FLOORS = (
     "methods export.edge",
     "search training export.delivery",
     "pipeline",
+    "api",
     "cli",
     "__main__",
 )
@@ -118,7 +120,23 @@ def test_rooms_are_few_and_none_is_crowded():
 
 
 def test_the_package_itself_imports_nothing_before_it_is_asked_to():
-    assert set(own(TREES[""])) <= {"errors", "export.huggingface"}
+    lazily = {"api", "progress", "recipe", "tasks.task", "errors"}
+    assert set(own(TREES[""])) <= lazily
+    code = "import sys, compress; sys.exit(', '.join({'torch', 'numpy', 'pydantic'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_command_line_calls_the_public_api_and_nothing_below_it():
+    used = {room(other) for name in SOURCES if room(name) == "cli" for other in own(TREES[name])}
+    facts = {"cost", "distributed", "ir", "measure", "profiles"}  # of this machine: doctor, targets
+        "cost",
+        "distributed",
+        "ir",
+        "measure",
+        "profiles",
+    }  # of this machine, for `doctor` and `targets`
+    assert used - {"cli", ""} <= facts | {"api", "errors", "progress", "report", "request"}
 
 
 def test_runtimes_are_known_only_to_the_exporters():

@@ -10,6 +10,7 @@ from compress import recipe
 from compress.cli import command as cli_session
 from compress.cli import main
 from compress.report import schema
+from compress.request import make
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +48,7 @@ def test_the_first_two_commands_install_and_run_and_test():
 def test_every_command_is_understood(words):
     params = understood(words)
     if params.get("target"):
-        asked = main.request(params)
+        asked = make(params.pop("recipe"), main._options_of(params))
         assert asked.target in ("cpu", "a100", "rpi5")
     assert params["as_json"] is False
 

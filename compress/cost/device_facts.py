@@ -2,29 +2,44 @@
 
 from compress import profiles
 from compress.cost import published_latencies
+from compress.ir import Document
 
 ORIGINS = ("onnxruntime", "tensorrt", "torch-cuda")
 
 
-def listed() -> dict[str, object]:
+class Device(Document):
+    """One target in a row of the list; `costs` says whether times of sites are measured or estimated."""
+
+    name: str
+    kind: str
+    runtime: str
+    baseline: str
+    peak_tflops: float | None
+    bandwidth_gb_s: float
+    memory_gb: float
+    costs: str
+    description: str
+
+
+def listed() -> tuple[Device, ...]:
     """Every target in one row."""
     rows = []
     for name in profiles.names():
         profile = profiles.load(name)
         rows.append(
-            {
-                "name": name,
-                "kind": profile.kind,
-                "runtime": profile.runtime,
-                "baseline": profile.baseline_precision,
-                "peak_tflops": profile.peak_tflops.get(profile.baseline_precision),
-                "bandwidth_gb_s": profile.bandwidth_gb_s,
-                "memory_gb": profile.memory_gb,
-                "costs": "measured" if profile.measured_here or _tables(name) else "estimated",
-                "description": profile.description,
-            }
+            Device(
+                name=name,
+                kind=profile.kind,
+                runtime=profile.runtime,
+                baseline=profile.baseline_precision,
+                peak_tflops=profile.peak_tflops.get(profile.baseline_precision),
+                bandwidth_gb_s=profile.bandwidth_gb_s,
+                memory_gb=profile.memory_gb,
+                costs="measured" if profile.measured_here or _tables(name) else "estimated",
+                description=profile.description,
+            )
         )
-    return {"targets": rows}
+    return tuple(rows)
 
 
 def facts(name: str) -> dict[str, object]:

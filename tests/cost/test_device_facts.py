@@ -1,8 +1,7 @@
 import pytest
 
 from compress import profiles
-from compress.cli import device_facts
-from compress.cost import published_latencies
+from compress.cost import device_facts, published_latencies
 from compress.errors import CompressError
 
 
