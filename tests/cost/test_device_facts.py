@@ -6,23 +6,23 @@ from compress.errors import CompressError
 
 
 def test_every_profile_is_one_row_with_the_peak_of_its_baseline():
-    rows = device_facts.listed()["targets"]
-    assert [row["name"] for row in rows] == profiles.names()
-    a100 = next(row for row in rows if row["name"] == "a100")
+    rows = device_facts.listed()
+    assert [row.name for row in rows] == profiles.names()
+    a100 = next(row for row in rows if row.name == "a100")
     facts = profiles.load("a100")
-    assert a100["peak_tflops"] == facts.peak_tflops[facts.baseline_precision]
-    assert (a100["kind"], a100["runtime"], a100["memory_gb"]) == ("gpu", "tensorrt", facts.memory_gb)
-    assert a100["description"] == facts.description
+    assert a100.peak_tflops == facts.peak_tflops[facts.baseline_precision]
+    assert (a100.kind, a100.runtime, a100.memory_gb) == ("gpu", "tensorrt", facts.memory_gb)
+    assert a100.description == facts.description
 
 
 def test_costs_are_called_measured_only_where_they_are(monkeypatch):
     monkeypatch.setattr(profiles, "measured", lambda name, origin: None)
-    measured = [row["name"] for row in device_facts.listed()["targets"] if row["costs"] == "measured"]
+    measured = [row.name for row in device_facts.listed() if row.costs == "measured"]
     assert measured == ["cpu"]
     monkeypatch.setattr(
         profiles, "measured", lambda name, origin: {} if (name, origin) == ("t4", "tensorrt") else None
     )
-    measured = [row["name"] for row in device_facts.listed()["targets"] if row["costs"] == "measured"]
+    measured = [row.name for row in device_facts.listed() if row.costs == "measured"]
     assert measured == ["cpu", "t4"]
     assert device_facts.facts("t4")["measured_tables"] == ["tensorrt"]
     assert device_facts.facts("l4")["measured_tables"] == []
