@@ -1,11 +1,8 @@
-"""Latency of artifacts on this machine, measured so that a noisy machine cannot lie.
+"""Latency of models on this machine, timed in turn so that slow phases of the machine cancel.
 
-Two artifacts are compared by timing them in turn. One *cycle* holds a block of runs of each, first in
-one order and then in the reverse (A B B A): a slow phase of the machine hits both, and a linear drift
-cancels exactly. The ratio of a cycle is the ratio of the medians inside it; the estimate is the median
-over the cycles, and its interval comes from resampling whole cycles, since runs within a block share
-their noise and would pretend to a precision that is not there. A ratio of two medians over all runs
-would not cancel a slow phase that covers more of one artifact's runs than of the other's.
+One *cycle* holds a block of runs of each model, first in one order and then in the reverse (A B B A): a slow
+phase hits both, and a linear drift cancels exactly. Ratios and their intervals are in `intervals`. A ratio of
+two medians over all runs would not cancel a slow phase that covers more runs of one model than of the other.
 """
 
 import gc
@@ -27,13 +24,12 @@ from pydantic import Field
 
 from compress.errors import CompressError
 from compress.ir import Document, Latency
+from compress.measure.intervals import Estimate, describe, paired_ratio
 
 MIN_BLOCKS = 30
-P99_RUNS = 1000  # below this the 99th percentile is one of ten outliers, not a percentile
 SETTLED = 0.02
 WINDOW_RUNS = 5
 WINDOWS = 3
-RESAMPLES = 2000
 FINAL_BLOCKS = 2  # the proof is timed this many times as long as a turn of the loop
 DRIFTED = 0.03
 CROWDED = 0.15  # cores busy elsewhere, from which on caches and memory are not the runners' own
@@ -61,14 +57,6 @@ class Protocol(Document):
     interval: str = "95 % bootstrap over A B B A cycles of paired medians"
     warmup: str = f"until {WINDOWS} windows of {WINDOW_RUNS} runs agree within {SETTLED:.0%}, bounded"
     clock: str = "wall"
-
-
-class Ratio(Document):
-    """Baseline time over other time (above 1: the other is faster), with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -99,7 +87,7 @@ class Comparison:
         """Percentiles and moments over all runs of one runner."""
         return summarize(np.concatenate(self.samples_ms[name]))
 
-    def ratio(self, other: str, baseline: str | None = None) -> Ratio:
+    def ratio(self, other: str, baseline: str | None = None) -> Estimate:
         """How many times faster `other` is than the baseline."""
         return paired_ratio(
             self.samples_ms[baseline or self.baseline], self.samples_ms[other], self.protocol.seed
@@ -232,36 +220,9 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def paired_ratio(baseline: tuple[Samples, ...], other: tuple[Samples, ...], seed: int = 0) -> Ratio:
-    """The ratio of medians, paired within A B B A cycles, with a bootstrap interval over cycles.
-
-    >>> a = tuple(np.array([4.0, 4.0]) for _ in range(30))
-    >>> b = tuple(np.array([2.0, 2.0]) for _ in range(30))
-    >>> paired_ratio(a, b).value
-    2.0
-    """
-    dense = np.array([np.median(block) for block in baseline])
-    quick = np.array([np.median(block) for block in other])
-    cycles = len(dense) // 2
-    # Blocks 2k and 2k+1 ran in opposite order, so their sums see the same part of a linear drift.
-    per_cycle = dense[: 2 * cycles].reshape(cycles, 2).sum(1) / quick[: 2 * cycles].reshape(cycles, 2).sum(1)
-    draws = np.random.default_rng(seed).integers(0, cycles, size=(RESAMPLES, cycles))
-    resampled = np.median(per_cycle[draws], axis=1)
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return Ratio(value=float(np.median(per_cycle)), low=float(low), high=float(high))
-
-
 def summarize(samples_ms: Samples) -> Latency:
     """Percentiles, mean and standard deviation of single latencies."""
-    p50, p90, p99 = (float(value) for value in np.quantile(samples_ms, (0.5, 0.9, 0.99)))
-    return Latency(
-        p50=p50,
-        p90=p90,
-        p99=p99 if len(samples_ms) >= P99_RUNS else None,
-        mean=float(samples_ms.mean()),
-        std=float(samples_ms.std()),
-        runs=len(samples_ms),
-    )
+    return Latency.model_validate(describe(samples_ms))
 
 
 def doubts(drift: float, settled: Mapping[str, bool], elsewhere: float = 0.0) -> list[str]:

@@ -1,7 +1,7 @@
 """Verify and time an edge bundle on the device it was made for; needs only numpy and a runtime.
 
-This file travels alone: it is copied into every bundle as `verify.py`, and runs where nothing else of
-compress is, from Python 3.9 on. It checks the checksums, compares the answers of both models with the
+It is copied into every bundle as `verify.py`, with `intervals.py` beside it, and runs where nothing else
+of compress is, from Python 3.9 on. It checks the checksums, compares the answers of both models with the
 ones stored beside them, times dense and compressed in turn, reads energy where the device has a meter,
 and writes `measured.json`, which `compress report OUT --merge measured.json` turns into a verdict.
 
@@ -37,11 +37,9 @@ FAULTY, DISAGREES = 2, 4
 
 # The protocol of compress.bench; tests hold both to the same figures.
 MIN_BLOCKS = 30
-P99_RUNS = 1000
 SETTLED = 0.02
 WINDOW_RUNS = 5
 WINDOWS = 3
-RESAMPLES = 2000
 MOST_SAMPLES = 600
 ENERGY_S = 5.0
 
@@ -445,28 +443,14 @@ def warm_up(run: Run, clock: Clock, bound_ms: float) -> tuple[float, bool]:
             return last[-1], False
 
 
-def paired_ratio(baseline: Sequence[Any], other: Sequence[Any], seed: int) -> dict[str, float]:
-    """Baseline over other, paired within A B B A cycles, and its bootstrap interval over cycles."""
-    dense = np.array([np.median(block) for block in baseline])
-    quick = np.array([np.median(block) for block in other])
-    cycles = len(dense) // 2
-    per_cycle = dense[: 2 * cycles].reshape(cycles, 2).sum(1) / quick[: 2 * cycles].reshape(cycles, 2).sum(1)
-    draws = np.random.default_rng(seed).integers(0, cycles, size=(RESAMPLES, cycles))
-    low, high = np.quantile(np.median(per_cycle[draws], axis=1), (0.025, 0.975))
-    return {"value": float(np.median(per_cycle)), "low": float(low), "high": float(high)}
-
-
-def summarize(samples_ms: Any) -> dict[str, Any]:
-    """Percentiles, mean and deviation; the 99th percentile from 1,000 runs on."""
-    p50, p90, p99 = (float(value) for value in np.quantile(samples_ms, (0.5, 0.9, 0.99)))
-    return {
-        "p50": p50,
-        "p90": p90,
-        "p99": p99 if len(samples_ms) >= P99_RUNS else None,
-        "mean": float(samples_ms.mean()),
-        "std": float(samples_ms.std()),
-        "runs": len(samples_ms),
-    }
+def load_intervals() -> Any:
+    """The module `intervals.py` that lies beside this file, in a bundle as where the bundle was made."""
+    path = Path(__file__).with_name("intervals.py")
+    found: Any = importlib.util.spec_from_file_location("intervals", path)
+    module = importlib.util.module_from_spec(found)
+    sys.modules["intervals"] = module  # dataclasses look up their own module
+    found.loader.exec_module(module)
+    return module
 
 
 def thin(samples: Sequence[float], most: int = MOST_SAMPLES) -> list[float]:
@@ -797,7 +781,9 @@ def timings(
     found = compare(calls, blocks=blocks, block_ms=block_ms, progress=ticker(say))
     samples = {side: np.concatenate(found["samples_ms"][side]) for side in SIDES}
     medians = {side: [float(np.median(b)) for b in found["samples_ms"][side]] for side in SIDES}
-    ratio = paired_ratio(found["samples_ms"]["dense"], found["samples_ms"]["compressed"], protocol["seed"])
+    intervals = load_intervals()
+    both = (found["samples_ms"][side] for side in SIDES)
+    ratio = intervals.paired_ratio(*both, protocol["seed"])
     meter = meter_for(kind)
     used: dict[str, Any] = dict.fromkeys(SIDES)
     if meter is not None:
@@ -806,11 +792,11 @@ def timings(
         used = {side: energy_of(calls[side], meter, length) for side in SIDES}
     return {
         "protocol": {**protocol, "blocks": len(medians["dense"]), "block_ms": block_ms},
-        "ratio": ratio,
+        "ratio": {"value": ratio.value, "low": ratio.interval.low, "high": ratio.interval.high},
         "drift": found["drift"],
         "timings": {
             side: {
-                "latency_ms": summarize(samples[side]),
+                "latency_ms": intervals.describe(samples[side]),
                 "block_medians_ms": medians[side],
                 "samples_ms": thin(samples[side].tolist()),
                 "settled": found["settled"][side],

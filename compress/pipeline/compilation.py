@@ -19,6 +19,7 @@ from compress.errors import CompressError
 from compress.export import huggingface
 from compress.export.backends.backend import Backend
 from compress.ir import Option, Width
+from compress.measure.intervals import Interval
 from compress.measure.timing import FINAL_BLOCKS, Comparison
 from compress.methods import lower, quantized_layers, torch_layers
 from compress.methods.sequential_refit import refit
@@ -343,10 +344,11 @@ def _proof_timing(
     runs = model_files.deployed(job, model, removals)
     comparison = evaluation.compare(job, job.backend, runs, job.file, blocks=blocks)
     found = evaluation.timing_of(comparison)
-    low, high = found.interval95
-    if (found.speedup >= asked and low < SURE * asked) or (last and low < asked <= high):
+    interval = Interval(*found.interval95)
+    if (found.speedup >= asked and interval.low < SURE * asked) or (last and not interval.decides(asked)):
         job.stages.progress.say(
-            f"{found.speedup:.2f}x [{low:.2f}, {high:.2f}] is too uncertain: once more, longer"
+            f"{found.speedup:.2f}x [{interval.low:.2f}, {interval.high:.2f}] is too uncertain: "
+            "once more, longer"
         )
         comparison = evaluation.compare(job, job.backend, runs, job.file, blocks=2 * blocks)
     return comparison

@@ -85,7 +85,7 @@ def timing_of(comparison: Comparison) -> Timing:
     ratio = comparison.ratio("compressed")
     return Timing(
         speedup=ratio.value,
-        interval95=(ratio.low, ratio.high),
+        interval95=ratio.interval.ends,
         dense_ms=comparison.latency("dense").p50,
         measured_ms=comparison.latency("compressed").p50,
     )
@@ -157,7 +157,7 @@ def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None
 
     def faster(phase: Phase) -> Measured:
         ratio = taken[phase].ratio("compressed")
-        return Measured(speedup=ratio.value, interval95=(ratio.low, ratio.high))
+        return Measured(speedup=ratio.value, interval95=ratio.interval.ends)
 
     return Phases(
         asked=asked,
@@ -311,7 +311,7 @@ def assemble(
     measured = None
     if comparison is not None:
         ratio = comparison.ratio("compressed")
-        measured = Measured(speedup=ratio.value, interval95=(ratio.low, ratio.high))
+        measured = Measured(speedup=ratio.value, interval95=ratio.interval.ends)
     predicted_ms = turn.predicted_ms
     asked = job.recipe.budget
     status, reason = schema.judge(asked, measured, quick, drop, job.recipe.max_drop)

@@ -228,7 +228,7 @@ def time_files(
             TimedArtifact(
                 artifact=name,
                 speedup=round(ratio.value, 4),
-                interval95=(round(ratio.low, 4), round(ratio.high, 4)),
+                interval95=(round(ratio.interval.low, 4), round(ratio.interval.high, 4)),
                 **found.latency(name).model_dump(),
             )
         )

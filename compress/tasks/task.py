@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.measure.intervals import paired_difference
 from compress.tasks import pretrained
 from compress.tasks.datasets import Splits
 
@@ -24,7 +25,6 @@ Split = Literal["calibration", "validation", "test"]
 Run = Callable[[dict[str, NDArray[Any]]], NDArray[Any]]
 
 SCORE_BATCH = 32
-RESAMPLES = 1000  # of the interval of a lost score
 # What makes a saved directory reload everywhere; weights and config.json are written elsewhere.
 COMPANIONS = (
     *pretrained.VOCABULARIES,
@@ -124,19 +124,9 @@ class Task:
 
 
 def lost_between(task: Task, before: NDArray[Any], after: NDArray[Any], seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of how much worse a score is, from outcomes of the same inputs.
-
-    A bootstrap over inputs: each resample draws the same inputs on both sides, so that only what changed
-    between them varies (Efron, "Bootstrap methods: another look at the jackknife", 1979).
-    """
-    random = np.random.default_rng(seed)
+    """The 95 % interval of how much worse a score is, from outcomes of the same inputs."""
     sign = 1 if task.higher_is_better else -1
-    drops = []
-    for _ in range(RESAMPLES):
-        drawn = random.integers(0, len(before), len(before))
-        drops.append(sign * (task.scored(before[drawn]) - task.scored(after[drawn])))
-    low, high = np.quantile(drops, (0.025, 0.975))
-    return float(low), float(high)
+    return paired_difference(lambda outcomes: sign * task.scored(outcomes), before, after, seed).interval.ends
 
 
 def kl(logits: Tensor, dense: Tensor) -> Tensor:

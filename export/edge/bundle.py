@@ -1,8 +1,9 @@
 """An edge bundle: everything that a device which is not here needs to be measured, in one folder.
 
 Both models as ONNX (a speedup needs the dense one too), inputs with the answers that both gave here,
-`bundle.json` with what was asked, how to time it and the hash of every file, and `verify.py`, which
-needs only numpy and a runtime and writes the `measured.json` that `compress report --merge` takes.
+`bundle.json` with what was asked, how to time it and the hash of every file, and `verify.py` with
+`intervals.py`, which need only numpy and a runtime and write the `measured.json` that
+`compress report --merge` takes.
 """
 
 import json
@@ -28,6 +29,8 @@ from compress.export.output_dir import Finished, parts
 from compress.measure import timing, verify_on_device
 
 EXAMPLES = "examples.npz"
+# What runs on the device, by its name there: modules of `compress.measure`.
+SCRIPTS = {"verify.py": "verify_on_device.py", "intervals.py": "intervals.py"}
 # Operators that hand on which row of a table is meant.
 PASSING = {"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Expand"}
 Precision = Literal["fp32", "fp16", "int8"]
@@ -65,9 +68,9 @@ def export(output: Finished, destination: Path, *, with_ort: bool = False) -> li
         )
     files.append(destination / EXAMPLES)
     write_examples(output, models, destination / EXAMPLES)
-    files.append(destination / "verify.py")
-    source = resources.files("compress.measure") / "verify_on_device.py"
-    files[-1].write_bytes(source.read_bytes())
+    for name, module in SCRIPTS.items():
+        files.append(destination / name)
+        files[-1].write_bytes((resources.files("compress.measure") / module).read_bytes())
     bundle = describe(output, Pair[BundledModel](**entries), files).model_dump(mode="json", exclude_none=True)
     described = destination / "bundle.json"
     sealed = {**bundle, "digest": verify_on_device.canonical_digest(bundle)}

@@ -13,6 +13,7 @@ from compress import __version__, artifacts, profiles, recipe
 from compress.errors import CompressError
 from compress.export.edge.bundle_schema import MERGED, Measurement, Runtime, Timings, identity
 from compress.measure import timing
+from compress.measure.intervals import paired_ratio
 from compress.report import render
 from compress.report.formatting import digits
 from compress.report.schema import Fact, Figures, Measured, Report, Samples, judge, precision, steps
@@ -110,17 +111,17 @@ def _ratio(measurement: Measurement) -> Measured:
             f"the measurement holds {len(blocks[0])} blocks, too few for an interval; "
             f"{timing.MIN_BLOCKS} are needed. Run verify.py as it came with the bundle."
         )
-    ratio = timing.paired_ratio(blocks[0], blocks[1], int(measurement.protocol.get("seed") or 0))
+    ratio = paired_ratio(blocks[0], blocks[1], int(measurement.protocol.get("seed") or 0))
     said = measurement.ratio
-    found = (ratio.value, ratio.low, ratio.high)
+    found = (ratio.value, *ratio.interval.ends)
     if said is None or not np.allclose(found, (said.value, said.low, said.high), rtol=SAME_FIGURES, atol=0):
         raise CompressError(
             f"the measurement contradicts itself: its blocks give {ratio.value:.4f}x "
-            f"[{ratio.low:.4f}, {ratio.high:.4f}], but it says "
+            f"[{ratio.interval.low:.4f}, {ratio.interval.high:.4f}], but it says "
             f"{'nothing' if said is None else f'{said.value:.4f}x [{said.low:.4f}, {said.high:.4f}]'}.\n"
             "  Run verify.py on the device again, and merge its file unchanged."
         )
-    return Measured(speedup=ratio.value, interval95=(ratio.low, ratio.high))
+    return Measured(speedup=ratio.value, interval95=ratio.interval.ends)
 
 
 def _device(report: Report, measurement: Measurement, *, vouched: bool) -> list[str]:

@@ -17,7 +17,7 @@ from support.outputs import write_output
 from compress.cost import energy
 from compress.export.delivery import deliver
 from compress.export.edge.bundle_schema import Measurement
-from compress.measure import timing, verify_on_device
+from compress.measure import intervals, timing, verify_on_device
 
 SOURCE = Path(verify_on_device.__file__).read_text(encoding="utf-8")
 
@@ -52,28 +52,18 @@ def test_it_is_python_3_9_and_imports_nothing_but_numpy():
 
 
 def test_its_protocol_is_that_of_the_benchmark():
-    names = ["MIN_BLOCKS", "P99_RUNS", "SETTLED", "WINDOW_RUNS", "WINDOWS", "RESAMPLES", "FLAGS"]
+    names = ["MIN_BLOCKS", "SETTLED", "WINDOW_RUNS", "WINDOWS", "FLAGS"]
     assert [getattr(verify_on_device, name) for name in names] == [getattr(timing, name) for name in names]
 
 
-# Statistics, against compress.bench on the same samples
-
-
-@pytest.mark.parametrize("blocks", [30, 41])
-@pytest.mark.parametrize("seed", [0, 7])
-def test_the_ratio_and_its_interval_are_the_benchmark_s(blocks, seed):
-    random = np.random.default_rng(blocks)
-    dense, quick = (tuple(ms * random.lognormal(0, 0.1, 7) for _ in range(blocks)) for ms in (3.0, 2.0))
-    assert (
-        verify_on_device.paired_ratio(dense, quick, seed)
-        == timing.paired_ratio(dense, quick, seed).model_dump()
-    )
-
-
-@pytest.mark.parametrize("runs", [3, 999, 1000, 2500])
-def test_percentiles_are_the_benchmark_s(runs):
-    samples = np.random.default_rng(runs).lognormal(0, 0.3, runs)
-    assert verify_on_device.summarize(samples) == timing.summarize(samples).model_dump()
+def test_statistics_are_those_of_the_module_that_travels_with_it():
+    beside = verify_on_device.load_intervals()
+    assert beside.__file__ == intervals.__file__
+    random = np.random.default_rng(0)
+    blocks = [[ms * random.lognormal(0, 0.1, 7) for _ in range(30)] for ms in (3.0, 2.0)]
+    found, known = beside.paired_ratio(*blocks, 7), intervals.paired_ratio(*blocks, 7)
+    assert (found.value, found.interval.ends) == (known.value, known.interval.ends)
+    assert not {"bootstrap", "quantile"} & set(SOURCE.replace(".", " ").split())
 
 
 def test_samples_are_thinned_as_the_report_thins_them():
@@ -371,7 +361,7 @@ def test_a_whole_bundle_is_measured(folder):
     done = verify(folder)
     assert (done.returncode, done.stderr) == (0, "")
     for words in (
-        "checksums: 4 files are whole",
+        "checksums: 5 files are whole",
         "numbers: compressed differs",
         "measured: dense",
         "60 blocks",
@@ -393,7 +383,7 @@ def test_json_stands_alone_on_standard_output(folder, tmp_path):
     assert json.loads(done.stdout)["protocol"]["block_ms"] == pytest.approx(500 / 120)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "dense.onnx", "examples.npz", "bundle.json"])
+@pytest.mark.parametrize("name", ["model.onnx", "dense.onnx", "examples.npz", "intervals.py", "bundle.json"])
 def test_a_flipped_byte_is_found(folder, name):
     path = folder / name
     content = bytearray(path.read_bytes())

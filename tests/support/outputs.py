@@ -8,6 +8,7 @@ from compress.export.backends import onnxruntime
 from compress.export.edge.bundle_schema import Golden, Measurement, Pair, Runtime, Span, Timings, identity
 from compress.ir import Budget
 from compress.measure import timing
+from compress.measure.intervals import paired_ratio
 from compress.recipe import Bench, Recipe, to_toml
 from compress.report import render
 from compress.report.schema import thin
@@ -90,7 +91,7 @@ def measurement(
             settled=True,
             energy=energy,
         )
-    ratio = timing.paired_ratio(times["dense"], times["compressed"], 0)
+    ratio = paired_ratio(times["dense"], times["compressed"], 0)
     good = Golden(passed=True, max_abs_difference=1e-6, tolerance=1e-3, agreement=1.0, examples=3)
     values = {
         "schema_version": 1,
@@ -102,7 +103,7 @@ def measurement(
         "device": RASPBERRY if device is None else device,
         "golden": Pair[Golden](dense=good, compressed=good),
         "protocol": {"blocks": blocks, "seed": 0, "threads": 1, "threads_asked": 1},
-        "ratio": Span(**ratio.model_dump()),
+        "ratio": Span(value=ratio.value, low=ratio.interval.low, high=ratio.interval.high),
         "drift": 0.001,
         "timings": Pair[Timings](**timings),
     }

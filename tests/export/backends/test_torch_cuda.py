@@ -84,7 +84,7 @@ def test_two_runners_are_compared_like_any_others():
         CudaRunner(Slow(), lambda found: found, device="cpu", precision="fp32") as slow,
     ):
         calls = {"slow": slow.timed(X), "quick": quick.timed(X)}
-        assert timing.compare(calls, blocks=30, block_ms=2.0).ratio("quick").low > 4
+        assert timing.compare(calls, blocks=30, block_ms=2.0).ratio("quick").interval.low > 4
         assert (slow.device_ms(X, 5) > 0).all()
         assert quick.device_ms(X, 7).shape == (7,)
         assert quick.peak_mb(X) is None

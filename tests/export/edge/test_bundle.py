@@ -24,7 +24,7 @@ from compress.export.edge import bundle
 from compress.export.edge.bundle_schema import Bundle, identity
 from compress.export.onnx import decoder
 from compress.ir import Budget
-from compress.measure import verify_on_device
+from compress.measure import intervals, verify_on_device
 from compress.recipe import Recipe
 from compress.report import schema
 from compress.sites.discovery import find_sites
@@ -54,9 +54,10 @@ def test_a_bundle_says_what_was_asked_and_what_every_file_hashes_to(out):
     assert found.report == identity(schema.read(out))
     assert found.models.compressed.sha256 == onnxruntime.sha256(out / "model.onnx")
     assert found.models.dense.sha256 == onnxruntime.sha256(out / "compression" / "dense.onnx")
-    assert set(found.files) == {"dense.onnx", "model.onnx", "examples.npz", "verify.py"}
+    assert set(found.files) == {"dense.onnx", "model.onnx", "examples.npz", "verify.py", "intervals.py"}
     assert {path.name for path in folder.iterdir()} == {*found.files, "bundle.json", deliver.MARK}
-    assert (folder / "verify.py").read_bytes() == Path(verify_on_device.__file__).read_bytes()
+    for name, module in {"verify.py": verify_on_device, "intervals.py": intervals}.items():
+        assert (folder / name).read_bytes() == Path(module.__file__).read_bytes()
     assert verify_on_device.read_bundle(folder)["digest"] == digest
 
 
