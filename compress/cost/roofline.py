@@ -3,7 +3,7 @@
 The roofline adds up the operators that a site runs. Each takes the longer of its arithmetic and its
 memory traffic, plus a launch. Arithmetic runs at the peak only where whole tiles fill the whole device,
 and traffic that does not shrink with the site (its input and output) stays, so a narrow site gains less
-than its share of the work. How far off it is, `compress.cost.published_latencies` says.
+than its share of the work. `compress.cost.published_latencies` states how far off it is.
 """
 
 import math

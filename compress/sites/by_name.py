@@ -1,7 +1,7 @@
 """The fallback for models that cannot be traced: linear layers known by their names.
 
-Everything found here passes the same trial as what is found in a traced program; a name that
-deceives costs a site, never a wrong result.
+Everything found here passes the same equivalence check as what is found in a traced program, so a
+misleading name costs a site but never gives a wrong result.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
-"""nn.Module -> Sites: the places that can be compressed, found in the traced program, not listed.
+"""nn.Module -> Sites: finds the places that can be compressed in the traced program.
 
-`trace` says which linear products feed which, `probe` which of their rows and columns hang together,
-`trial` whether the smaller module really does what the masked one does; here they become sites. Only a
-model that cannot be traced is searched by names, from the small table at the end.
+`trace` splits the program into regions between linear products, `grouping` finds the units of each,
+`kinds` names the kind, `equivalence` checks that the smaller module computes what the masked one does. A
+model that cannot be traced is searched by module names instead (`by_name`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class Skipped(Document):
 
 
 class Sites(Document):
-    """What was found in a model; `fallback` says why it could not be traced, if so."""
+    """The sites of a model; `fallback` is why it could not be traced, if so."""
 
     sites: tuple[Site, ...]
     fallback: str | None = None
@@ -61,12 +61,12 @@ def find_sites(model: nn.Module, example: dict[str, Tensor]) -> Sites:
         try:
             program = Program(model, example)
         except Exception as error:
-            # A tracer meets any code, so any error may come out of it.
+            # Tracing runs arbitrary code, which can raise anything.
             _run(model, example)
-            said = str(error).strip().splitlines()
+            lines = str(error).strip().splitlines()
             fallback = (
                 f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}: "
-                f"{said[0] if said else 'no message'}), so sites were looked up by known names"
+                f"{lines[0] if lines else 'no message'}), so sites were looked up by module names"
             )
             found = named_sites(model, example, batch)
         else:
@@ -91,7 +91,7 @@ def _traced(model: nn.Module, program: Program, batch: int, skipped: list[Skippe
             except NotASiteError as refusal:
                 layouts[key] = refusal
             except Exception as error:
-                # Made-up values in anybody's code: any error may come out, and only this place is lost.
+                # Random values in arbitrary code can raise anything; only this region is skipped.
                 layouts[key] = NotASiteError(f"it cannot be probed: {error}")
         units = layouts[key]
         if isinstance(units, NotASiteError):
@@ -103,7 +103,7 @@ def _traced(model: nn.Module, program: Program, batch: int, skipped: list[Skippe
             continue
         reason = _obstacle(model, program, region, units)
         if not reason and batch == region.writer.rows < rows:
-            reason = "it works on one row of each input, so a cut would save nothing"
+            reason = "it computes one row for each input, so pruning it saves no time"
         if reason:
             skipped.append(Skipped(place=place, reason=reason))
             continue

@@ -1,9 +1,9 @@
-"""A site is believed only after a trial: the smallest module around it, masked and shrunk, must agree.
+"""Checks every site on a copy: the smallest module around it must compute the same masked and shrunk.
 
-The trial also finds what no graph tells: which integer attributes of the modules (`num_heads`,
-`split_size`, ...) must follow the units for the shrunk module to run, and which module can be replaced
-when no unit is left. It works on a copy with random weights, so that neither zero biases nor tiny
-weights of a fresh model hide a mistake. And it proves which channels are free in their order.
+The check also finds what the traced program does not contain: which integer attributes of the modules
+(`num_heads`, `split_size`, ...) must follow the units for the shrunk module to run, which module can be
+replaced when no unit is left, and which columns may change their order. The copy has random weights, so
+that neither zero biases nor the tiny weights of a fresh model hide a mistake.
 """
 
 import copy
@@ -22,7 +22,7 @@ from compress.sites.trace import plain_attention
 
 TOLERANCE = 1e-4  # float32 sums in another order, for outputs near 1
 PLACE = "place"
-DIFFER = "the answers differ"
+DIFFER = "the outputs differ"
 MOST_ATTEMPTS = 120
 
 
@@ -35,11 +35,11 @@ class Call:
 
 
 class NotEquivalentError(Exception):
-    """Why the shrunk module does not do what the masked one does."""
+    """Why the shrunk module does not compute what the masked one does."""
 
 
 class _Holder(nn.Module):
-    """Gives the module under trial a parent, so that it can be replaced itself."""
+    """Gives the checked module a parent, so that it can be replaced itself."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -47,15 +47,15 @@ class _Holder(nn.Module):
 
 
 def verify(module: nn.Module, call: Call, site: Site) -> Site:
-    """`site` with its counts and its drop, found by trial; its names are relative to `module`.
+    """`site` with its counts, drop and channels, found by trying them; its names are relative to `module`.
 
     Raises:
-        FailedTrialError: no setting makes the shrunk module agree with the masked one.
+        NotEquivalentError: no setting makes the shrunk module agree with the masked one.
     """
-    trial = _EquivalenceCheck(module, call)
+    check = _EquivalenceCheck(module, call)
     inner = with_prefix(site, "", f"{PLACE}.")
-    inner = inner.model_copy(update={"counts": trial.counts(inner)})
-    inner = inner.model_copy(update={"drop": trial.drop(inner), "channels": trial.channels(inner)})
+    inner = inner.model_copy(update={"counts": check.counts(inner)})
+    inner = inner.model_copy(update={"drop": check.drop(inner), "channels": check.channels(inner)})
     return with_prefix(inner, f"{PLACE}.", "")
 
 
@@ -91,7 +91,7 @@ def common_module(names: Sequence[str]) -> str:
 
 
 class _EquivalenceCheck:
-    """One module, copied, with random weights, and what it answers."""
+    """One module, copied, with random weights, and its output on a recorded call."""
 
     def __init__(self, module: nn.Module, call: Call) -> None:
         self.call = call
@@ -107,7 +107,7 @@ class _EquivalenceCheck:
         self.dense = self.run(self.holder)
 
     def run(self, holder: nn.Module) -> object:
-        """What the module answers to the recorded call."""
+        """The output of the module for the recorded call."""
         with torch.no_grad(), plain_attention():
             return holder.get_submodule(PLACE)(*self.call.args, **self.call.kwargs)
 
@@ -115,12 +115,12 @@ class _EquivalenceCheck:
         """The smallest set of attributes that must follow the units."""
         keeps = [[u for u in range(site.units) if u != site.units // 2], [site.units - 1]]
         masked = [self.run(self.masked(site, kept)) for kept in keeps]
-        if any(agree(answer, self.dense) for answer in masked):
-            raise NotEquivalentError("removing units does not change what the module answers")
+        if any(agree(output, self.dense) for output in masked):
+            raise NotEquivalentError("removing units does not change the output of the module")
         first = ""
         for counts in itertools.islice(_attempts(self.holder, site), MOST_ATTEMPTS):
             reason = self.shrunk(site, counts, keeps, masked)
-            # Answers that differ say more than the errors of attempts that did not even run.
+            # Outputs that differ are a better reason than errors of attempts that did not run.
             first = DIFFER if DIFFER in (reason, first) else first or reason
             if not reason:
                 for count in counts:  # Drop every one that is not needed.
@@ -128,7 +128,7 @@ class _EquivalenceCheck:
                     if not self.shrunk(site, fewer, keeps, masked):
                         counts = fewer
                 return counts
-        raise NotEquivalentError(f"the shrunk module does not run as the masked one does: {first}")
+        raise NotEquivalentError(f"the shrunk module does not compute what the masked one does: {first}")
 
     def masked(self, site: Site, kept: Sequence[int]) -> nn.Module:
         """The copy without all but the `kept` units, at full shape."""
@@ -146,11 +146,11 @@ class _EquivalenceCheck:
         for kept, expected in zip(keeps, masked, strict=True):
             removal = prune.Removal(torch.tensor(kept, dtype=torch.int64))
             try:
-                answer = self.run(prune.shrink(self.holder, [site], {site.name: removal}))
+                output = self.run(prune.shrink(self.holder, [site], {site.name: removal}))
             except Exception as error:
                 # Any code may run here, so any error may come out; all mean "not this way".
                 return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            if not agree(answer, expected):
+            if not agree(output, expected):
                 return DIFFER
         return ""
 
@@ -178,10 +178,10 @@ class _EquivalenceCheck:
             try:
                 follow = permutation.permute_readers(self.holder, given, everything, columns, {})
                 removal = prune.Removal(everything, weight[:, columns], readers=follow)
-                answer = self.run(prune.mask(self.holder, [given], {site.name: removal}))
+                output = self.run(prune.mask(self.holder, [given], {site.name: removal}))
             except Exception:
-                continue  # buffers, and whatever a module does not bear: that set is none
-            if agree(answer, self.dense):
+                continue  # a buffer, or a module that does not run with it: this set cannot be reordered
+            if agree(output, self.dense):
                 return parts
         return ()
 
@@ -244,9 +244,9 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
             yield f"config.{attribute}", value
 
 
-def agree(answer: object, expected: object) -> bool:
-    """Whether all tensors of two answers agree; those of another shape (attention maps) are left out."""
-    pairs = list(itertools.zip_longest(_tensors(answer), _tensors(expected)))
+def agree(output: object, expected: object) -> bool:
+    """Whether all tensors of two outputs agree; those of different shapes (attention maps) are left out."""
+    pairs = list(itertools.zip_longest(_tensors(output), _tensors(expected)))
     same = [(a, b) for a, b in pairs if a is not None and b is not None and a.shape == b.shape]
     return (
         bool(same)
@@ -255,9 +255,9 @@ def agree(answer: object, expected: object) -> bool:
     )
 
 
-def distance(answer: object, expected: object) -> float:
-    """The largest difference of two answers of the same shapes, in units of its tensor's largest value."""
-    pairs = zip(_tensors(answer), _tensors(expected), strict=True)
+def distance(output: object, expected: object) -> float:
+    """The largest difference of two outputs of the same shapes, relative to the tensor's largest value."""
+    pairs = zip(_tensors(output), _tensors(expected), strict=True)
     return max((float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs), default=0.0)
 
 

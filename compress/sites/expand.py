@@ -1,8 +1,8 @@
 """The inverse of shrinking: a tuned small model's weights at the dense shape, where more can be removed.
 
 A family is pruned gradually (ZipLM's gradual mode, arXiv 2302.04089): the next member starts from the
-recovered weights of the last one. Units that are gone come back as zeros, so that all sites, costs and
-candidates of the dense model go on meaning the same, and a unit that is gone is the first to go again.
+recovered weights of the last one. Removed units come back as zeros, so that all sites, costs and
+candidates of the dense model stay valid, and a unit that was removed costs nothing to remove again.
 """
 
 import copy

@@ -1,12 +1,12 @@
-"""Which units a region of the program falls into, found by what reaches what.
+"""Finds the independent units of a region of the traced program, by which values depend on which.
 
-A region maps features of its producers to input columns of its writer. Not-a-number spreads along every
-dependency and along nothing else: rows that hold it mark the columns they reach. Rows and columns
-that reach each other belong to one *unit*: an attention head, a group of query heads that share a
-key, a neuron with its gate. The rows of the first unit are found by gradients, the others follow at
-equal distances, and that guess is then proven: in each of 2 log2(units) runs the units with one bit of
-their number set are spoiled, and exactly their columns must be. No layout is known here in advance:
-views, splits, rotations, norms and repeats are simply run.
+A region maps features of its producers to input columns of its writer. NaN spreads along every dependency
+and along nothing else, so NaN in some rows marks the columns that depend on them. Rows and columns that
+depend on each other belong to one *unit*: an attention head, a group of query heads that share a key, a
+neuron with its gate. Gradients give the rows of the first unit; the others are assumed to follow at equal
+distances, and that is checked: in each of 2 log2(units) runs the units with one bit of their number set
+are filled with NaN, and exactly their columns must become NaN. Views, splits, rotations, norms and
+repeats need no rules of their own, since the region is run as it is.
 """
 
 import math
@@ -42,7 +42,7 @@ ACTIVATION_TOLERANCE = 2e-5  # float32 rounding of values up to 6; gelu and gelu
 
 
 class NotASiteError(Exception):
-    """Why a region is not a site."""
+    """Why a region is no site."""
 
 
 def find_layout(program: Program, region: Region) -> Layout:
@@ -110,7 +110,7 @@ def _runs(producers: Sequence[Linear], rows: Sequence[Tensor], units: int) -> li
 
 
 class _Dependencies:
-    """Runs one region on made-up values."""
+    """Runs one region on random values."""
 
     def __init__(self, program: Program, region: Region) -> None:
         self.program, self.region = program, region

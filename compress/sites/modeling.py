@@ -2,8 +2,8 @@
 
 It needs torch alone, so that the model loads where `compress` is not installed. `reduce` takes a freshly
 built model and a record of sites, and makes every tensor as small as the record says; the values come
-from the weights afterwards. A module that lost all its units is replaced by a stand-in, which answers
-with the bias of the matrix that ended it.
+from the weights afterwards. A module that lost all its units is replaced by a stand-in, which returns
+the bias of its last matrix.
 """
 
 import copy
@@ -53,9 +53,9 @@ class Bias(nn.Module):
 
 
 class Dropped(nn.Module):
-    """Stands where a module was that lost every unit, and answers in the same form.
+    """Stands where a module was that lost every unit, and returns outputs of the same structure.
 
-    With a `bias` the writer was inside, and its bias is the answer. Without, the writer lies outside and
+    With a `bias` the writer was inside, and its bias is returned. Without, the writer lies outside and
     is a `Bias`, which reads no values: one column of the input tells it the number of tokens.
     """
 
@@ -173,7 +173,7 @@ def _cut(model: nn.Module, site: Mapping[str, Any], units: int) -> None:
 
 
 def _restate_heads(model: nn.Module, site: Mapping[str, Any], units: int) -> None:
-    """Make what transformers' attention says about its heads true.
+    """Update the head counts that transformers' attention keeps.
 
     Since 5, BERT and DistilBERT read their number off the tensors, so a record that was made there names no
     counts; in 4 they compute with attributes.

@@ -1,10 +1,10 @@
-"""Orders of channels in which a model computes the same, chosen so that 2:4 keeps more of it.
+"""Reorders the columns of writers so that 2:4 keeps more of them, without changing what the model computes.
 
-2:4 keeps two of every four neighbouring inputs of a matrix, so their order decides what is lost. What a
-site's writer reads is free in its order: neurons anywhere, values within their head. The rows that make
-them, and their biases, follow (`Site.channels`, which a trial has proven). Query and key channels are
-as free, but no matrix reads them, so no group of four would change; what readers read is the residual
-stream, which has one order for the whole model.
+2:4 keeps two of every four neighbouring inputs of a matrix, so their order decides what is lost. The
+inputs of a site's writer may be reordered: neurons anywhere, values within their head. The rows that make
+them, and their biases, follow (`Site.channels`, checked by `equivalence`). Query and key channels could
+be reordered as well, but no matrix reads them, so no group of four would change; the inputs of readers
+are the residual stream, which has one order for the whole model.
 
 References: Pool, Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021.
 """

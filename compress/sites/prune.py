@@ -32,7 +32,7 @@ class Removal:
         bias: the writer's new bias, [out]; None keeps its own. A writer without one gains it.
         readers: new values of the site's other matrices, or of anything else that it owns, by name,
             stored and shaped as they are after the cut; what has no entry keeps its own.
-        form: how the products are to run, as `ir.Option.form` says it.
+        form: how the products are to run, a string as from `ir.Option.form`.
         factors: where the form has a rank: [out, rank] and [rank, in] by name of the matrix; what they
             do not give of its values is sparse.
         codes: where the form has a low precision: what the values stand for, by name of the matrix.
@@ -179,19 +179,19 @@ def parameters_after(
     return added + sum(torch.Size(shape).numel() for key, shape in shapes.items() if key in staying)
 
 
-def check(model: nn.Module, sites: Sites, asked: Iterable[str] = ()) -> list[Site]:
+def check(model: nn.Module, sites: Sites, names: Iterable[str] = ()) -> list[Site]:
     """The sites as a list, after making sure that they are disjoint and describe this model.
 
     Args:
-        model: what the sites are said to lie in; at its original shape.
+        model: at its original shape.
         sites: any number of them, in any order.
-        asked: names of sites that are going to be changed.
+        names: of sites that are going to be changed.
 
     Raises:
         CompressError: a tensor, module or count of a site is not there or not as described.
     """
     listed = list(sites.values() if isinstance(sites, Mapping) else sites)
-    unknown = sorted(set(asked) - {site.name for site in listed})
+    unknown = sorted(set(names) - {site.name for site in listed})
     if unknown:
         raise CompressError(f"{unknown[0]} is not a site; there are {len(listed)} others")
     taken: dict[tuple[int, int], list[tuple[int, int, str]]] = {}

@@ -1,9 +1,9 @@
 """The residual stream of a traced model: what writes it, what reads it, and which normalizations lie between.
 
-The walk starts at what the normalizations read and goes both ways until nothing is new: back through sums
-and moved data to whatever wrote (embeddings, convolutions, stored tensors, linear products), forward to
-whatever reads. One value that is neither carried along linearly, nor normalized and then read by linear
-products alone, and the stream cannot be turned: the refusal names it.
+The walk starts at the inputs of the normalizations and goes both ways until nothing is new: back through
+sums and moved data to the writers (embeddings, convolutions, stored tensors, linear products), forward to
+the readers. The width can be cut only where every value is either carried along linearly, or normalized
+and then read by linear products alone; otherwise the error names the value.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ CLOSE = 1e-4  # float32, values near 1
 
 
 class Norm(Document):
-    """One normalization of the stream by its module; `shift` says whether it has a bias."""
+    """One normalization of the stream by its module; `shift` is whether it has a bias."""
 
     module: str
     scale: bool
@@ -103,7 +103,7 @@ def normalizes(module: nn.Module) -> tuple[int, bool] | None:
     try:
         with torch.no_grad():
             found = module(sample)
-    except Exception:  # any module may be asked here; one that cannot answer is no normalization
+    except Exception:  # any module is tried here; one that does not run on rows is no normalization
         return None
     if not isinstance(found, Tensor) or found.shape != sample.shape:
         return None
@@ -240,9 +240,7 @@ class _Walk:
             elif user in self.linears and self.linears[user].input is node:
                 self.read(self.linears[user], norm)
             elif user.op == "output":
-                raise self.refused(
-                    node, "is an answer of the model, so whoever asks needs all of its channels"
-                )
+                raise self.refused(node, "is an output of the model, whose callers need all of its channels")
             else:
                 self.carry(node, user, norm)
 
@@ -298,7 +296,7 @@ class _Walk:
             others = {n: self.program.value(n) for n in node.all_input_nodes if n is not source}
             with torch.no_grad():
                 result = evaluate(node, {**others, source: given}, self.program.module)
-        except Exception:  # anybody's operation; one that cannot be probed is not mere movement
+        except Exception:  # an arbitrary operation; one that does not run on this is no mere movement
             return False
         if not isinstance(result, Tensor) or result.shape[axis] != self.width:
             return False

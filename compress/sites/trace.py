@@ -281,7 +281,7 @@ class Program:
         for step in reversed(chain):
             values[step] = evaluate(step, values, self.module)
         view = values[chain[0] if chain else node]
-        # A copy has strides of its own, from which nothing can be told.
+        # A copy has strides of its own, which tell nothing about the stored matrix.
         if not isinstance(view, Tensor) or not (view is whole or view._base is whole):
             return None
         return self.names[node], view, stored.shape
@@ -361,15 +361,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def without_cache(model: nn.Module, example: dict[str, Tensor]) -> dict[str, Tensor]:
     """The example, asking a decoder not to return its keys and values."""
-    asked: dict[str, Tensor | bool] = dict(example)
+    arguments: dict[str, Tensor | bool] = dict(example)
     if "use_cache" in inspect.signature(model.forward).parameters:
-        asked.setdefault("use_cache", False)
-    return asked  # type: ignore[return-value]
+        arguments.setdefault("use_cache", False)
+    return arguments  # type: ignore[return-value]
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """No log of the tracer: what makes it fail is raised as well, and told by who asked."""
+    """No log of the tracer: whatever makes it fail is raised as well, and reported by the caller."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before = log.disabled
     log.disabled = True

@@ -97,7 +97,7 @@ def test_other_streams_are_refused_with_the_place():
     with pytest.raises(CompressError, match=r"head\.weight reads the residual stream before any norm"):
         find_stream(model, example)
     model, example = families.build("deit")
-    with pytest.raises(CompressError, match="is an answer of the model"):
+    with pytest.raises(CompressError, match="is an output of the model"):
         find_stream(model, example)
     with pytest.raises(CompressError, match="no LayerNorm or RMSNorm"):
         find_stream(nn.Linear(3, 3), {"input": torch.randn(2, 3)})

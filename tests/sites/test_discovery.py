@@ -447,7 +447,7 @@ def test_rows_of_other_heads_fail_the_trial_although_every_shape_fits():
         fused = "qkv" in part.tensor
         starts = [24 * third for third in range(3)] if fused else [0]
         wrong += [part.model_copy(update={"start": s, "width": 6}) for s in starts]
-    with pytest.raises(NotEquivalentError, match="answers differ"):
+    with pytest.raises(NotEquivalentError, match="outputs differ"):
         verify(model, call, site.model_copy(update={"slices": tuple(wrong)}))
 
 

@@ -25,7 +25,7 @@ def script(monkeypatch, tmp_path):
     import gpu
 
     monkeypatch.setattr(gpu, "QUICK", False)
-    monkeypatch.setattr(gpu.site_timing, "CYCLES", gpu.site_timing.CYCLES)
+    monkeypatch.setattr(gpu.site_timing, "CYCLE_LIMITS", gpu.site_timing.CYCLE_LIMITS)
     clockwork.wind(monkeypatch)
     return gpu
 
