@@ -198,7 +198,8 @@ def test_a_recipe_says_how_blocks_are_ranked(tmp_path, monkeypatch, asked, tile)
     forms = ("dense", "int8-dynamic", "block:64x32@0.5", "block:32x64@0.25", "block:16x16@0.5+rank:2")
     job = SimpleNamespace(
         recipe=SimpleNamespace(options=Options(blocks=asked), calibration=Calibration()),
-        folder=tmp_path, key="key", sites=sites, task=SimpleNamespace(model=None), calibration=(),
+        folder=tmp_path, work=tmp_path, key="key", sites=sites, calibration=(),
+        task=SimpleNamespace(model=None),
         stages=Stages(Quiet()),
     )  # fmt: skip
     costs = SimpleNamespace(rows={site.name: dict.fromkeys(forms) for site in sites}, options=lambda site: [])

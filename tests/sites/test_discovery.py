@@ -337,7 +337,7 @@ def test_torch_encoder_layers_give_their_ffn_and_say_why_their_heads_stay():
     assert [(s.name, s.kind, s.units, s.activation) for s in found.sites] == [("0", "ffn", 36, "gelu")]
     assert found.sites[0].drop.module == "0.linear1"
     assert found.skipped[0].place == "0.self_attn"
-    assert "does not run" in found.skipped[0].reason
+    assert "does not compute" in found.skipped[0].reason
 
 
 class Untraceable(nn.Module):
