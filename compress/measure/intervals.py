@@ -134,3 +134,12 @@ def describe(samples_ms: Any) -> dict[str, float | int | None]:
         "std": float(samples_ms.std()),
         "runs": len(samples_ms),
     }
+
+
+def quantile(samples: Any, share: float) -> float:
+    """The value below which a share of the samples lies, interpolated.
+
+    >>> quantile([1.0, 3.0, 2.0], 0.75)
+    2.5
+    """
+    return float(np.quantile(samples, share))

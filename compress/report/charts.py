@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from compress.measure.intervals import quantile
 from compress.report.formatting import digits
 from compress.report.schema import Chosen, Report, SiteReport
 from compress.report.svg import PALETTE, WIDTH, Canvas, Chart, finish, ticks
@@ -192,7 +193,7 @@ def kept(option: Chosen) -> str:
 def latency(dense: Strip, now: Strip) -> Chart:
     """Two histograms over one axis of milliseconds, logarithmic when they lie far apart."""
     pooled = sorted((*dense.samples, *now.samples))
-    low, high = pooled[0] * 0.95, _quantile(pooled, 0.995) * 1.05
+    low, high = pooled[0] * 0.95, quantile(pooled, 0.995) * 1.05
     logarithmic = high / low > 8
     place = math.log if logarithmic else float
     height, row = 240, 84
@@ -216,7 +217,7 @@ def latency(dense: Strip, now: Strip) -> Chart:
         tops = [floor - 46 * count / (max(counts) or 1) for count in counts]
         axes.stairs(tops, edges, baseline=floor, fill=True, color=PALETTE[color])
         axes.hlines(floor, low, high, color=PALETTE["line"], linewidth=1)
-        median = _quantile(sorted(part.samples), 0.5)
+        median = quantile(part.samples, 0.5)
         axes.vlines(median, floor - 52, floor, color=PALETTE["ink"], linewidth=1.4)
         canvas.write(16, floor - 60, part.caption, color="ink")
     beyond = sum(value >= high for value in pooled)
@@ -355,14 +356,6 @@ def short(names: Sequence[str]) -> list[str]:
     if head and all(name.isdigit() for name in cut):
         return [f"{parts[0][head - 1]} {name}" for name in cut]
     return cut
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    """The value below which `share` of a sorted sample lies, interpolated."""
-    spot = share * (len(ordered) - 1)
-    below = int(spot)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (spot - below)
 
 
 def _fit(text: str) -> str:

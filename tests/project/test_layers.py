@@ -235,6 +235,7 @@ def test_test_files_stand_where_their_module_stands():
     free = {
         "sites.families",
         "sites.kinds.toy_kind",
+        "export.backends.toy_backend",
         "export.backends.tensorrt_api",
         *(f"project.{name}" for name in ("layers", "packaging", "seams", "doctests", "readme")),
         *(f"tools.{name}" for name in ("check", "benchmark", "draw_rooms", "gpu")),

@@ -1,6 +1,7 @@
 """Each kind of extension has one place: nobody else branches on what belongs there."""
 
 import ast
+import re
 from pathlib import Path
 
 from compress.sites.kinds import KINDS
@@ -47,3 +48,40 @@ def test_nobody_branches_on_the_kind_of_a_site_outside_of_kinds():
     assert found == []
     assert list(branches(ast.parse('x = 1\nif site.kind in ("heads", "y"):\n    pass'), names)) == [2]
     assert list(branches(ast.parse('COLORS = {"heads": 1, "ffn": 2}'), names)) == [1]
+
+
+def named(tree, pattern):
+    """Lines with an identifier that the pattern matches: a name, an attribute, an argument, a definition."""
+    for node in ast.walk(tree):
+        held = (getattr(node, "id", None), getattr(node, "attr", None), getattr(node, "arg", None))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.alias):
+            held = (node.name,)
+        if any(isinstance(name, str) and re.fullmatch(pattern, name) for name in held):
+            yield node.lineno
+
+
+def test_only_backends_know_where_a_model_runs():
+    pattern = "on_gpu|by_file|in_torch"
+    found = [
+        f"{path}:{line}"
+        for path, tree in shipped()
+        if not path.startswith("export/backends/")
+        for line in named(tree, pattern)
+    ]
+    assert found == []
+    assert list(named(ast.parse("x = 1\nif place.on_gpu:\n    f(in_torch=True)"), pattern)) == [2, 3]
+
+
+def test_intervals_and_quantiles_of_samples_are_computed_in_measure_alone():
+    pattern = r"(?i).*(quantile|bootstrap|resamples).*|percentile"
+    found = {}
+    for path, tree in shipped():
+        lines = list(named(tree, pattern))
+        if lines and not path.startswith("compress/measure/"):
+            found[path] = lines
+    charts = found.pop("compress/report/charts.py")  # draws quantiles that it asks measure for
+    source = (ROOT / "compress/report/charts.py").read_text(encoding="utf-8")
+    assert "from compress.measure.intervals import quantile" in source
+    assert len(charts) == 3  # the import and two uses
+    assert found == {}
+    assert list(named(ast.parse("x = np.quantile(y, 0.5)\nRESAMPLES = 3"), pattern)) == [1, 2]

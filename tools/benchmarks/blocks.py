@@ -53,8 +53,8 @@ def _layouts(shape: block_layouts.Shape, pattern: str) -> list[Row]:
             "layout": layout,
             "dense_ms": round(found.latency(block_layouts.DENSE).p50, 3),
             "speedup": round(ratio.value, 2),
-            "low": round(ratio.low, 2),
-            "high": round(ratio.high, 2),
+            "low": round(ratio.interval.low, 2),
+            "high": round(ratio.interval.high, 2),
         }
         for layout, ratio in sorted(ratios.items(), key=lambda entry: entry[1].value)
     ]
@@ -146,7 +146,7 @@ def _whole(
             "parity": f"{apart:.1e}",
             "dense_ms": round(found.latency("dense").p50, 2),
             "speedup": round(ratio.value, 2),
-            "low": round(ratio.low, 2),
-            "high": round(ratio.high, 2),
+            "low": round(ratio.interval.low, 2),
+            "high": round(ratio.interval.high, 2),
         }
     ]

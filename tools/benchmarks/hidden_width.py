@@ -240,7 +240,7 @@ def speeds(out: Path) -> list[Row]:
         rows.append(
             {
                 "model": name, "method": f"{stream.width} -> {width}", "speedup": round(ratio.value, 3),
-                "low": round(ratio.low, 3), "high": round(ratio.high, 3),
+                "low": round(ratio.interval.low, 3), "high": round(ratio.interval.high, 3),
             }
         )  # fmt: skip
         print(rows[-1], file=sys.stderr, flush=True)

@@ -69,8 +69,8 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
                 "ours_better_by": _paired(answers, name),
                 "file_mb": round(files[name].stat().st_size / 1e6, 2),
                 "speedup": round(ratio.value, 3),
-                "low": round(ratio.low, 3),
-                "high": round(ratio.high, 3),
+                "low": round(ratio.interval.low, 3),
+                "high": round(ratio.interval.high, 3),
                 "products": dict(_products(files[name])),
             }
         )
