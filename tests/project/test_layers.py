@@ -238,7 +238,7 @@ def test_test_files_stand_where_their_module_stands():
         "export.backends.toy_backend",
         "export.backends.tensorrt_api",
         *(f"project.{name}" for name in ("layers", "packaging", "seams", "doctests", "readme")),
-        *(f"tools.{name}" for name in ("check", "benchmark", "draw_rooms", "gpu")),
+        *(f"tools.{name}" for name in ("check", "benchmark", "draw_rooms", "write_tables", "gpu")),
     }
     packages = {"profiles.profiles": "profiles"}
     for path in (ROOT / "tests").rglob("test_*.py"):
