@@ -22,6 +22,8 @@ BEGIN, END = "<!-- rooms: written by tools/draw_rooms.py -->", "<!-- end of room
 WIDTH, ROW, BOX_HEIGHT, MARGIN = 1080, 78, 34, 24  # pixels
 SWEEPS = 12  # passes over the rows that place a box near the boxes it is joined to
 
+OUTSIDE = ("", "__main__")  # the package itself imports lazily, `__main__` starts the command line
+
 Rooms = dict[str, set[str]]
 
 
@@ -61,10 +63,10 @@ def imported(path: Path, files: dict[str, Path]) -> Iterator[str]:
 
 
 def import_graph(files: dict[str, Path]) -> Rooms:
-    """For each room the other rooms that it imports; the package's own lazy imports are left out."""
-    graph: Rooms = {room_of(name, files): set() for name in files if name}
+    """For each room the other rooms that it imports, without the modules in `OUTSIDE`."""
+    graph: Rooms = {room_of(name, files): set() for name in files if name not in OUTSIDE}
     for name, path in files.items():
-        if name:
+        if name not in OUTSIDE:
             here = room_of(name, files)
             graph[here] |= {room_of(other, files) for other in imported(path, files) if other} - {here}
     return graph
@@ -185,7 +187,7 @@ def table(graph: Rooms, files: dict[str, Path]) -> str:
     height = levels(graph)
     lines = ["| room | what it is for | modules | imports |", "|---|---|---|---|"]
     for name in sorted(graph, key=lambda room: (-height[room], room)):
-        inside = sum(room_of(module, files) == name for module in files if module)
+        inside = sum(room_of(module, files) == name for module in files if module not in OUTSIDE)
         uses = ", ".join(f"`{other}`" for other in sorted(graph[name])) or "no other room"
         lines.append(f"| `{name}` | {purpose(name, files)} | {inside} | {uses} |")
     return "\n".join(lines)
