@@ -10,6 +10,7 @@ from compress.errors import CompressError
 from compress.ir import Budget, Engine
 from compress.report import charts, metrics_table, render
 from compress.report.schema import Figures, Measured, Parity, Phases, PhaseTimes, Predicted, SiteReport, read
+from compress.sites.kinds import KINDS
 
 AWAY = Predicted(speedup=3.17, latency_ms=77.7, baseline_latency_ms=246.3, energy_mj=88.8, power_w=66.6)
 
@@ -329,3 +330,10 @@ def test_a_decoder_shows_both_phases_and_which_one_was_asked_for():
     prompt = target.model_copy(update={"phase": "prefill"})
     assert "prompts of batch 1 x 64" in render.markdown(report(target=prompt))
     assert "time per token" not in render.html(report())
+
+
+def test_every_kind_of_site_has_a_color_on_a_light_and_on_a_dark_page():
+    light, _, dark = render.html(whole()).partition("prefers-color-scheme: dark")
+    for name, kind in KINDS.items():
+        assert f"--{name}: {kind.color};" in light
+        assert f"--{name}: {kind.dark_color};" in dark
