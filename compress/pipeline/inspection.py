@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from compress import profiles
 from compress.errors import CompressError
 from compress.export import generation
-from compress.export.backends import onnxruntime, torch_cuda
-from compress.export.backends.select import backend_for, target_here
+from compress.export.backends import onnxruntime
+from compress.export.backends.select import backend_for, device_here, target_here
 from compress.export.onnx.kv_cache import PAST, POSITIONS
 from compress.ir import Option, Site
 from compress.measure import timing
@@ -291,10 +291,8 @@ def measure_target(
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.model_validate(asked | {"shapes": shapes or Shapes(), "out": f"{folder}/out"})
         if backend_for(profiles.load(name), recipe.bench.threads) is None:
-            gpu = torch_cuda.gpu()
             raise CompressError(
-                f"--target {name} cannot be measured here: this machine has "
-                f"{'no GPU that torch sees' if gpu is None else gpu.name}.\n"
+                f"--target {name} cannot be measured here: this machine has {device_here()}.\n"
                 "  Leave out --target to measure what is here, or run this on that device"
             )
         job = prepare(recipe, progress)

@@ -11,8 +11,9 @@ from torch import nn
 from compress import artifacts, profiles
 from compress.cost import latency_table, roofline
 from compress.cost.latency_table import Rows, Table
-from compress.export.backends import onnxruntime, torch_cuda
+from compress.export.backends import onnxruntime
 from compress.export.backends.backend import Backend
+from compress.export.backends.select import table_origins
 from compress.export.microbench import site_timing
 from compress.ir import Document, Option, Site, Source, Whole
 from compress.measure import timing
@@ -227,7 +228,7 @@ def _is_smaller(site: Site, form: str, units: int) -> bool:
 
 def shipped_table(profile: Profile) -> Table | None:
     """The table of sites that was measured on such a device and ships with its profile."""
-    for origin in (profile.runtime, torch_cuda.RUNTIME):
+    for origin in table_origins(profile):
         stored = profiles.measured(profile.name, origin)
         if stored is not None:
             return Table.model_validate(stored["table"])

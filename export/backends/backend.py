@@ -206,8 +206,3 @@ class Backend(Capabilities):
     def times_block_layouts(self) -> bool:
         """Whether the layout of a block-sparse product is chosen by timing (`block_layouts`)."""
         return False
-
-    @property
-    def ships(self) -> str:
-        """What is delivered besides the model directory, for messages."""
-        return "model.onnx"

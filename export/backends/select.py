@@ -21,6 +21,17 @@ def backend_for(profile: Profile, threads: int) -> Backend | None:
     return next((backend for backend in found if backend is not None), None)
 
 
+def device_here() -> str:
+    """The GPU of this machine by name, for messages; that there is none where torch sees none."""
+    gpu = torch_cuda.gpu()
+    return "no GPU that torch sees" if gpu is None else gpu.name
+
+
+def table_origins(profile: Profile) -> tuple[str, ...]:
+    """The runtimes whose shipped cost tables price a target, the preferred one first."""
+    return profile.runtime, torch_cuda.RUNTIME
+
+
 def target_here() -> Profile:
     """The profile of the GPU of this machine where there is one, else of its processor."""
     return torch_cuda.target_at_hand() or profiles.load("cpu")
