@@ -3,9 +3,15 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from compress.ir import Offer, Option, Site
+from compress.pipeline import energy_budget
+from compress.pipeline.energy_budget import Prices
 from compress.pipeline.job import Job
 from compress.pipeline.pricing import Costs
+from compress.report.schema import Chosen, FrontPoint, SiteReport
+from compress.search import knapsack
 from compress.search.closed_loop import CandidateTable, Iteration
 
 EQUAL = 1e-9  # by which two times differ in rounding only
@@ -134,3 +140,55 @@ def _named(option: Option) -> str:
 
 def _units(option: Option, site: Site) -> int:
     return site.units if option.units is None else option.units
+
+
+def site_reports(job: Job, costs: Costs, menus: CandidateTable, turn: Iteration) -> tuple[SiteReport, ...]:
+    """What was done to every site, and what it costs now."""
+    found = []
+    for site, options, menu in zip(job.sites, menus.options, menus.prior, strict=True):
+        option = turn.choices[site.name]
+        found.append(
+            SiteReport(
+                name=site.name,
+                kind=site.kind,
+                option=Chosen(
+                    units=site.units if option.units is None else option.units,
+                    units_total=site.units,
+                    pattern=option.pattern,
+                    rank=option.rank,
+                    precision=option.precision,
+                ),
+                error=float(menu.error[options.index(option)]),
+                latency_ms=costs.latency_ms(site, option),
+                dense_latency_ms=costs.latency_ms(site, Option()),
+                source=costs.source,
+                offers=offers(costs, menus, turn, site),
+            )
+        )
+    return tuple(found)
+
+
+def front(
+    job: Job, costs: Costs, menus: CandidateTable, turn: Iteration, prices: Prices | None = None
+) -> tuple[FrontPoint, ...]:
+    """The best plans around the chosen one, from the dense model to the fastest there is."""
+    least = menus.latency_ms(menus.cheapest())
+    budgets = np.linspace(least * 1.0001, costs.dense_ms, 14)
+    points = []
+    for budget_ms in [*budgets.tolist(), turn.predicted_ms]:
+        choices = knapsack.solve(menus.scaled, menus.whole.room_ms(budget_ms))
+        chosen = budget_ms == turn.predicted_ms
+        if chosen:
+            choices = menus.indices(turn.choices)
+        spent_ms = menus.latency_ms(choices)
+        points.append(
+            FrontPoint(
+                budget_ms=budget_ms,
+                predicted_speedup=costs.dense_ms / spent_ms,
+                energy_mj=energy_budget.predicted_mj(job, spent_ms, menus.named(choices), prices),
+                error=knapsack.totals(menus.prior, choices)[1],
+                loss=turn.loss if chosen else None,
+                chosen=chosen,
+            )
+        )
+    return tuple(sorted(points, key=lambda point: point.predicted_speedup))

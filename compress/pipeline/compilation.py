@@ -89,37 +89,45 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
 
     Costs, the teacher and the baseline of the proof are the dense model's whatever the start.
     """
-    pruned, calmed = smooth_model(
-        job if before is None else width_search.from_previous(job, before.job, before.expanded())
-    )
-    stream = width_search.requested_stream(
-        pruned
-    )  # a model without one is refused before anything is computed
-    feasibility.check_moves(job)
-    costs = price(job)
-    asked = asked_speedup(job, costs)
-    if stream is None:
-        feasibility.check(job, costs, asked)
-    start = costs if pruned.narrowed is None else price(pruned)
-    found, widths = search(ground_of(pruned, start), stream, asked)
-    for attempt in range(ATTEMPTS):
-        model, removals, notes = build(found)
-        comparison = _proof_timing(job, model, removals, asked, last=attempt == ATTEMPTS - 1)
-        missed = comparison is not None and evaluation.timing_of(comparison).speedup < asked
-        if comparison is None or not missed or attempt == ATTEMPTS - 1:
-            break
-        rounds = _with_timing(found.rounds, found.iteration, evaluation.timing_of(comparison))
-        found = choose(found.space, asked, rounds)
+    with job.stages.accounted("price"):
+        pruned, calmed = smooth_model(
+            job if before is None else width_search.from_previous(job, before.job, before.expanded())
+        )
+        stream = width_search.requested_stream(
+            pruned
+        )  # a model without one is refused before anything is computed
+        feasibility.check_moves(job)
+        costs = price(job)
+        asked = asked_speedup(job, costs)
+        if stream is None:
+            feasibility.check(job, costs, asked)
+        start = costs if pruned.narrowed is None else price(pruned)
+    with job.stages.accounted("plan"):
+        found, widths = search(ground_of(pruned, start), stream, asked)
+    with job.stages.accounted("build"):
+        for attempt in range(ATTEMPTS):
+            model, removals, notes = build(found)
+            comparison = _proof_timing(job, model, removals, asked, last=attempt == ATTEMPTS - 1)
+            missed = comparison is not None and evaluation.timing_of(comparison).speedup < asked
+            if comparison is None or not missed or attempt == ATTEMPTS - 1:
+                break
+            proof = evaluation.timing_of(comparison)
+            job.stages.progress.say(
+                f"the proof measured {proof.speedup:.2f}x where {asked:.2f}x was asked: search again with it"
+            )
+            rounds = _with_timing(found.rounds, found.iteration, proof)
+            found = choose(found.space, asked, rounds)
     if before is not None:
         notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
     notes += calmed
     own = found.space.job
     if job.recipe.recovery.mode != "none":
-        notes += pruning_aware_recovery.recover(own, model, removals)
-        removals, learned = recovery.recover(own, model, removals)
-        notes += learned
-        save(own, found.iteration, model, removals)
-        comparison = _proof_timing(job, model, removals, asked, last=True)
+        with job.stages.accounted("recover"):
+            notes += pruning_aware_recovery.recover(own, model, removals)
+            removals, learned = recovery.recover(own, model, removals)
+            notes += learned
+            save(own, found.iteration, model, removals)
+            comparison = _proof_timing(job, model, removals, asked, last=True)
     result = evaluation.assemble(
         own,
         found.space.costs,

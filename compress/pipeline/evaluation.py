@@ -26,11 +26,10 @@ from compress.pipeline.energy_budget import Prices
 from compress.pipeline.job import Job
 from compress.pipeline.pricing import Costs
 from compress.recipe import Phase
-from compress.report import schema
+from compress.report import provenance, schema
 from compress.report.schema import (
-    Chosen,
+    ClassScore,
     Figures,
-    FrontPoint,
     Measured,
     Parity,
     Phases,
@@ -39,13 +38,12 @@ from compress.report.schema import (
     Report,
     Samples,
     Score,
-    SiteReport,
     Target,
     Verdict,
 )
-from compress.search import knapsack
 from compress.search.closed_loop import CandidateTable, Iteration, SearchHistory, Timing
 from compress.sites.prune import Removal
+from compress.tasks import class_accuracy
 from compress.tasks.task import Task, lost_between
 
 FLOAT = "fp32"  # the precision of exported weights without a form
@@ -171,10 +169,14 @@ def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None
 
 @dataclass(frozen=True)
 class Judged:
-    """A score on the test split, and what came of every input where the task's score is made of that."""
+    """A score on the test split, and what came of every input where the task's score is made of that.
+
+    `classes` holds the class that a classifier gives every input, None for other tasks.
+    """
 
     score: float
     outcomes: NDArray[np.float64] | None
+    classes: NDArray[np.int64] | None = None
 
 
 def judged(job: Job, file: Path) -> Judged:
@@ -184,15 +186,19 @@ def judged(job: Job, file: Path) -> Judged:
         job.stages(f"score {file.stem}"),
         onnxruntime.OrtRunner(file, threads=timing.physical_cores()) as runner,
     ):
+        logits: list[NDArray[np.generic]] = []
 
-        def answer(inputs: dict[str, NDArray[np.generic]]) -> NDArray[np.generic]:
-            return runner.infer(inputs)[name]
+        def infer(inputs: dict[str, NDArray[np.generic]]) -> NDArray[np.generic]:
+            logits.append(runner.infer(inputs)[name])
+            return logits[-1]
 
         # A score of a user's own need not be made of outcomes.
         if getattr(job.task.score, "__func__", None) is not Task.score:
-            return Judged(job.task.score(answer), None)
-        outcomes = job.task.outcomes(answer)
-        return Judged(job.task.scored(outcomes), outcomes)
+            return Judged(job.task.score(infer), None)
+        outcomes = job.task.outcomes(infer)
+    return Judged(
+        job.task.scored(outcomes), outcomes, class_accuracy.predicted(job.task, logits, len(outcomes))
+    )
 
 
 def figures(
@@ -231,58 +237,6 @@ def _saved_bytes(job: Job, turn: Iteration) -> int:
     return saved
 
 
-def site_reports(job: Job, costs: Costs, menus: CandidateTable, turn: Iteration) -> tuple[SiteReport, ...]:
-    """What was done to every site, and what it costs now."""
-    found = []
-    for site, options, menu in zip(job.sites, menus.options, menus.prior, strict=True):
-        option = turn.choices[site.name]
-        found.append(
-            SiteReport(
-                name=site.name,
-                kind=site.kind,
-                option=Chosen(
-                    units=site.units if option.units is None else option.units,
-                    units_total=site.units,
-                    pattern=option.pattern,
-                    rank=option.rank,
-                    precision=option.precision,
-                ),
-                error=float(menu.error[options.index(option)]),
-                latency_ms=costs.latency_ms(site, option),
-                dense_latency_ms=costs.latency_ms(site, Option()),
-                source=costs.source,
-                offers=attribution.offers(costs, menus, turn, site),
-            )
-        )
-    return tuple(found)
-
-
-def front(
-    job: Job, costs: Costs, menus: CandidateTable, turn: Iteration, prices: Prices | None = None
-) -> tuple[FrontPoint, ...]:
-    """The best plans around the chosen one, from the dense model to the fastest there is."""
-    least = menus.latency_ms(menus.cheapest())
-    budgets = np.linspace(least * 1.0001, costs.dense_ms, 14)
-    points = []
-    for budget_ms in [*budgets.tolist(), turn.predicted_ms]:
-        choices = knapsack.solve(menus.scaled, menus.whole.room_ms(budget_ms))
-        chosen = budget_ms == turn.predicted_ms
-        if chosen:
-            choices = menus.indices(turn.choices)
-        spent_ms = menus.latency_ms(choices)
-        points.append(
-            FrontPoint(
-                budget_ms=budget_ms,
-                predicted_speedup=costs.dense_ms / spent_ms,
-                energy_mj=energy_budget.predicted_mj(job, spent_ms, menus.named(choices), prices),
-                error=knapsack.totals(menus.prior, choices)[1],
-                loss=turn.loss if chosen else None,
-                chosen=chosen,
-            )
-        )
-    return tuple(sorted(points, key=lambda point: point.predicted_speedup))
-
-
 def assemble(
     job: Job,
     costs: Costs,
@@ -296,16 +250,37 @@ def assemble(
     prices: Prices | None = None,
 ) -> Report:
     """Check, score and gather: the report of one finished compilation."""
+    with job.stages.accounted("check and report"):
+        found = _assembled(job, costs, menus, rounds, turn, files_of, removals, comparison, notes, prices)
+    stages, seconds = tuple(job.stages.seconds), job.stages.wall_seconds()
+    return found.model_copy(update={"stages": stages, "wall_seconds": seconds})
+
+
+def _assembled(
+    job: Job,
+    costs: Costs,
+    menus: CandidateTable,
+    rounds: SearchHistory,
+    turn: Iteration,
+    files_of: Mapping[str, tuple[nn.Module, Path]],
+    removals: Mapping[str, Removal],
+    comparison: Comparison | None,
+    notes: list[str],
+    prices: Prices | None,
+) -> Report:
+    """The report, all but its stages."""
     shrunk, shipped = files_of["compressed"]
     emulated = quantized_layers.emulated(shrunk, job.sites, removals)
     agreement = check_parity(job, emulated, shipped)
     shaped = model_files.deployed(job, shrunk, removals)
-    notes = notes + _agreement(job, emulated, shaped, shipped)
+    warnings = _agreement(job, emulated, shaped, shipped)
+    if comparison is not None:
+        warnings += timing.doubts(comparison.drift, comparison.settled, comparison.elsewhere)
     before, after = judged(job, files_of["dense"][1]), judged(job, shipped)
     dense = figures(job, *files_of["dense"], comparison, "dense", before.score)
     quick = figures(job, shaped, shipped, comparison, "compressed", after.score, _saved_bytes(job, turn))
     drop = before.score - after.score if job.task.higher_is_better else after.score - before.score
-    sites, target = site_reports(job, costs, menus, turn), _target(job)
+    sites, target = attribution.site_reports(job, costs, menus, turn), _target(job)
     dense = dense.model_copy(update={"precision": target.precision})
     quick = quick.model_copy(update={"precision": schema.precision(target, sites)})
     measured = None
@@ -354,9 +329,8 @@ def assemble(
         ),
         parity=agreement,
         sites=sites,
-        rounds=tuple(_round(one, costs) for one in rounds.rounds),
-        stages=tuple(job.stages.seconds),
-        front=front(job, costs, menus, turn, prices),
+        rounds=tuple(_round(one, shipped=one == turn) for one in rounds.rounds),
+        front=attribution.front(job, costs, menus, turn, prices),
         samples=Samples()
         if comparison is None
         else Samples(
@@ -367,14 +341,13 @@ def assemble(
         phases=phases(job, shaped, shipped, comparison),
         fixed_ms=costs.fixed_ms,
         attribution=(*attribution.untouched(job, costs), *attribution.gains(costs, turn)),
-        warnings=tuple(
-            notes
-            + (
-                []
-                if comparison is None
-                else timing.doubts(comparison.drift, comparison.settled, comparison.elsewhere)
-            )
-        ),
+        warnings=tuple(warnings),
+        notes=tuple(notes),
+        classes=_class_scores(job, before, after),
+        dense_agreement=class_accuracy.agreement(before.classes, after.classes),
+        command=provenance.command_line(),
+        revision=provenance.revision(),
+        pooling=getattr(job.task, "pooling", None),
         environment=timing.environment()
         | ({} if job.backend is None else job.backend.environment())
         | {"compress": __version__},
@@ -406,16 +379,22 @@ def _target(job: Job) -> Target:
     )
 
 
+def _class_scores(job: Job, before: Judged, after: Judged) -> tuple[ClassScore, ...]:
+    found = class_accuracy.by_class(job.task, before.classes, after.classes)
+    return tuple(ClassScore(**one._asdict()) for one in found)
+
+
 def _drop_interval(job: Job, before: Judged, after: Judged) -> tuple[float, float] | None:
     if before.outcomes is None or after.outcomes is None:
         return None
     return lost_between(job.task, before.outcomes, after.outcomes)
 
 
-def _round(turn: Iteration, costs: Costs) -> schema.Round:
+def _round(turn: Iteration, *, shipped: bool) -> schema.Round:
     return schema.Round(
         budget_ms=turn.limit_ms,
         predicted_ms=turn.predicted_ms,
         measured_ms=None if turn.timing is None else turn.timing.measured_ms,
         measured_speedup=None if turn.timing is None else turn.timing.speedup,
+        shipped=shipped,
     )

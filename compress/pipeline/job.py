@@ -29,18 +29,38 @@ from compress.tasks.loading import Batch, Task, load_task
 
 @dataclass
 class Stages:
-    """The stages run so far and their seconds, for the report."""
+    """The stages run so far and their seconds, for the report.
+
+    Of stages inside others each has its own time only, so that seconds add up to the wall clock.
+    """
 
     progress: Progress
     seconds: list[Stage] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+    _inner: list[float] = field(default_factory=lambda: [0.0])
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[Tick]:
         """Run one stage under its name."""
-        began = time.perf_counter()
-        with self.progress.stage(name) as tick:
+        with self.accounted(name), self.progress.stage(name) as tick:
             yield tick
-        self.seconds.append(Stage(name=name, seconds=round(time.perf_counter() - began, 3)))
+
+    @contextmanager
+    def accounted(self, name: str) -> Iterator[None]:
+        """Record time under a name without showing progress; it may hold stages, whose time is theirs."""
+        began = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - began
+            own = max(took - self._inner.pop(), 0.0)
+            self._inner[-1] += took
+        self.seconds.append(Stage(name=name, seconds=round(own, 3)))
+
+    def wall_seconds(self) -> float:
+        """Seconds since the first stage could begin."""
+        return round(time.perf_counter() - self.began, 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +177,14 @@ def prepare(recipe: Recipe, progress: Progress, task: Task | None = None) -> Job
     profile = profiles.load(recipe.target)
     folder = artifacts.claim(Path(recipe.out))
     stages = Stages(progress)
+    with stages.accounted("set up"):
+        return _prepared(recipe, profile, folder, stages, task)
+
+
+def _prepared(
+    recipe: Recipe, profile: profiles.Profile, folder: Path, stages: Stages, task: Task | None
+) -> Job:
+    """The job of a claimed output folder; raises what `prepare` raises."""
     with stages("load"):
         if task is None:
             collectives.send_command("load", {"recipe": recipe.model_dump(mode="json")})

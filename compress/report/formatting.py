@@ -7,6 +7,7 @@ from compress.ir import Budget
 from compress.recipe import UNITS
 
 PERCENT = ("accuracy", "f1", "precision", "recall", "agreement")
+MORE_DECIMALS = 5  # at most so many digits more than usual to tell two scores apart
 
 
 def digits(value: float) -> str:
@@ -40,11 +41,47 @@ def exact(asked: Budget, value: float) -> str:
     return f"{value:.4f}{'' if asked.name == 'speedup' else ' '}{UNITS[asked.name]}"
 
 
-def score_text(metric: str, value: float | None) -> str:
-    """A score as people say it: shares in percent, everything else as it is."""
+def score_text(metric: str, value: float | None, decimals: int | None = None) -> str:
+    """A score in text: shares in percent, everything else as it is; with `decimals` behind the point."""
     if value is None:
         return "not measured"
-    return f"{100 * value:.1f}" if metric in PERCENT else digits(value)
+    if metric in PERCENT:
+        return _fixed(100 * value, 1 if decimals is None else decimals)
+    return digits(value) if decimals is None else _fixed(value, decimals)
+
+
+def score_decimals(metric: str, before: float | None, after: float | None) -> int | None:
+    """The fewest decimals at which two scores differ in text and by what their change rounds to.
+
+    None where the usual digits do: without a second score, or where both are equal.
+
+    >>> score_decimals("accuracy", 0.954, 0.941), score_decimals("accuracy", 0.9484, 0.9476)
+    (1, 2)
+    """
+    if before is None or after is None or before == after:
+        return None
+    scale = 100 if metric in PERCENT else 1
+    first, second = scale * before, scale * after
+    least = 1
+    if metric not in PERCENT:
+        size = min(abs(value) for value in (first, second) if value)
+        least = max(2 - math.floor(math.log10(size)), 0)
+    usable = [
+        d
+        for d in range(least, least + MORE_DECIMALS)
+        if _fixed(first, d) != _fixed(second, d) and float(_fixed(first - second, d))
+    ]
+    for decimals in usable:
+        shown = float(_fixed(first, decimals)) - float(_fixed(second, decimals))
+        if abs(shown - float(_fixed(first - second, decimals))) < 0.5 * 10.0**-decimals:
+            return decimals
+    return usable[0] if usable else least + MORE_DECIMALS
+
+
+def _fixed(value: float, decimals: int) -> str:
+    """A number with `decimals` digits behind the point; what rounds to zero has no sign."""
+    text = f"{value:.{decimals}f}"
+    return text if float(text) else text.removeprefix("-")
 
 
 def runs_in(model: str, products: Iterable[str]) -> str:
@@ -57,15 +94,16 @@ def runs_in(model: str, products: Iterable[str]) -> str:
     return " + ".join(dict.fromkeys([model, *own]))
 
 
-def lost(metric: str, change: float, interval95: tuple[float, float] | None = None) -> str:
+def lost(
+    metric: str,
+    change: float,
+    interval95: tuple[float, float] | None = None,
+    decimals: int | None = None,
+) -> str:
     """A change of a score, e.g. `1.3 points [0.2, 2.5]` of accuracy or `0.41` of perplexity."""
-    percent = metric in PERCENT
-
-    def said(value: float) -> str:
-        return f"{100 * value + 0.0:.1f}".replace("-0.0", "0.0") if percent else digits(value)
-
-    ends = "" if interval95 is None else f" [{', '.join(map(said, interval95))}]"
-    return f"{said(change)}{' points' if percent else ''}{ends}"
+    texts = [score_text(metric, value, decimals) for value in (change, *(interval95 or ()))]
+    unit = " points" if metric in PERCENT else ""
+    return f"{texts[0]}{unit}" + ("" if interval95 is None else f" [{', '.join(texts[1:])}]")
 
 
 def duration(seconds: float) -> str:

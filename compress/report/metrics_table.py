@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from compress.ir import Half
-from compress.report.formatting import digits, lost, score_text
+from compress.report.formatting import digits, lost, score_decimals, score_text
 from compress.report.schema import Figures, Report
 
 NONE = "not measured"
@@ -22,11 +22,14 @@ def rows(report: Report) -> list[Row]:
     """The comparison: every quantity that is known of the compressed model."""
     dense, now = report.baseline, report.compressed
     metric = report.score.metric
+    decimals = score_decimals(metric, dense.score, now.score)
+    scores = (score_text(metric, dense.score, decimals), score_text(metric, now.score, decimals))
     count = _percent(dense.parameters, now.parameters)
     return [
         *_latency_rows(report),
         *_phase_rows(report),
-        Row(metric, score_text(metric, dense.score), score_text(metric, now.score), score_change(report)),
+        Row(metric, *scores, score_change(report)),
+        *_agreement_rows(report),
         Row("parameters", f"{dense.parameters:,}", f"{now.parameters:,}", count),
         Row("weights", *_change(dense.weight_bytes / 1e6, now.weight_bytes / 1e6, "MB")),
         *([] if now.file_bytes is None else [_file_row(dense.file_bytes, now.file_bytes)]),
@@ -92,6 +95,13 @@ def _phase_rows(report: Report) -> list[Row]:
     ]
 
 
+def _agreement_rows(report: Report) -> list[Row]:
+    """The share of test inputs that both models give the same class, where there are classes."""
+    if report.dense_agreement is None:
+        return []
+    return [Row("same class as dense", "", f"{report.dense_agreement:.1%}", "")]
+
+
 def score_change(report: Report) -> str:
     """The change of the score in words."""
     drop, between = report.verdict.score_drop, report.verdict.score_drop_interval95
@@ -102,7 +112,9 @@ def score_change(report: Report) -> str:
     gained = drop < 0
     if gained and between is not None:
         between = -between[1], -between[0]
-    return f"{'gained' if gained else 'lost'} {lost(report.score.metric, abs(drop), between)}"
+    metric = report.score.metric
+    decimals = score_decimals(metric, report.baseline.score, report.compressed.score)
+    return f"{'gained' if gained else 'lost'} {lost(metric, abs(drop), between, decimals)}"
 
 
 def _percent(before: float, after: float) -> str:

@@ -127,6 +127,15 @@ class Score(Document):
     higher_is_better: bool = True
 
 
+class ClassScore(Document):
+    """The accuracy of both models on the test inputs of one class."""
+
+    name: str
+    samples: int = Field(ge=1)
+    dense: float = Field(ge=0, le=1)
+    compressed: float = Field(ge=0, le=1)
+
+
 class Parity(Document):
     """PyTorch against the file that ships, over `inputs` inputs.
 
@@ -169,12 +178,16 @@ class SiteReport(Document):
 
 
 class Round(Document):
-    """One turn of the closed loop: the budget searched with, the plan's promise, the timer's answer."""
+    """One iteration of the closed loop: the budget of the search, the plan's predicted and measured time.
+
+    `shipped` marks the plan that became the result.
+    """
 
     budget_ms: float
     predicted_ms: float
     measured_ms: float | None = None
     measured_speedup: float | None = None
+    shipped: bool = False
 
 
 class Stage(Document):
@@ -214,7 +227,13 @@ class Step(Document):
 
 
 class Report(Document):
-    """The whole result of one compilation."""
+    """The whole result of one compilation.
+
+    `warnings` are what a reader can act on, `notes` what the compilation decided on its way.
+    `dense_agreement` is the share of test inputs that both models give the same class. `wall_seconds` is
+    the time from the first stage to the report; `stages` add up to it. `command` is the command line,
+    `revision` the git revision or the version of the program that ran.
+    """
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
     created: str
@@ -241,6 +260,13 @@ class Report(Document):
     fixed_ms: float | None = None
     attribution: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    classes: tuple[ClassScore, ...] = ()
+    dense_agreement: float | None = Field(default=None, ge=0, le=1)
+    wall_seconds: float | None = Field(default=None, ge=0)
+    command: str | None = None
+    revision: str | None = None
+    pooling: str | None = None
     environment: dict[str, Fact] = Field(default_factory=dict)
     protocol: dict[str, Fact] = Field(default_factory=dict)
     inputs: dict[str, str] = Field(default_factory=dict)

@@ -1,6 +1,8 @@
 """The one line that answers a request, and the phrases it is made of."""
 
-from compress.report.formatting import amount, exact, score_text
+from pathlib import Path
+
+from compress.report.formatting import amount, digits, exact, score_decimals, score_text
 from compress.report.schema import Report, Target, found, precision
 
 
@@ -28,7 +30,7 @@ def outcome(report: Report) -> list[str]:
     )
     if value is not None and asked.name == "speedup" and measured is not None:
         low, high = measured.interval95
-        return [f"measured {exact(asked, value)} [{low:.2f}, {high:.2f}] {where}"]
+        return [f"measured {exact(asked, value)} [{low:.2f}, {high:.2f}], {latencies(report)} {where}"]
     if value is not None:
         return [f"measured {exact(asked, value)}{f' ({speed})' if speed else ''} {where}"]
     guess = report.compressed.energy_mj if asked.name == "energy_mj" else report.compressed.power_w
@@ -48,7 +50,33 @@ def quality(report: Report) -> str:
     metric, before, after = report.score.metric, report.baseline.score, report.compressed.score
     if before is None or after is None:
         return f"{metric} not measured"
-    return f"{metric} {score_text(metric, before)} -> {score_text(metric, after)}"
+    return f"{metric} {scores(report)}"
+
+
+def scores(report: Report) -> str:
+    """Both scores with as many digits as tell them apart, e.g. `95.4 -> 94.1`."""
+    metric, before, after = report.score.metric, report.baseline.score, report.compressed.score
+    decimals = score_decimals(metric, before, after)
+    return f"{score_text(metric, before, decimals)} -> {score_text(metric, after, decimals)}"
+
+
+def latencies(report: Report) -> str:
+    """Both median latencies, e.g. `2.25 -> 1.05 ms`; empty where they were not measured."""
+    dense, now = report.baseline.latency_ms, report.compressed.latency_ms
+    return "" if dense is None or now is None else f"{digits(dense.p50)} -> {digits(now.p50)} ms"
+
+
+def shown_model(model: str) -> str:
+    """The name of a model without the directories of a local path; a hub id keeps its owner.
+
+    >>> shown_model("/home/me/models/minilm"), shown_model("owner/name"), shown_model("a/b/net.py:make")
+    ('minilm', 'owner/name', 'net.py:make')
+    """
+    parts = [part for part in model.replace("\\", "/").split("/") if part]
+    relative = len(parts) == 2 and model == "/".join(parts) and parts[0] not in (".", "..", "~")
+    if relative and ".py" not in model and not Path(model).exists():
+        return model
+    return parts[-1] if parts else model
 
 
 def verdict_line(report: Report, page: str = "compression/report.html") -> str:

@@ -170,7 +170,7 @@ def test_a_form_that_pays_in_torch_is_chosen_built_and_keeps_the_promise(monkeyp
     chosen = {site.option.precision for site in found.sites} | {site.option.pattern for site in found.sites}
     assert chosen & {"fp8", "int8-dynamic"}
     assert all(site.option.units == site.option.units_total for site in found.sites)  # nothing was removed
-    words = "\n".join((*found.attribution, *found.warnings))
+    words = "\n".join((*found.attribution, *found.warnings, *found.notes))
     assert "2:4: 1.00x on a whole site; not chosen: it saves no time here." in words
     assert "What was timed is the torch model in fp16 (torch-cpu), not the ONNX file" in words
     assert found.compressed.weight_bytes < found.baseline.weight_bytes

@@ -1,7 +1,9 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from compress.ir import Budget
-from compress.report.formatting import amount, digits, exact, lost, score_text
+from compress.report.formatting import amount, digits, exact, lost, score_decimals, score_text
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,30 @@ def test_shares_are_percent_and_other_metrics_are_themselves():
     assert lost("accuracy", 0.0, (-0.0004, 0.0122)) == "0.0 points [0.0, 1.2]"
     assert lost("perplexity", 0.413, (-0.2, 1.0)) == "0.413 [-0.200, 1.00]"
     assert lost("perplexity", 0.41) == "0.410"
+
+
+@given(
+    metric=st.sampled_from(("accuracy", "cosine", "perplexity")),
+    before=st.floats(0.01, 1.0),
+    change=st.floats(-0.2, 0.2).filter(lambda change: abs(change) > 1e-6),
+)
+def test_scores_that_differ_are_never_printed_as_equal_over_a_loss(metric, before, change):
+    after = max(before - change, 0.001)
+    if abs(before - after) < 1e-6:
+        return
+    decimals = score_decimals(metric, before, after)
+    first, second = (score_text(metric, value, decimals) for value in (before, after))
+    said = lost(metric, before - after, decimals=decimals).removesuffix(" points")
+    assert first != second
+    assert abs(float(first) - float(second) - float(said)) < 1.5 * 10.0**-decimals
+
+
+@given(
+    metric=st.sampled_from(("accuracy", "perplexity")), right=st.integers(1, 4499), wrong=st.integers(-40, 40)
+)
+def test_counts_of_right_inputs_lose_what_their_scores_differ_by(metric, right, wrong):
+    before, after = right / 4500, min(max(right - wrong, 1), 4500) / 4500
+    decimals = score_decimals(metric, before, after)
+    first, second = (score_text(metric, value, decimals) for value in (before, after))
+    said = float(lost(metric, before - after, decimals=decimals).removesuffix(" points"))
+    assert (first == second) == (before == after) == (said == 0)

@@ -35,7 +35,7 @@ def plain(**values):
 
 def test_a_met_request_reads_as_the_issue_wants_it():
     assert verdict_line(report(), "out/compression/report.html") == (
-        f"asked 2.00x · measured 2.06x [2.03, 2.09] {HERE} · accuracy 95.4 -> 94.1 · MET · "
+        f"asked 2.00x · measured 2.06x [2.03, 2.09], 4.12 -> 2.00 ms {HERE} · accuracy 95.4 -> 94.1 · MET · "
         "out/compression/report.html"
     )
 
@@ -43,7 +43,7 @@ def test_a_met_request_reads_as_the_issue_wants_it():
 def test_a_miss_says_by_how_much():
     line = verdict_line(report(Budget(speedup=2.2)))
     assert line == (
-        f"asked 2.20x · measured 2.06x [2.03, 2.09] {HERE} · accuracy 95.4 -> 94.1 · "
+        f"asked 2.20x · measured 2.06x [2.03, 2.09], 4.12 -> 2.00 ms {HERE} · accuracy 95.4 -> 94.1 · "
         f"MISSED (6.36% short of what was asked) · {TAIL}"
     )
 
