@@ -239,12 +239,12 @@ class Budget(Document):
     `rate_hz`, which goes with `power_w` only, is how many runs a second the device answers.
     """
 
-    speedup: float | None = None
-    latency_ms: float | None = None
-    energy_mj: float | None = None
-    power_w: float | None = None
-    size_mb: float | None = None
-    rate_hz: float | None = Field(default=None, gt=0)
+    speedup: float | None = Field(default=None, description="Times faster than the dense model.")
+    latency_ms: float | None = Field(default=None, description="Median latency in milliseconds.")
+    energy_mj: float | None = Field(default=None, description="Energy of one run in millijoules.")
+    power_w: float | None = Field(default=None, description="Average power in watts, at rate_hz.")
+    size_mb: float | None = Field(default=None, description="Size of the file in megabytes.")
+    rate_hz: float | None = Field(default=None, gt=0, description="Runs per second, for power_w.")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "Budget":

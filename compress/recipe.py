@@ -1,17 +1,17 @@
 """What the user asked for: words and TOML parsed into a checked `Recipe`, mistakes explained."""
 
-import difflib
 import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from compress.errors import CompressError
 from compress.ir import Budget, Document
 from compress.sites.kinds import searched
+from compress.validation import explain
 
 Move = Literal["structure", "width", "int8", "int8-static", "int4", "fp8", "block", "lowrank", "2:4"]
 TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
@@ -37,9 +37,13 @@ class Shapes(Document):
     first token), or one more token after `tokens` of past ("decode", the time per token).
     """
 
-    batch: int = Field(default=1, ge=1)
-    tokens: int = Field(default=32, ge=1)
-    phase: Phase = "prefill"
+    batch: int = Field(default=1, ge=1, description="Inputs in one run.")
+    tokens: int = Field(
+        default=32, ge=1, description="Length of text inputs in tokens; at decode, tokens before the new one."
+    )
+    phase: Phase = Field(
+        default="prefill", description="Of a decoder: time to first token (prefill) or per token (decode)."
+    )
 
 
 class Options(Document):
@@ -55,33 +59,59 @@ class Options(Document):
     fractions of the hidden width that the move "width" tries.
     """
 
-    moves: tuple[Move, ...] = Field(default=("structure",), min_length=1)
-    widths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.875, 0.75, 0.625, 0.5)
-    kinds: tuple[SearchedKind, ...] = Field(default_factory=searched)
-    score: Literal["obs", "magnitude", "wanda", "taylor"] = "obs"
-    blocks: Literal["obs", "fisher"] = "obs"
-    units: tuple[float, ...] | None = None
-    uniform: bool = False
-    drop: bool = True
+    moves: tuple[Move, ...] = Field(
+        default=("structure",), min_length=1, description="Techniques that the search may use."
+    )
+    widths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.875, 0.75, 0.625, 0.5),
+        description="Fractions of the hidden width that the move width tries.",
+    )
+    kinds: tuple[SearchedKind, ...] = Field(
+        default_factory=searched, description="Kinds of site that are searched."
+    )
+    score: Literal["obs", "magnitude", "wanda", "taylor"] = Field(
+        default="obs", description="How units are ranked; obs (ZipLM) also refits the writer."
+    )
+    blocks: Literal["obs", "fisher"] = Field(
+        default="obs", description="How blocks of zeros are ranked; fisher (LPViT) needs labels."
+    )
+    units: tuple[float, ...] | None = Field(
+        default=None, description="Fractions of units to offer instead of measured steps of the latency."
+    )
+    uniform: bool = Field(
+        default=False, description="Give every site the same fraction: the baseline of the search."
+    )
+    drop: bool = Field(default=True, description="Whether a whole site may be removed.")
 
 
 class Calibration(Document):
     """How much data the statistics see, and how they are damped (methods 0.2.3)."""
 
-    samples: int = Field(default=2048, ge=1)
-    batch: int = Field(default=32, ge=1)
-    damping: float = Field(default=1e-2, gt=0)
-    memory_mb: int = Field(default=2048, ge=64)
-    refit: bool = True
+    samples: int = Field(default=2048, ge=1, description="Most inputs that statistics are collected on.")
+    batch: int = Field(default=32, ge=1, description="Inputs in one batch of calibration.")
+    damping: float = Field(
+        default=1e-2, gt=0, description="Added to the diagonal of Hessians, as a fraction of its mean."
+    )
+    memory_mb: int = Field(
+        default=2048, ge=64, description="Memory for statistics in megabytes; more is split into passes."
+    )
+    refit: bool = Field(
+        default=True,
+        description="Whether remaining weights are refitted layer by layer on the compressed model.",
+    )
 
 
 class Search(Document):
-    """How long the stitched model is asked; `samples` calibration inputs judge every trial."""
+    """The evolutionary search, which compares plans by their divergence on `samples` calibration inputs."""
 
-    samples: int = Field(default=256, ge=1)
-    generations: int = Field(default=24, ge=0)
-    offspring: int = Field(default=6, ge=1)
-    seed: int = 0
+    samples: int = Field(
+        default=256, ge=1, description="Calibration inputs on which candidate plans are compared."
+    )
+    generations: int = Field(
+        default=24, ge=0, description="Generations of the evolutionary search; 0 keeps the first plan."
+    )
+    offspring: int = Field(default=6, ge=1, description="Candidate plans in one generation.")
+    seed: int = Field(default=0, description="Seed of the search.")
 
 
 class Recovery(Document):
@@ -103,41 +133,74 @@ class Recovery(Document):
     whose training does not fit into the memory of one; alone it changes nothing.
     """
 
-    mode: Literal["none", "fast", "full"] = "none"
-    epochs: int = Field(default=4, ge=1)
-    courses: int = Field(default=6, ge=1)
-    samples: int = Field(default=16384, ge=1)
-    batch: int = Field(default=32, ge=1)
-    rate: float = Field(default=5e-4, ge=0)
-    warmup: float = Field(default=0.1, ge=0, le=1)
-    decay: float = Field(default=0.01, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-    temperature: float = Field(default=2.0, gt=0)
-    task: float = Field(default=0.1, ge=0)
-    logits: float = Field(default=1.0, ge=0)
-    hidden: float = Field(default=1.0, ge=0)
-    ranking: float = Field(default=1.0, ge=0)
-    features: float = Field(default=0.0, ge=0)
-    late: float = Field(default=1 / 3, gt=0, le=1)
-    gated: bool = True
-    staged: bool = True
-    validation: int = Field(default=4096, ge=1)
-    cache_mb: int = Field(default=1024, ge=0)
-    checkpoint_s: float = Field(default=60.0, ge=0)
-    adapter: Literal["none", "sltrain"] = "none"
-    rank: int = Field(default=16, ge=1)
-    density: float = Field(default=0.03, gt=0, le=1)
-    shard: bool = False
-    seed: int = 0
+    mode: Literal["none", "fast", "full"] = Field(
+        default="none", description="No fine-tuning, one course, or courses until the score stops rising."
+    )
+    epochs: int = Field(default=4, ge=1, description="Passes over the training inputs in one course.")
+    courses: int = Field(default=6, ge=1, description="Most courses in mode full.")
+    samples: int = Field(default=16384, ge=1, description="Most training inputs.")
+    batch: int = Field(default=32, ge=1, description="Training inputs in one step.")
+    rate: float = Field(default=5e-4, ge=0, description="Peak learning rate.")
+    warmup: float = Field(
+        default=0.1, ge=0, le=1, description="Fraction of steps in which the learning rate rises."
+    )
+    decay: float = Field(default=0.01, ge=0, description="Weight decay.")
+    clip: float = Field(default=1.0, gt=0, description="Largest norm of gradients.")
+    temperature: float = Field(default=2.0, gt=0, description="Temperature of the distillation of outputs.")
+    task: float = Field(default=0.1, ge=0, description="Weight of the loss on labels.")
+    logits: float = Field(
+        default=1.0, ge=0, description="Weight of the distance to the dense model's outputs."
+    )
+    hidden: float = Field(
+        default=1.0, ge=0, description="Weight of the distance to the dense model's hidden states."
+    )
+    ranking: float = Field(
+        default=1.0, ge=0, description="Weight of the loss on similarities within a batch (embeddings only)."
+    )
+    features: float = Field(default=0.0, ge=0, description="Weight of GPUSQ's distance of hidden states.")
+    late: float = Field(
+        default=1 / 3,
+        gt=0,
+        le=1,
+        description="Fraction of the layers, counted from the last, that features covers.",
+    )
+    gated: bool = Field(
+        default=True, description="Whether features counts only inputs on which both models agree."
+    )
+    staged: bool = Field(
+        default=True, description="Train in floating point first, then in the deployed format."
+    )
+    validation: int = Field(
+        default=4096, ge=1, description="Most inputs of the validation split that choose a checkpoint."
+    )
+    cache_mb: int = Field(
+        default=1024, ge=0, description="Disk space in megabytes for outputs of the dense model."
+    )
+    checkpoint_s: float = Field(
+        default=60.0, ge=0, description="Seconds between checkpoints of the training."
+    )
+    adapter: Literal["none", "sltrain"] = Field(
+        default="none", description="Train all weights, or low-rank plus sparse updates of them (sltrain)."
+    )
+    rank: int = Field(default=16, ge=1, description="Rank of sltrain's update.")
+    density: float = Field(
+        default=0.03, gt=0, le=1, description="Fraction of weights in sltrain's sparse update."
+    )
+    shard: bool = Field(
+        default=False, description="Shard weights, gradients and moments among processes (FSDP2)."
+    )
+    seed: int = Field(default=0, description="Seed of the training.")
 
 
 class Bench(Document):
     """The timing protocol: at least 30 interleaved blocks, threads up to the physical cores."""
 
-    threads: int = Field(default=1, ge=1)
-    blocks: int = Field(default=40, ge=30)
-    block_ms: float = Field(default=60.0, gt=0)
-    rounds: int = Field(default=6, ge=1)
+    threads: int = Field(default=1, ge=1, description="Threads of the runtime, at most the physical cores.")
+    blocks: int = Field(default=40, ge=30, description="Interleaved timing blocks for each model.")
+    block_ms: float = Field(default=60.0, gt=0, description="Duration of one timing block in milliseconds.")
+    rounds: int = Field(
+        default=6, ge=1, description="Most iterations of the loop that builds, times and searches again."
+    )
 
 
 D = TypeVar("D", bound=Document)
@@ -149,17 +212,29 @@ class Recipe(Document):
     Several `speedups` ask for a family: one model for each, and `budget` is that of the first.
     """
 
-    model: str | None = None
-    data: str | None = None
-    test: str | None = None
-    task: TaskName | None = None
-    text: str | None = None
-    label: str | None = None
-    target: str
+    model: str | None = Field(
+        default=None, description="Hugging Face directory or hub id, or package.module:factory."
+    )
+    data: str | None = Field(default=None, description="Inputs with labels: a file or a folder.")
+    test: str | None = Field(default=None, description="Inputs for the score; held out of data when not set.")
+    task: TaskName | None = Field(
+        default=None, description="Task of the model; read from its config when not set."
+    )
+    text: str | None = Field(
+        default=None, description="Column of text; found by its name or type when not set."
+    )
+    label: str | None = Field(
+        default=None, description="Column of labels; found by its name or type when not set."
+    )
+    target: str = Field(description="Name of the device, from `compress targets`.")
     budget: Budget
-    speedups: tuple[Annotated[float, Field(gt=1)], ...] = ()
-    max_drop: float | None = Field(default=None, ge=0)
-    out: str = "out"
+    speedups: tuple[Annotated[float, Field(gt=1)], ...] = Field(
+        default=(), description="Several speedups, which make a family of models."
+    )
+    max_drop: float | None = Field(
+        default=None, ge=0, description="Maximum allowed score drop, as a fraction."
+    )
+    out: str = Field(default="out", description="Output directory.")
     shapes: Shapes = Shapes()
     options: Options = Field(default_factory=Options)
     calibration: Calibration = Calibration()
@@ -187,66 +262,6 @@ def parse_budget(name: str, words: str) -> Budget:
     if value <= 0:
         raise CompressError(f"{flag} {words} must be above zero")
     return Budget(**{name: value})
-
-
-def _known(model: type[Document], path: tuple[str | int, ...]) -> list[str]:
-    """The keys that the table at `path` may hold."""
-    for step in path:
-        kind = model.model_fields[str(step)].annotation if step in model.model_fields else None
-        if not (isinstance(kind, type) and issubclass(kind, Document)):
-            break
-        model = kind
-    return sorted(model.model_fields)
-
-
-def _line(text: str, path: tuple[str | int, ...]) -> int:
-    """The line of a TOML file that sets the key at `path`, 1 when it cannot be told."""
-    table: tuple[str, ...] = ()
-    want = tuple(str(step) for step in path)
-    for number, line in enumerate(text.splitlines(), 1):
-        header = re.fullmatch(r"\s*\[\s*([\w.]+)\s*\]\s*(#.*)?", line)
-        if header:
-            table = tuple(header[1].split("."))
-            if table == want:
-                return number
-            continue
-        key = re.match(r"\s*([\w.]+)\s*=", line)
-        if key:
-            full = table + tuple(key[1].split("."))
-            if full == want or (full == want[: len(full)] and "{" in line):
-                return number
-    return 1
-
-
-def explain(error: ValidationError, model: type[Document], where: str, text: str = "") -> str:
-    """The first mistake of a document in one sentence: place, key, nearest known key or reason."""
-    problem = error.errors()[0]
-    path = problem["loc"]
-    place = f"{where} line {_line(text, path)}" if text else where
-    key = str(path[-1]) if path else "document"
-    table = ".".join(str(step) for step in path[:-1])
-    inside = f" in [{table}]" if table else ""
-    if problem["type"] == "extra_forbidden":
-        known = _known(model, path[:-1])
-        near = difflib.get_close_matches(key, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        return f"{place}: unknown key {key!r}{inside}{hint} Known: {', '.join(known)}"
-    if problem["type"] == "missing":
-        return f"{place}: {key!r}{inside} is missing; it has no default"
-    if problem["type"] == "literal_error":
-        return f"{place}: {_no_choice(path, problem)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {key!r}{inside} {message} (found {problem['input']!r})"
-
-
-def _no_choice(path: tuple[str | int, ...], problem: ErrorDetails) -> str:
-    """A word that is none of those that may stand there, and the nearest of them."""
-    known = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-    names = [step for step in path if isinstance(step, str)]
-    inside = f" in [{'.'.join(names[:-1])}]" if names[1:] else ""
-    near = difflib.get_close_matches(str(problem["input"]), known, 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{names[-1]!r}{inside} cannot be {problem['input']!r}{hint} Known: {', '.join(known)}"
 
 
 def read(path: Path | None, overrides: dict[str, Any]) -> Recipe:
@@ -341,18 +356,19 @@ def to_toml(recipe: Recipe) -> str:
     for key, value in recipe.model_dump(mode="json", exclude_none=True).items():
         if isinstance(value, dict):
             tables.append(f"\n[{key}]")
-            tables += [f"{name} = {_toml(item)}" for name, item in value.items()]
+            tables += [f"{name} = {toml(item)}" for name, item in value.items()]
         else:
-            lines.append(f"{key} = {_toml(value)}")
+            lines.append(f"{key} = {toml(value)}")
     return "\n".join(lines + tables) + "\n"
 
 
-def _toml(value: Any) -> str:
+def toml(value: Any) -> str:
+    """A value as it stands in a TOML file."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         return f'"{escaped}"'
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(toml(item) for item in value) + "]"
     return repr(value)

@@ -1,7 +1,7 @@
-"""One verb at work: it owns the terminal; whatever goes wrong becomes one message and an exit code.
+"""One command while it runs: it owns the terminal, and turns every error into a message and an exit code.
 
 0 the budget is met; 1 missed; 2 a bad request; 3 built, but not measured; 70 a bug of ours, with the
-trace in a file; 130 interrupted; 141 nobody reads the answer any more.
+trace in a file; 130 interrupted; 141 standard output was closed.
 """
 
 import errno
@@ -39,7 +39,7 @@ class Session:
     as_json: bool
     out: Path | None = None
 
-    def answer(self, document: dict[str, object], text: str | None = None) -> None:
+    def print_result(self, document: dict[str, object], text: str | None = None) -> None:
         """The result on standard output: one JSON document for programs, or text for people."""
         if self.as_json:
             words = json.dumps(document, indent=2, ensure_ascii=False)
@@ -48,15 +48,15 @@ class Session:
         self.streams.out.write(words + "\n")
         self.streams.out.flush()
 
-    def fail(self, error: BaseException) -> int:
-        """Say what went wrong, where anybody still listens; the exit code."""
+    def report_error(self, error: BaseException) -> int:
+        """Write what went wrong to standard error, unless it is closed; the exit code."""
         code, message = self._explain(error)
         try:
             if message:
                 self.streams.err.write(f"compress: {message}\n")
                 self.streams.err.flush()
                 if self.as_json:
-                    self.answer({"error": message, "exit_code": code})
+                    self.print_result({"error": message, "exit_code": code})
         except OSError:
             return code
         return code

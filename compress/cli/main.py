@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress import __version__
+from compress.cli import options
+from compress.cli.options import COMMON, DIRECTORY, MODEL, PHASE, REQUEST, SHAPES, THREADS, Command, option
 from compress.distributed.process_env import process_info, silence_output
 from compress.errors import CompressError
 
@@ -27,16 +29,22 @@ Examples:
   compress path/to/model --data train.csv --target a100 --speedup 3x
 \b
 `compress MODEL ...` is short for `compress run MODEL ...`.
-Exit codes: 0 the budget is met, measured; 1 missed; 2 a bad request;
-3 built, but this machine is not the target, so not measured."""
+\b
+Exit codes:
+  0    the budget is met, measured (other verbs: done)
+  1    the budget is missed
+  2    a bad request: what was asked cannot be done
+  3    built, but not measured: this machine is not the target
+  70   a bug in compress; its trace is in a file
+  130  interrupted; the same command resumes"""
 
 Words = dict[str, Any]
-Command = Callable[..., int]
-Decorator = Callable[[Command], Command]
 
 
 class Verbs(click.Group):
     """The verbs; words that begin with none of them belong to `run`."""
+
+    command_class = options.Verb
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put `run` in front where it was left out."""
@@ -52,17 +60,6 @@ class Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of this module, which is the order of need."""
         return list(self.commands)
-
-
-def _options(*options: Callable[[Any], Any]) -> Decorator:
-    """Several click options as one decorator, in the order in which `--help` lists them."""
-
-    def apply(function: Command) -> Command:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
 
 
 def _verb(work: "Callable[[Session, Words], int]", *, shared: bool = False) -> Command:
@@ -86,7 +83,7 @@ def _verb(work: "Callable[[Session, Words], int]", *, shared: bool = False) -> C
             try:
                 code = work(session, words)
             except (Exception, KeyboardInterrupt) as error:
-                code = session.fail(error)
+                code = session.report_error(error)
             if process_info().size > 1 and shared:
                 from compress.distributed import collectives
 
@@ -94,57 +91,6 @@ def _verb(work: "Callable[[Session, Words], int]", *, shared: bool = False) -> C
             return code
 
     return act
-
-
-COUNT = click.IntRange(min=1)
-MODEL = click.argument("model", required=False)
-COMMON = _options(
-    click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output."),
-    click.option("--quiet", "-q", is_flag=True, help="No progress."),
-)
-SHAPES = _options(
-    click.option("--batch", type=COUNT, metavar="N", help="Inputs in one run; 1 unless given."),
-    click.option("--tokens", type=COUNT, metavar="N", help="Length of a text input; 32 unless given."),
-)
-PHASE = click.option(
-    "--phase",
-    type=click.Choice(["prefill", "decode"]),
-    help="Of a decoder: time to first token, or per token after --tokens of them; prefill unless given.",
-)
-THREADS = click.option("--threads", type=COUNT, metavar="N", help="Threads of the runtime; 1 unless given.")
-REQUEST = _options(
-    MODEL,
-    click.option("--target", metavar="NAME", help="The device; `compress targets` lists them."),
-    click.option("--speedup", metavar="2x", help="Budget: how many times faster; 2x,4x: a family."),
-    click.option("--latency-ms", metavar="5", help="Budget: median latency in milliseconds."),
-    click.option("--energy-mj", metavar="20", help="Budget: energy of one run in millijoules."),
-    click.option("--power-w", metavar="15", help="Budget: average power in watts, at --rate-hz."),
-    click.option("--rate-hz", type=float, metavar="50", help="Runs a second that the device answers."),
-    click.option("--size-mb", metavar="30", help="Budget: size of the file in megabytes."),
-    click.option("--data", metavar="PATH", help="Inputs with labels: a file or a folder."),
-    click.option("--test", metavar="PATH", help="Inputs for the score, if --data has no test part."),
-    click.option("--task", metavar="TASK", help="What the model does, if its config does not say."),
-    click.option("--text", metavar="COLUMN", help="The text column, if it is not found."),
-    click.option("--label", metavar="COLUMN", help="The label column, if it is not found."),
-    click.option(
-        "--moves",
-        metavar="LIST",
-        help="May be done: structure,width,int8,int8-static,int4,fp8,block,lowrank,2:4.",
-    ),
-    click.option("--recipe", type=click.Path(path_type=Path), metavar="FILE", help="A request as TOML."),
-    click.option(
-        "--recover",
-        type=click.Choice(["none", "fast", "full"]),
-        help="Tune after pruning: not, for minutes, or until the score stops rising; none unless given.",
-    ),
-    click.option("--max-drop", type=float, metavar="0.01", help="How much of the score may be lost."),
-    click.option("--out", "-o", metavar="DIR", help="Where the result goes; `out` unless given."),
-    SHAPES,
-    PHASE,
-    THREADS,
-    click.option("--seed", type=int, metavar="N", help="Of the search; 0 unless given."),
-    COMMON,
-)
 
 
 @click.group(
@@ -172,19 +118,19 @@ def run(session: "Session", words: Words) -> int:
     from compress.cli import console
     from compress.report import family, next_steps, summary
 
-    recipe = request.make(words.pop("recipe"), _options_of(words))
+    asked = request.make(words.pop("recipe"), _options_of(words))
     api.join()
-    session.out = Path(recipe.out)
+    session.out = Path(asked.out)
     console.use_cores()
     if process_info().rank:
         return api.serve()
-    result = api.compile(recipe=recipe, progress=session.progress)
+    result = api.compile(recipe=asked, progress=session.progress)
     if isinstance(result, api.FamilyResult):
-        session.answer(result.family.model_dump(mode="json"), family.text(result.family))
+        session.print_result(result.family.model_dump(mode="json"), family.text(result.family))
         return result.exit_code
     page = str(session.out / "compression" / "report.html")
-    session.answer(result.report.model_dump(mode="json"), summary.verdict_line(result.report, page))
-    for line in (next_steps.next_step(result.report, recipe.out), next_steps.ruin(result.report)):
+    session.print_result(result.report.model_dump(mode="json"), summary.verdict_line(result.report, page))
+    for line in (next_steps.next_step(result.report, asked.out), next_steps.ruin(result.report)):
         if line is not None:
             session.progress.say(line)
     return result.exit_code
@@ -200,7 +146,7 @@ def inspect(session: "Session", words: Words) -> int:
     from compress import api
 
     found = api.inspect(words["model"], batch=words["batch"], tokens=words["tokens"])
-    session.answer(found.model_dump(mode="json"))
+    session.print_result(found.model_dump(mode="json"))
     return 0
 
 
@@ -214,9 +160,9 @@ def plan(session: "Session", words: Words) -> int:
 
     session.out = Path(words["out"] or "out")
     console.use_cores()
-    recipe = words.pop("recipe")
-    found = api.plan(recipe=recipe, progress=session.progress, **_options_of(words))
-    session.answer(found.model_dump(mode="json"))
+    file = words.pop("recipe")
+    found = api.plan(recipe=file, progress=session.progress, **_options_of(words))
+    session.print_result(found.model_dump(mode="json"))
     return 0
 
 
@@ -225,7 +171,14 @@ def plan(session: "Session", words: Words) -> int:
 @SHAPES
 @PHASE
 @THREADS
-@click.option("--blocks", type=click.IntRange(min=30), default=40, metavar="N", help="Blocks of each; 40.")
+@option(
+    "--blocks",
+    group=options.RUN,
+    type=click.IntRange(min=30),
+    default=40,
+    metavar="N",
+    help="Interleaved timing blocks of each file; 40 by default.",
+)
 @COMMON
 @_verb
 def bench(session: "Session", words: Words) -> int:
@@ -235,17 +188,20 @@ def bench(session: "Session", words: Words) -> int:
     given = {name: words[name] for name in ("batch", "tokens", "phase", "blocks")}
     threads = words["threads"] or 1
     found = api.bench(*words["artifacts"], threads=threads, progress=session.progress, **given)
-    session.answer(found.model_dump(mode="json"))
+    session.print_result(found.model_dump(mode="json"))
     return 0
 
 
-@app.command("export")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--to", "to", required=True, metavar="FORMAT", help="onnx, onnx-fp16, ort, edge, edge+ort or tensorrt."
+@app.command()
+@DIRECTORY
+@option(
+    "--to",
+    required=True,
+    metavar="FORMAT",
+    help="Format: onnx, onnx-fp16, ort, edge, edge+ort or tensorrt.",
 )
-@click.option("--out", "-o", type=click.Path(path_type=Path), metavar="PATH", help="Where to; DIR/FORMAT.")
-@click.option("--archive", is_flag=True, help="One .tar.gz instead of a folder.")
+@option("--out", "-o", type=options.FOLDER, metavar="PATH", help="Where to write; DIR/FORMAT by default.")
+@option("--archive", is_flag=True, help="Write one .tar.gz instead of a folder.")
 @COMMON
 @_verb
 def export(session: "Session", words: Words) -> int:
@@ -255,14 +211,14 @@ def export(session: "Session", words: Words) -> int:
     directory, to, archive = words["directory"], words["to"], words["archive"]
     written = api.export_files(directory, to, out=words["out"], archive=archive)
     document: Words = {"format": to, "files": [str(path) for path in written]}
-    session.answer(document, "\n".join(document["files"]))
+    session.print_result(document, "\n".join(document["files"]))
     return 0
 
 
-@app.command("report")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--merge", type=click.Path(path_type=Path), metavar="FILE", help="measured.json of a device.")
-@click.option("--device-is-target", is_flag=True, help="Vouch for a device that is not recognised.")
+@app.command()
+@DIRECTORY
+@option("--merge", type=options.FOLDER, metavar="FILE", help="Add measured.json of a device.")
+@option("--device-is-target", is_flag=True, help="Accept a device that is not recognized as the target.")
 @COMMON
 @_verb
 def report(session: "Session", words: Words) -> int:
@@ -273,15 +229,15 @@ def report(session: "Session", words: Words) -> int:
     directory, vouched = words["directory"], words["device_is_target"]
     found = api.write_report(directory, measurement=words["merge"], device_is_target=vouched)
     if isinstance(found, family.Family):
-        session.answer(found.model_dump(mode="json"), family.text(found))
+        session.print_result(found.model_dump(mode="json"), family.text(found))
         return family.exit_code(found)
     page = str(schema.folder_of(directory) / "report.html")
-    session.answer(found.model_dump(mode="json"), summary.verdict_line(found, page))
+    session.print_result(found.model_dump(mode="json"), summary.verdict_line(found, page))
     return schema.exit_code(found)
 
 
 @app.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@DIRECTORY
 @COMMON
 @_verb
 def clean(session: "Session", words: Words) -> int:
@@ -290,14 +246,14 @@ def clean(session: "Session", words: Words) -> int:
 
     found = api.clean(words["directory"])
     freed = f"{found.freed_mb:g} MB removed, {found.remaining_mb:g} MB remain in {found.directory}"
-    session.answer(found.model_dump(mode="json"), freed)
+    session.print_result(found.model_dump(mode="json"), freed)
     return 0
 
 
 @app.command()
 @click.argument("name", metavar="[NAME | measure]", required=False)
-@click.option("--target", metavar="NAME", help="With measure: the GPU or the processor of this machine.")
-@click.option("--model", metavar="MODEL", help="With measure: package.module:factory; its sites are timed.")
+@option("--target", metavar="NAME", help="With measure: the GPU or the processor of this machine.")
+@option("--model", metavar="MODEL", help="With measure: package.module:factory; its sites are timed.")
 @SHAPES
 @COMMON
 @_verb
@@ -309,28 +265,49 @@ def targets(session: "Session", words: Words) -> int:
         from compress.cli import console
 
         console.use_cores()
-        session.answer(api.measure_target(progress=session.progress, **given))
+        session.print_result(api.measure_target(progress=session.progress, **given))
         return 0
     if given:
         raise CompressError(f"--{next(iter(given))} belongs to `compress targets measure`")
     from compress.cost import device_facts
 
     if words["name"] is None:
-        session.answer({"targets": [one.model_dump(mode="json") for one in device_facts.listed()]})
+        session.print_result({"targets": [one.model_dump(mode="json") for one in device_facts.listed()]})
     else:
-        session.answer(device_facts.facts(words["name"]))
+        session.print_result(device_facts.facts(words["name"]))
     return 0
 
 
-@app.command("doctor")
+@app.command()
+@click.argument("path", metavar="[FILE]", required=False, type=options.FOLDER)
+@option("--reference", is_flag=True, help="List all keys with types and defaults instead.")
 @COMMON
 @_verb
-def check_up(session: "Session", words: Words) -> int:
-    """Say what this environment can do, and what to install."""
-    from compress.cli import doctor
+def recipe(session: "Session", words: Words) -> int:
+    """Check a recipe and show it with all defaults filled in."""
+    from compress import recipe as recipes
+    from compress import recipe_reference, request
 
-    found = doctor.examine()
-    session.answer(found, doctor.text(found))
+    if words["reference"]:
+        keys = [key.model_dump(mode="json") for key in recipe_reference.list_keys()]
+        session.print_result({"keys": keys}, recipe_reference.text())
+        return 0
+    if words["path"] is None:
+        raise CompressError("no recipe was given; name a TOML file, or list the keys with --reference")
+    found = request.make(words["path"], {})
+    session.print_result(found.model_dump(mode="json", exclude_none=True), recipes.to_toml(found).rstrip())
+    return 0
+
+
+@app.command()
+@COMMON
+@_verb
+def doctor(session: "Session", words: Words) -> int:
+    """Say what this environment can do, and what to install."""
+    from compress.cli import doctor as checks
+
+    found = checks.examine()
+    session.print_result(found, checks.text(found))
     return 0 if found["ready"] else 2
 
 

@@ -13,9 +13,10 @@ from pydantic import AfterValidator, Field, PositiveFloat, ValidationError, mode
 
 from compress.errors import CompressError
 from compress.ir import SCHEMA_VERSION, Budget, Document, Engine, Half, Latency, Offer, Source, Width
-from compress.recipe import Phase, explain
+from compress.recipe import Phase
 from compress.report.formatting import runs_in
 from compress.sites.kinds import known
+from compress.validation import explain
 
 MOST_SAMPLES = 600
 EXIT_CODES = {"met": 0, "missed": 1, "not_measured": 3}

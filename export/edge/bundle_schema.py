@@ -8,8 +8,8 @@ from pydantic import Field, PositiveFloat, ValidationError, model_validator
 from compress.artifacts import digest
 from compress.errors import CompressError
 from compress.ir import SCHEMA_VERSION, Budget, Document, Latency, Source
-from compress.recipe import explain
 from compress.report.schema import MOST_SAMPLES, Fact, Report
+from compress.validation import explain
 
 MERGED = "measurement_sha256"
 SHA256 = r"^[0-9a-f]{64}$"

@@ -22,7 +22,7 @@ from compress.ir import Budget, Latency
 from compress.report import family, schema, summary
 from compress.request import make
 
-VERBS = ["run", "inspect", "plan", "bench", "export", "report", "clean", "targets", "doctor"]
+VERBS = ["run", "inspect", "plan", "bench", "export", "report", "clean", "targets", "recipe", "doctor"]
 ASK = ["--target", "cpu", "--speedup", "2x"]
 
 
@@ -658,6 +658,7 @@ def test_the_options_of_each_verb_are_frozen():
         "export": {"--to", "--out", "-o", "--archive"},
         "report": {"--merge", "--device-is-target"},
         "clean": set(),
+        "recipe": {"--reference"},
         "targets": shapes | {"--target", "--model"},
         "doctor": set(),
     }
