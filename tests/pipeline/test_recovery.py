@@ -67,7 +67,7 @@ def test_fast_brings_the_student_nearer_with_labels_without_and_unjudged(tmp_pat
 def test_a_second_run_reads_the_first_and_the_answers_are_cleared_away(tmp_path):
     first, second = student(), student()
     _, notes = recovery.recover(job(tmp_path / "out"), first, {})
-    folder = tmp_path / "out" / "compression"
+    folder = tmp_path / "out" / "compression" / "work"
     assert sorted(path.name for path in folder.iterdir()) == [recovery.CHECKPOINT]
     again = job(tmp_path / "out", shard=True)  # where numbers are held changes none of them
     assert recovery.recover(again, second, {}) == ({}, notes)

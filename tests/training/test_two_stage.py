@@ -277,7 +277,7 @@ def test_a_run_killed_in_either_stage_goes_on_to_the_same_bits(plan, tmp_path):
     assert found == notes
     assert same(whole.state_dict(), model.state_dict())
     equal(learned, expected)
-    folder = tmp_path / "killed" / "compression"
+    folder = tmp_path / "killed" / "compression" / "work"
     assert sorted(path.name for path in folder.iterdir()) == [
         recovery.FLOAT_STAGE_CHECKPOINT,
         recovery.CHECKPOINT,
@@ -291,7 +291,7 @@ def test_other_floats_make_the_integers_begin_anew(plan, tmp_path):
     model, removals = plan("int8-dynamic")
     start = copy.deepcopy(model)
     recovery.recover(prepared(tmp_path / "out", epochs=1), model, removals)
-    (tmp_path / "out" / "compression" / recovery.FLOAT_STAGE_CHECKPOINT).unlink()
+    (tmp_path / "out" / "compression" / "work" / recovery.FLOAT_STAGE_CHECKPOINT).unlink()
     one = prepared(tmp_path / "out", epochs=1)
     again = copy.deepcopy(start)
     recovery.recover(one, again, removals)
