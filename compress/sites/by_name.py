@@ -18,7 +18,7 @@ from compress.sites.kinds.layout import Layout
 
 def named_sites(model: nn.Module, example: dict[str, Tensor], batch: int) -> list[tuple[Site, str]]:
     """Sites without counts and drop, each with a key of its structure, in the order of the modules."""
-    seen = _watch(model, example)
+    seen = _record_layers(model, example)
     found: list[tuple[Site, str]] = []
     taken: set[str] = set()
     for place, module in model.named_modules():
@@ -34,7 +34,7 @@ def named_sites(model: nn.Module, example: dict[str, Tensor], batch: int) -> lis
     return found
 
 
-def _watch(model: nn.Module, example: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _record_layers(model: nn.Module, example: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Input and output of every linear layer on the example, by name."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
@@ -60,7 +60,7 @@ def _width(model: nn.Module, name: str) -> tuple[int, int]:
     return (out, inner) if isinstance(module, nn.Linear) else (inner, out)
 
 
-def _integer(module: nn.Module, names: Sequence[str]) -> int:
+def _integer_attribute(module: nn.Module, names: Sequence[str]) -> int:
     """The first attribute of these names on the module, a part of it or its configuration; else 0."""
     owners: list[object] = list(module.modules())
     owners += [part.config for part in module.modules() if hasattr(part, "config")]
@@ -76,7 +76,7 @@ def _units(kind: Kind, module: nn.Module, columns: int) -> int:
     """How many units the module states, 0 where it should and does not; else one for each column."""
     if not kind.count_attributes:
         return columns
-    stated = (_integer(module, names) for names in kind.count_attributes)
+    stated = (_integer_attribute(module, names) for names in kind.count_attributes)
     return next((count for count in stated if count), 0)
 
 
@@ -158,11 +158,11 @@ def _matmul(
 
 def _activation(names: Sequence[str], parts: int, seen: dict[str, tuple[Tensor, Tensor]]) -> tuple[str, bool]:
     """The function between producers and writer, read off the values that went through."""
-    inputs = [piece for name in names[:-1] for piece in _pieces(seen[name][1], parts)]
+    inputs = [piece for name in names[:-1] for piece in _split_fused(seen[name][1], parts)]
     flat = [piece.flatten() for piece in inputs]
     with torch.no_grad():
         return identify_activation(flat, seen[names[-1]][0].flatten()), len(inputs) > 1
 
 
-def _pieces(value: Tensor, parts: int) -> Iterator[Tensor]:
+def _split_fused(value: Tensor, parts: int) -> Iterator[Tensor]:
     yield from value.chunk(parts, dim=-1)

@@ -70,13 +70,15 @@ def find_sites(model: nn.Module, example: dict[str, Tensor]) -> Sites:
             )
             found = named_sites(model, example, batch)
         else:
-            found = _traced(model, program, batch, skipped)
-        found = _apart(found, skipped)
-        sites = _settled(model, example, found, skipped)
-    return Sites(sites=tuple(_unique(sites)), fallback=fallback, skipped=tuple(skipped))
+            found = _sites_of_program(model, program, batch, skipped)
+        found = _without_overlaps(found, skipped)
+        sites = _verified(model, example, found, skipped)
+    return Sites(sites=tuple(_named_uniquely(sites)), fallback=fallback, skipped=tuple(skipped))
 
 
-def _traced(model: nn.Module, program: Program, batch: int, skipped: list[Skipped]) -> list[tuple[Site, str]]:
+def _sites_of_program(
+    model: nn.Module, program: Program, batch: int, skipped: list[Skipped]
+) -> list[tuple[Site, str]]:
     """Sites without counts and drop, each with the key of its structure."""
     rows = max((linear.rows for linear in program.linears), default=1)
     layouts: dict[str, Layout | NotASiteError] = {}
@@ -101,7 +103,7 @@ def _traced(model: nn.Module, program: Program, batch: int, skipped: list[Skippe
         kind = match(units)
         if kind is None:
             continue
-        reason = _obstacle(model, program, region, units)
+        reason = _reason_to_skip(model, program, region, units)
         if not reason and batch == region.writer.rows < rows:
             reason = "it computes one row for each input, so pruning it saves no time"
         if reason:
@@ -111,7 +113,7 @@ def _traced(model: nn.Module, program: Program, batch: int, skipped: list[Skippe
     return found
 
 
-def _obstacle(model: nn.Module, program: Program, region: Region, units: Layout) -> str:
+def _reason_to_skip(model: nn.Module, program: Program, region: Region, units: Layout) -> str:
     """Why the weights of a region may not be cut although it falls into units."""
     if region.leak is not None:
         return f"what it computes is also read outside of it, by {region.leak.name}"
@@ -184,7 +186,7 @@ def _matmul(linear: Linear, *, out_per_unit: int = 0, inner_per_unit: int = 0) -
     )  # fmt: skip
 
 
-def _apart(found: Sequence[tuple[Site, str]], skipped: list[Skipped]) -> list[tuple[Site, str]]:
+def _without_overlaps(found: Sequence[tuple[Site, str]], skipped: list[Skipped]) -> list[tuple[Site, str]]:
     """Sites that share no weight: of two that do, the first stays."""
     owner: dict[str, str] = {}
     apart: list[tuple[Site, str]] = []
@@ -211,7 +213,7 @@ def _disjoint(site: Site, other: Site) -> bool:
     return True
 
 
-def _settled(
+def _verified(
     model: nn.Module,
     example: dict[str, Tensor],
     found: Sequence[tuple[Site, str]],
@@ -219,15 +221,17 @@ def _settled(
 ) -> list[Site]:
     """The sites that pass their trial, with counts and drop; one trial for places of one structure."""
     places = [common_module([part.tensor for part in site.slices]) for site, _ in found]
-    calls = _calls(model, example, places)
+    calls = _record_calls(model, example, places)
     tried: dict[str, Site | NotEquivalentError] = {}
     sites: list[Site] = []
     for (site, structure), place in zip(found, places, strict=True):
-        around = next((p for p in _upwards(place) if p in calls), "")
+        around = next((p for p in _enclosing_modules(place) if p in calls), "")
         module = model.get_submodule(around)
         prefix = f"{around}." if around else ""
         own = with_prefix(site, prefix, "")
-        key = "\n".join([structure, own.model_copy(update={"name": ""}).model_dump_json(), _form(module)])
+        key = "\n".join(
+            [structure, own.model_copy(update={"name": ""}).model_dump_json(), _structure(module)]
+        )
         if key not in tried:
             call = calls.get(around, Call((), example))
             try:
@@ -242,13 +246,13 @@ def _settled(
     return sites
 
 
-def _form(module: nn.Module) -> str:
+def _structure(module: nn.Module) -> str:
     """What makes two modules alike: classes and shapes of all they hold."""
     shapes = [f"{name}{list(value.shape)}" for name, value in module.named_parameters()]
     return "\n".join([*(type(part).__qualname__ for part in module.modules()), *shapes])
 
 
-def _upwards(place: str) -> Iterator[str]:
+def _enclosing_modules(place: str) -> Iterator[str]:
     """A module's name and those of all that hold it, the whole model last."""
     while place:
         yield place
@@ -256,7 +260,7 @@ def _upwards(place: str) -> Iterator[str]:
     yield ""
 
 
-def _calls(model: nn.Module, example: dict[str, Tensor], places: Sequence[str]) -> dict[str, Call]:
+def _record_calls(model: nn.Module, example: dict[str, Tensor], places: Sequence[str]) -> dict[str, Call]:
     """What the modules at `places`, and all around them, are called with when the model runs."""
     calls: dict[str, Call] = {}
 
@@ -266,7 +270,7 @@ def _calls(model: nn.Module, example: dict[str, Tensor], places: Sequence[str]) 
 
         return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
 
-    handles = [listen(name) for name in {up for place in places for up in _upwards(place)}]
+    handles = [listen(name) for name in {up for place in places for up in _enclosing_modules(place)}]
     try:
         _run(model, example)
     finally:
@@ -275,7 +279,7 @@ def _calls(model: nn.Module, example: dict[str, Tensor], places: Sequence[str]) 
     return calls
 
 
-def _unique(sites: Sequence[Site]) -> Iterator[Site]:
+def _named_uniquely(sites: Sequence[Site]) -> Iterator[Site]:
     """Sites named after the innermost module around them; with their kind where that holds others."""
     for site in sites:
         crowded = sum(f"{other.name}.".startswith(f"{site.name}.") or not site.name for other in sites)

@@ -23,8 +23,8 @@ from compress.sites.trace import plain_attention
 TOLERANCE = 1e-4  # float32 sums in another order, for outputs near 1
 PLACE = "place"
 DIFFER = "the outputs differ"
-MOST_ATTEMPTS = 120
-MOST_UNITS_TRIED = 16  # each is zero for an input with a probability of a half or less
+MAX_ATTEMPTS = 120
+MAX_UNITS_TRIED = 16  # each is zero for an input with a probability of a half or less
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class _EquivalenceCheck:
         if any(agree(output, self.dense) for output in masked):
             raise NotEquivalentError("removing units does not change the output of the module")
         first = ""
-        for counts in itertools.islice(_attempts(self.holder, site), MOST_ATTEMPTS):
+        for counts in itertools.islice(_attempts(self.holder, site), MAX_ATTEMPTS):
             reason = self.shrunk(site, counts, keeps, masked)
             # Outputs that differ are a better reason than errors of attempts that did not run.
             first = DIFFER if DIFFER in (reason, first) else first or reason
@@ -137,7 +137,7 @@ class _EquivalenceCheck:
         The middle one is tried first; behind a ReLU it may be zero for the one input that was recorded.
         """
         middle = site.units // 2
-        for unit in [*range(middle, site.units), *range(middle)][:MOST_UNITS_TRIED]:
+        for unit in [*range(middle, site.units), *range(middle)][:MAX_UNITS_TRIED]:
             kept = [other for other in range(site.units) if other != unit]
             if not agree(self.run(self.masked(site, kept)), self.dense):
                 return kept

@@ -39,16 +39,18 @@ def expand(
     places = dict(big.named_parameters(remove_duplicate=False)) | dict(big.named_buffers())
     for name, value in small.state_dict().items():
         if name in places:
-            _place(places[name].detach(), value, cuts.get(id(places[name]), []), kept)
+            _copy_into(places[name].detach(), value, cuts.get(id(places[name]), []), kept)
     for name, units in kept.items():
         if len(units):
-            _gain(big, listed[name], small)
+            _copy_gained_bias(big, listed[name], small)
         else:
-            _empty(big, listed[name], small)
+            _zero_out(big, listed[name], small)
     return big
 
 
-def _place(target: Tensor, value: Tensor, cuts: list[tuple[Slice, Site]], kept: Mapping[str, Tensor]) -> None:
+def _copy_into(
+    target: Tensor, value: Tensor, cuts: list[tuple[Slice, Site]], kept: Mapping[str, Tensor]
+) -> None:
     """Write a small tensor into the rows and columns of a large one that it came from, zeros elsewhere."""
     where = []
     for dim in range(target.ndim):
@@ -63,7 +65,7 @@ def _place(target: Tensor, value: Tensor, cuts: list[tuple[Slice, Site]], kept: 
     target[tuple(where)] = value.to(target)
 
 
-def _gain(big: nn.Module, site: Site, small: nn.Module) -> None:
+def _copy_gained_bias(big: nn.Module, site: Site, small: nn.Module) -> None:
     """The bias that a writer has gained, if it has."""
     writer, own = (model.get_submodule(owner(site.writer)) for model in (small, big))
     bias = getattr(writer, "bias", None)
@@ -71,7 +73,7 @@ def _gain(big: nn.Module, site: Site, small: nn.Module) -> None:
         own.register_parameter("bias", nn.Parameter(bias.detach().clone()))
 
 
-def _empty(big: nn.Module, site: Site, small: nn.Module) -> None:
+def _zero_out(big: nn.Module, site: Site, small: nn.Module) -> None:
     """A site that was dropped: its writer reads nothing, and has the bias of the stand-in."""
     drop = prune.require_drop(site)
     stand_in = small.get_submodule(f"{drop.module}.inner" if drop.writer else owner(site.writer))

@@ -138,7 +138,7 @@ class _Dependencies:
         with torch.no_grad():
             return self.run(values, changed).isnan().any(dim=0)
 
-    def spoiled(self, rows: Sequence[Tensor]) -> list[Tensor]:
+    def with_nan_rows(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """The producers' values with not-a-number in the features that `rows` mark."""
         return [v.masked_fill(own, math.nan) for v, own in zip(self.values, rows, strict=True)]
 
@@ -161,7 +161,7 @@ class _Dependencies:
                 else (slope != 0).flatten(0, -2).any(dim=0)
                 for leaf, slope in zip(leaves, slopes, strict=True)
             ]
-            reached = columns | self.reached(self.spoiled(rows))
+            reached = columns | self.reached(self.with_nan_rows(rows))
             if torch.equal(reached, columns):
                 break
             columns = reached
@@ -180,10 +180,10 @@ class _Dependencies:
                     marked = chosen.repeat_interleave(run.width)
                     if run.outside:
                         node = self.region.outside[run.place]
-                        changed[node] = _filled(self.outside[node], run.dim, marked)
+                        changed[node] = _with_nan(self.outside[node], run.dim, marked)
                     else:
                         rows[run.place][span] = marked
-                reached = self.reached(self.spoiled(rows), changed)
+                reached = self.reached(self.with_nan_rows(rows), changed)
                 if not torch.equal(reached, chosen.repeat_interleave(width)):
                     raise NotASiteError(f"{units} equal units were tried, but they are not independent")
 
@@ -214,7 +214,7 @@ class _Dependencies:
 
     def _is_tied(self, node: Node, value: Tensor, dim: int, units: int, width: int) -> bool:
         marked = torch.arange(value.shape[dim]) == 0
-        reached = self.reached(self.values, {node: _filled(value, dim, marked)})
+        reached = self.reached(self.values, {node: _with_nan(value, dim, marked)})
         touched = reached.reshape(units, width).any(dim=1)
         return bool(touched.any()) and not bool(touched.all())
 
@@ -270,7 +270,7 @@ def identify_activation(inputs: Sequence[Tensor], output: Tensor) -> str:
     return "other"
 
 
-def _filled(value: object, dim: int, marked: Tensor) -> Tensor:
+def _with_nan(value: object, dim: int, marked: Tensor) -> Tensor:
     """`value` with not-a-number at the marked indices of `dim`."""
     assert isinstance(value, Tensor)
     return value.movedim(dim, -1).masked_fill(marked, math.nan).movedim(-1, dim)

@@ -20,10 +20,12 @@ from compress.ir import Site
 from compress.sites import prune
 from compress.sites.kinds import kind_of
 
-ROWS = 192  # of the writer that a search looks at; all of a wide one would take longer than solving it
+MAX_SCORE_ROWS = (
+    192  # of the writer that a search looks at; all of a wide one would take longer than solving it
+)
 ROUNDS = 24  # in which every group meets another one
-NARROW = 512  # columns up to which single swaps are affordable as well
-SWAPS = 8
+MAX_SWAP_COLUMNS = 512  # columns up to which single swaps are affordable as well
+SWAP_PASSES = 8
 
 
 def find_order(site: Site, score: Tensor) -> Tensor:
@@ -38,10 +40,10 @@ def find_order(site: Site, score: Tensor) -> Tensor:
     stay = torch.arange(columns)
     if not site.channels or part % permute.GROUP:
         return stay
-    looked = score[:: max(1, len(score) // ROWS)]
-    passes = SWAPS if part <= NARROW else 0
+    looked = score[:: max(1, len(score) // MAX_SCORE_ROWS)]
+    passes = SWAP_PASSES if part <= MAX_SWAP_COLUMNS else 0
     found = []
-    for unit in _together(site, columns):
+    for unit in _groups(site, columns):
         # All queries of a unit read the same values, so they are moved together.
         own = looked[:, unit].transpose(0, 1).reshape(-1, part)
         found.append(unit[:, permute.search(own, rounds=ROUNDS, passes=passes)].flatten())
@@ -51,13 +53,13 @@ def find_order(site: Site, score: Tensor) -> Tensor:
 def random_order(site: Site, seed: int = 0) -> Tensor:
     """A random order of all the writer's columns that is as legal as those of `order`."""
     generator = torch.Generator().manual_seed(seed)
-    groups = _together(site, site.units * site.column.width)
+    groups = _groups(site, site.units * site.column.width)
     return torch.cat(
         [group[:, torch.randperm(group.shape[1], generator=generator)].flatten() for group in groups]
     )
 
 
-def _together(site: Site, columns: int) -> Tensor:
+def _groups(site: Site, columns: int) -> Tensor:
     """[groups, copies, part] the writer's columns: those of a group change places, its copies alike.
 
     Copies are the query heads of a unit, which all read the same values.
@@ -89,14 +91,14 @@ def permute_readers(
         for part in site.channels:
             if part.tensor == name:
                 own = index_of(part, kept)
-                source[own] = own[_features(site, columns)]
+                source[own] = own[_feature_order(site, columns)]
         found[name] = value.index_select(dim, torch.searchsorted(stay, source[stay]))
     return found
 
 
-def _features(site: Site, columns: Tensor) -> Tensor:
+def _feature_order(site: Site, columns: Tensor) -> Tensor:
     """The order of the features that make the columns: of heads each once, whatever the queries."""
-    groups, copies, part = _together(site, len(columns)).shape
+    groups, copies, part = _groups(site, len(columns)).shape
     first = columns.reshape(groups, copies * part)[:, :part]
     before = torch.arange(groups)[:, None]
     return (first - before * copies * part + before * part).flatten()

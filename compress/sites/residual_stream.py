@@ -17,9 +17,9 @@ from compress.ir import Document, Matmul, Slice
 from compress.sites.trace import Linear, Program, evaluate
 
 JOINED = ("add", "sub", "cat")  # every operand lies in the stream
-SAME = ("to", "alias", "detach", "contiguous")
+IDENTITIES = ("to", "alias", "detach", "contiguous")
 SCALED = ("mul", "div")  # one operand does, the other holds one number for all of its channels
-CLOSE = 1e-4  # float32, values near 1
+NORM_TOLERANCE = 1e-4  # float32, values near 1
 
 
 class Norm(Document):
@@ -112,7 +112,7 @@ def normalizes(module: nn.Module) -> tuple[int, bool] | None:
         expected = rows / rows.square().mean(-1, keepdim=True).sqrt()
         expected = expected if weight is None else expected * weight
         expected = expected if bias is None else expected + bias
-        if torch.allclose(found, expected, rtol=CLOSE, atol=CLOSE):
+        if torch.allclose(found, expected, rtol=NORM_TOLERANCE, atol=NORM_TOLERANCE):
             return width, centered
     return None
 
@@ -174,7 +174,7 @@ class _Walk:
         place = self.place(node)
         if place not in self.norms:
             return None
-        if _operation(node) in SAME and self.inside(node.all_input_nodes[0]) != place:
+        if _operation(node) in IDENTITIES and self.inside(node.all_input_nodes[0]) != place:
             return None
         return place
 
@@ -302,7 +302,9 @@ class _Walk:
             return False
         flat = result.movedim(axis, -1).reshape(-1, self.width).float()
         factor = flat @ self.marker / self.marker.square().sum()
-        return bool(((flat - factor[:, None] * self.marker).abs().max() <= CLOSE * flat.abs().max()).item())
+        return bool(
+            ((flat - factor[:, None] * self.marker).abs().max() <= NORM_TOLERANCE * flat.abs().max()).item()
+        )
 
     def write_linear(self, linear: Linear) -> None:
         """A linear product writes: its output features are the channels."""

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-MOST_PRODUCERS = 8  # a value made from more linear products than this is the residual stream
+MAX_PRODUCERS = 8  # a value made from more linear products than this is the residual stream
 ATTENTION = ("scaled_dot_product", "matmul", "bmm", "einsum")
 STREAM = ("embedding", "conv")
 
@@ -89,9 +89,9 @@ class Program:
 
     def __init__(self, model: nn.Module, example: dict[str, Tensor]) -> None:
         """Trace `model` on `example`; raises whatever torch.export raises."""
-        with torch.no_grad(), plain_attention(), _silent():
+        with torch.no_grad(), plain_attention(), _quiet_tracer():
             program = torch.export.export(model, (), dict(example), strict=False)
-            if _rereads(program.graph):
+            if _reads_overwritten_values(program.graph):
                 with warnings.catch_warnings():
                     # torch warns about its own deprecated calls here.
                     warnings.simplefilter("ignore", FutureWarning)
@@ -217,7 +217,7 @@ class Program:
                 origin[node] = None
             else:
                 union = frozenset[Node]().union(*(source for source in sources if source))
-                origin[node] = union if len(union) <= MOST_PRODUCERS else None
+                origin[node] = union if len(union) <= MAX_PRODUCERS else None
         return origin
 
     def _find_linears(self) -> Iterator[Linear]:
@@ -291,14 +291,14 @@ def evaluate(node: Node, values: dict[Node, object], module: GraphModule) -> obj
     """What `node` computes from `values`."""
     if node.op == "get_attr":
         return operator.attrgetter(str(node.target))(module)
-    args, kwargs = _filled_in((node.args, node.kwargs), values)
+    args, kwargs = _substituted((node.args, node.kwargs), values)
     assert callable(node.target)
     # The values given here need not have the strides that a view was traced with.
     view = node.target is torch.ops.aten.view.default
     return torch.reshape(*args) if view else node.target(*args, **kwargs)
 
 
-def _filled_in(arguments: Any, values: dict[Node, object]) -> Any:
+def _substituted(arguments: Any, values: dict[Node, object]) -> Any:
     """`arguments` of a node with values in the place of nodes."""
     return map_arg(arguments, lambda n: values[n])  # type: ignore[arg-type, return-value]
 
@@ -368,7 +368,7 @@ def without_cache(model: nn.Module, example: dict[str, Tensor]) -> dict[str, Ten
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def _quiet_tracer() -> Iterator[None]:
     """No log of the tracer: whatever makes it fail is raised as well, and reported by the caller."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before = log.disabled
@@ -385,7 +385,7 @@ def _outside(nodes: tuple[Node, ...], producers: tuple[Linear, ...]) -> tuple[No
     return tuple(dict.fromkeys(found))
 
 
-def _rereads(graph: Graph) -> bool:
+def _reads_overwritten_values(graph: Graph) -> bool:
     """Whether a value is read under its old name after an operation has overwritten it."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in graph.nodes:

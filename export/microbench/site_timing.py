@@ -21,9 +21,9 @@ from compress.measure import timing
 
 COPIES = 4
 COPIES_MB = 96  # weights of one graph
-MOST_COPIES = 32
+MAX_COPIES = 32
 GROUP_MB = 768  # weights of all graphs that are loaded at once
-LARGEST_MB = 1536  # a protobuf file ends at 2 GB
+MAX_SITE_MB = 1536  # a protobuf file ends at 2 GB
 SHAPE_SECONDS = 8.0
 CYCLE_LIMITS = (12, 150)
 MOST_LEVELS = 24
@@ -117,7 +117,7 @@ def measure_site(
     """
     wanted = sorted({*levels, *([site.units] if form == "dense" else [])} - {0}, reverse=True)
     dense_mb = weights_mb(site, site.units)
-    if dense_mb > LARGEST_MB:
+    if dense_mb > MAX_SITE_MB:
         raise CompressError(f"{site.name}: {dense_mb:.0f} MB of weights are too many to time alone")
     copies = _copies(site, rig.least_mb)
     others = [units for units in wanted if form != "dense" or units != site.units]
@@ -163,7 +163,7 @@ def time_cycles(
 ) -> NDArray[np.float64]:
     """Milliseconds of every runner in every cycle, [cycles, runners]; the order alternates."""
     for run in runners:
-        _visit(run, clock)
+        _fastest_of_two(run, clock)
     began = time.monotonic()
     times: list[list[float]] = []
     while len(times) < CYCLE_LIMITS[0] or (
@@ -172,7 +172,7 @@ def time_cycles(
         order = range(len(runners)) if len(times) % 2 == 0 else range(len(runners) - 1, -1, -1)
         row = [0.0] * len(runners)
         for index in order:
-            row[index] = _visit(runners[index], clock)
+            row[index] = _fastest_of_two(runners[index], clock)
         times.append(row)
         spent = (time.monotonic() - began) / max(seconds, 1e-9)
         progress(min(999, int(1000 * max(len(times) / CYCLE_LIMITS[1], min(spent, 1.0)))), 1000)
@@ -180,7 +180,7 @@ def time_cycles(
     return np.array(times)
 
 
-def _visit(run: timing.Runner, clock: timing.Clock) -> float:
+def _fastest_of_two(run: timing.Runner, clock: timing.Clock) -> float:
     """The faster of two runs, after one that brings the weights back into the caches."""
     run()
     best = math.inf
@@ -199,4 +199,4 @@ def clock_for(threads: int) -> timing.Clock:
 def _copies(site: Site, least_mb: float) -> int:
     """Copies in one chain: fewer where weights are large, more where caches would hold them all."""
     size = max(weights_mb(site, site.units), 1e-9)
-    return int(max(1, min(COPIES, COPIES_MB // size), min(MOST_COPIES, math.ceil(least_mb / size))))
+    return int(max(1, min(COPIES, COPIES_MB // size), min(MAX_COPIES, math.ceil(least_mb / size))))

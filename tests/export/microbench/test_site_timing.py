@@ -283,7 +283,7 @@ def test_large_sites_get_fewer_copies_and_the_largest_are_left_to_the_estimate(m
     made.built.clear()
     site_timing.measure([ffn()], {ffn().shape: [6]}, rig=made.rig())
     assert {copies for _, _, copies in made.built} == {1}
-    monkeypatch.setattr(site_timing, "LARGEST_MB", 0.9 * size)
+    monkeypatch.setattr(site_timing, "MAX_SITE_MB", 0.9 * size)
     assert site_timing.measure([ffn()], {ffn().shape: [6]}, rig=made.rig()) == {}
 
 
