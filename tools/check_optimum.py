@@ -82,7 +82,7 @@ def write(folder: Path) -> list[Path]:
         if name in DECODERS:
             decoder.export(smaller, place / "model.onnx", output_name=output)
         else:
-            onnx_writer.export(smaller, example, place / "model.onnx", output_name=output)
+            onnx_writer.export(smaller, example, place / "model.onnx", outputs=(output,))
         inputs = {key: value.tolist() for key, value in example.items()}
         (place / "expected.json").write_text(
             json.dumps({"inputs": inputs, "output": output, "values": answer[output].tolist()})

@@ -147,7 +147,7 @@ def tables(options: argparse.Namespace, document: dict) -> list[dict]:
         task, began = factory(), time.perf_counter()
         example = task.example(options.batch, tokens_of(options))
         inputs = {key: value.numpy() for key, value in example.items()}
-        suited = spot.adapted(task.model, task.logits, "logits", inputs)
+        suited = spot.adapted(task.model, task.output_tensors, inputs)
         sites = {site.shape: site for site in discovery.find_sites(task.model, example).sites}
         wanted = {}
         for shape, site in sites.items():
@@ -333,7 +333,7 @@ def runner(task: Synthetic, options: argparse.Namespace, form: str | None, *, gr
 
     return CudaRunner(
         task.model,
-        task.logits,
+        task.output_tensors,
         device=options.device,
         precision=options.precision,
         graphs=graphs,
@@ -440,7 +440,7 @@ def files(options: argparse.Namespace, _: dict) -> list[dict]:
             calls = {}
             for label, model in (("dense", task.model), ("half", halved(task.model, example))):
                 path = Path(folder) / f"{label}.onnx"
-                writer.export(model, example, path, output_name="logits", logits=task.logits)
+                writer.export(model, example, path, tensors=task.output_tensors)
                 loaded = stack.enter_context(onnxruntime.OrtRunner(path, 1, provider))
                 calls[label] = loaded.timed(inputs)
             rows.append({"model": name, "provider": provider, **timed(calls, options)})

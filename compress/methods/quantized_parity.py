@@ -21,7 +21,7 @@ from compress.calibration.activation_statistics import real_rows
 from compress.core.fakequant import Precision
 from compress.errors import CompressError
 from compress.export.backends import parity
-from compress.export.backends.backend import Array
+from compress.export.backends.backend import Array, Tensors
 from compress.export.backends.onnxruntime import OrtRunner, TorchRunner
 from compress.export.onnx.probes import Watched, watch
 from compress.methods.quantized_layers import QuantizedLinear
@@ -46,16 +46,14 @@ class Guided:
     value there (at least 1).
     """
 
-    def __init__(
-        self, model: nn.Module, file: Path, logits: Callable[[object], Tensor], name: str, *, threads: int
-    ) -> None:
+    def __init__(self, model: nn.Module, file: Path, tensors: Tensors, *, threads: int) -> None:
         self.layers = {
             f"{owner}.weight": layer
             for owner, layer in model.named_modules()
             if isinstance(layer, QuantizedLinear)
         }
         self.file, self.threads = file, threads
-        self.torch = TorchRunner(model, logits, name)
+        self.torch = TorchRunner(model, tensors)
         self.apart = 0.0
         self._open = ExitStack()
         self._watched: tuple[Watched, ...] = ()
@@ -84,7 +82,7 @@ class Guided:
         self._open.close()
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The one output of the torch model, as `TorchRunner.infer` gives it.
+        """The outputs of the torch model, as `TorchRunner.infer` gives it.
 
         Raises:
             CompressError: a product reads or answers something else than in the file.

@@ -101,19 +101,19 @@ def check_parity(job: Job, model: nn.Module, file: Path) -> Parity:
         CompressError: they disagree by more than the tolerance.
     """
     threads = job.recipe.bench.threads
-    answer = (job.task.logits, job.task.output_name)
+    tensors = job.task.output_tensors
     examples = parity.padded_examples(job.task.example, job.recipe.shapes.tokens)
     with job.stages("verify"), onnxruntime.OrtRunner(file, threads=threads) as runner:
         if _rounded(model):
-            with Guided(model, file, *answer, threads=threads) as guided:
+            with Guided(model, file, tensors, threads=threads) as guided:
                 found = parity.parity(guided, runner, examples)
             return Parity(**found.model_dump(), products=guided.products, product_difference=guided.apart)
-        with onnxruntime.TorchRunner(model, *answer) as reference:
+        with onnxruntime.TorchRunner(model, tensors) as reference:
             found = parity.parity(reference, runner, examples)
             if not job.decodes:
                 return Parity(**found.model_dump())
             few = parity.padded_examples(job.task.example, min(STEPS, job.recipe.shapes.tokens))
-            steps = parity.parity(reference, generation.Stepwise(runner, job.task.output_name), few)
+            steps = parity.parity(reference, generation.Stepwise(runner, job.task.outputs[0]), few)
     return Parity(
         max_abs_difference=max(found.max_abs_difference, steps.max_abs_difference),
         tolerance=max(found.tolerance, steps.tolerance),
@@ -130,7 +130,7 @@ def _agreement(job: Job, expected: nn.Module, model: nn.Module, file: Path) -> l
     layers = [module for module in expected.modules() if isinstance(module, quantized_layers.QuantizedLinear)]
     rounding = max((TOLERANCES[layer.precision.partition("-")[0]] for layer in layers), default=0.0)
     opened = partial(model_files.opened, job, job.backend, model, file)
-    return job.backend.agreement(expected, opened, job.task.logits, examples, rounding=rounding)
+    return job.backend.agreement(expected, opened, job.task.output_tensors, examples, rounding=rounding)
 
 
 def _rounded(model: nn.Module) -> bool:
@@ -181,7 +181,6 @@ class Judged:
 
 def judged(job: Job, file: Path) -> Judged:
     """The task's score on its test split, computed on the file."""
-    name = job.task.output_name
     with (
         job.stages(f"score {file.stem}"),
         onnxruntime.OrtRunner(file, threads=timing.physical_cores()) as runner,
@@ -189,7 +188,7 @@ def judged(job: Job, file: Path) -> Judged:
         logits: list[NDArray[np.generic]] = []
 
         def infer(inputs: dict[str, NDArray[np.generic]]) -> NDArray[np.generic]:
-            logits.append(runner.infer(inputs)[name])
+            logits.append(job.task.join(runner.infer(inputs)))
             return logits[-1]
 
         # A score of a user's own need not be made of outcomes.

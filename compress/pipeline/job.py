@@ -120,7 +120,7 @@ class Job:
             return None
         steps = self.recipe.shapes.phase == "decode"
         task = self.task
-        return found.adapted(task.model, task.logits, task.output_name, self.prompt, steps=steps)
+        return found.adapted(task.model, task.output_tensors, self.prompt, steps=steps)
 
     @property
     def runtime(self) -> Capabilities:

@@ -30,10 +30,10 @@ def write(job: Job, model: nn.Module, path: Path, *, lower: Lower | None = None)
         CompressError: the model cannot be exported.
     """
     if job.decodes:
-        return decoder.export(model, path, output_name=job.task.output_name, lower=lower)
+        return decoder.export(model, path, output_name=job.task.outputs[0], lower=lower)
     example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
     return writer.export(
-        model, example, path, output_name=job.task.output_name, logits=job.task.logits, lower=lower
+        model, example, path, outputs=job.task.outputs, tensors=job.task.output_tensors, lower=lower
     )
 
 
@@ -45,7 +45,7 @@ def inputs(job: Job, runner: OrtRunner, phase: Phase | None = None) -> dict[str,
 
 def opened(job: Job, backend: Backend, model: nn.Module, file: Path) -> OpenRunner:
     """A model, built by the job's backend, as it is timed."""
-    return backend.open(model, file, job.task.logits, job.task.output_name, torch_layers.settle)
+    return backend.open(model, file, job.task.output_tensors, torch_layers.settle)
 
 
 def deployed(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> nn.Module:

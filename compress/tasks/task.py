@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -59,14 +60,14 @@ class Task:
         model: the dense model, in float32 and evaluation mode; never changed.
         samples: how many inputs each split has, and `origin`: in words, where they came from.
         labelled: whether `loss` can be asked; `divergence` needs no labels.
-        output_name: the name of the output that carries the quality, here and in the exported file.
+        outputs: names of the outputs that carry the quality, in the model's result and in the exported file.
     """
 
     name: str = "classification"
     metric: str = "accuracy"
     higher_is_better: bool = True
     labelled: bool = True
-    output_name: str = "logits"
+    outputs: tuple[str, ...] = ("logits",)
     samples: Mapping[str, int] = MappingProxyType({})
     origin: Mapping[str, str] = MappingProxyType({})
     id2label: Mapping[int, str] = MappingProxyType({})
@@ -84,16 +85,50 @@ class Task:
         """Writes what reloads the model besides its weights: tokenizer, image processor."""
 
     def logits(self, output: object) -> Tensor:
-        """The tensor in the model's output that carries its quality."""
+        """The tensor that loss and divergence take, of what the model returns.
+
+        That is its one output; several, of one shape, are stacked on a new last axis in their order.
+
+        Raises:
+            CompressError: the model returns no such tensor.
+        """
+        if len(self.outputs) > 1:
+            return torch.stack(tuple(self.output_tensors(output).values()), -1)
         if isinstance(output, (tuple, list)):
             output = output[0]
-        found = output if isinstance(output, Tensor) else getattr(output, self.output_name, None)
-        if not isinstance(found, Tensor):
+        return self._tensor(output, output, self.outputs[0])
+
+    def output_tensors(self, output: object) -> dict[str, Tensor]:
+        """The outputs of the exported file by name, of what the model returns.
+
+        Several are read by name from an object or mapping, by position from a tuple.
+
+        Raises:
+            CompressError: the model lacks one of them.
+        """
+        if len(self.outputs) == 1:
+            return {self.outputs[0]: self.logits(output)}
+        if isinstance(output, (tuple, list)):
+            by_name = dict(zip(self.outputs, output, strict=False))
+        else:
+            known = output if isinstance(output, Mapping) else vars(output)
+            by_name = {name: known.get(name) for name in self.outputs}
+        return {name: self._tensor(by_name.get(name), output, name) for name in self.outputs}
+
+    def join(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """The array that the score takes, of the outputs of a file: as `logits` makes it of tensors."""
+        found = [arrays[name] for name in self.outputs]
+        return found[0] if len(found) == 1 else np.stack(found, -1)
+
+    def _tensor(self, found: object, output: object, name: str) -> Tensor:
+        """The tensor itself, or the attribute `name` of an object."""
+        tensor = found if isinstance(found, Tensor) else getattr(found, name, None)
+        if not isinstance(tensor, Tensor):
             raise CompressError(
-                f"the model returns {type(output).__name__} without {self.output_name!r}; "
+                f"the model returns {type(output).__name__} without {name!r}; "
                 "override Task.logits to say which tensor carries its quality"
             )
-        return found
+        return tensor
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy against the labels."""

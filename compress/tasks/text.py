@@ -139,7 +139,7 @@ class FeatureExtraction(_Text):
     name = "feature-extraction"
     metric = "cosine"
     labelled = False
-    output_name = "last_hidden_state"
+    outputs = ("last_hidden_state",)
 
     def __init__(self, request: Request) -> None:
         super().__init__(request)

@@ -25,7 +25,7 @@ from compress.profiles import Profile
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 Change = Callable[[nn.Module], nn.Module]
-Logits = Callable[[object], Tensor]
+Tensors = Callable[[object], Mapping[str, Tensor]]
 Fact = str | int | float | bool | None
 
 OVER_CACHE = 2.0  # weights of a chain on a GPU, in sizes of its cache
@@ -130,21 +130,18 @@ class Backend(Capabilities):
 
     @abstractmethod
     def open(
-        self, model: nn.Module, file: Path, logits: Logits, name: str, change: Change | None = None
+        self, model: nn.Module, file: Path, tensors: Tensors, change: Change | None = None
     ) -> OpenRunner:
         """Load a model for inference.
 
         Args:
             model: as `build` returned it.
             file: the ONNX file that `build` wrote, where the backend runs files.
-            logits: picks the output tensor.
-            name: of the output.
+            tensors: the outputs by name, of what the torch model returns.
             change: applied to a torch model once it is on the device.
         """
 
-    def adapted(
-        self, model: nn.Module, logits: Logits, name: str, inputs: Arrays, *, steps: bool = False
-    ) -> Self:
+    def adapted(self, model: nn.Module, tensors: Tensors, inputs: Arrays, *, steps: bool = False) -> Self:
         """This backend with settings that the dense model can run in, so that all models run alike.
 
         With `steps` one more token after the inputs is what will be timed.
@@ -155,7 +152,7 @@ class Backend(Capabilities):
         self,
         expected: nn.Module,
         opened: Callable[[], OpenRunner],
-        logits: Logits,
+        tensors: Tensors,
         batches: Sequence[dict[str, Array]],
         *,
         rounding: float,
@@ -165,7 +162,7 @@ class Backend(Capabilities):
         Args:
             expected: the model on the processor; low precision is emulated.
             opened: loads the model that was timed.
-            logits: picks the output tensor.
+            tensors: the outputs by name, of what the torch model returns.
             batches: inputs.
             rounding: tolerance of products in low precision, relative to the largest output.
 

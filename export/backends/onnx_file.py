@@ -22,8 +22,8 @@ from compress.export.backends.backend import (
     Capabilities,
     Change,
     Fact,
-    Logits,
     OpenRunner,
+    Tensors,
 )
 from compress.export.backends.onnxruntime import OrtRunner
 from compress.export.microbench.onnx_chain import SiteLayouts, default_layouts
@@ -85,7 +85,7 @@ class OnnxRuntime(OnnxFile, Backend):
         return model
 
     def open(
-        self, model: nn.Module, file: Path, logits: Logits, name: str, change: Change | None = None
+        self, model: nn.Module, file: Path, tensors: Tensors, change: Change | None = None
     ) -> OpenRunner:
         """The file in a session."""
         return OrtRunner(file, threads=self.threads, provider=self.provider)
@@ -159,7 +159,7 @@ class OnnxRuntimeCuda(OnnxRuntime):
         self,
         expected: nn.Module,
         opened: Callable[[], OpenRunner],
-        logits: Logits,
+        tensors: Tensors,
         batches: Sequence[dict[str, Array]],
         *,
         rounding: float,
@@ -167,7 +167,7 @@ class OnnxRuntimeCuda(OnnxRuntime):
         """How far the file on the GPU is from float32 on the processor."""
         what = f"ONNX file in onnxruntime's {self.provider} ({self.precision})"
         allowed = max(TOLERANCES[self.precision], rounding)
-        return [parity.note(what, expected, opened, logits, batches, allowed)]
+        return [parity.note(what, expected, opened, tensors, batches, allowed)]
 
     def environment(self) -> dict[str, Fact]:
         """The GPU with its driver, clock and temperature now."""

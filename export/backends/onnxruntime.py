@@ -18,7 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.export.backends.backend import Array
+from compress.export.backends.backend import Array, Tensors
 from compress.export.onnx import kv_cache
 
 CPU = "CPUExecutionProvider"
@@ -157,10 +157,10 @@ class OrtRunner:
 
 
 class TorchRunner:
-    """The model in torch; `logits` picks the tensor of what it returns, `name` is what it is called."""
+    """The model in torch; `tensors` gives its outputs by name, of what it returns."""
 
-    def __init__(self, model: nn.Module, logits: Callable[[object], Tensor], name: str = "logits") -> None:
-        self.model, self.logits, self.name = model, logits, name
+    def __init__(self, model: nn.Module, tensors: Tensors) -> None:
+        self.model, self.tensors = model, tensors
         self._modes: dict[nn.Module, bool] = {}
 
     def __enter__(self) -> Self:
@@ -178,9 +178,10 @@ class TorchRunner:
             module.training = training
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The one output that carries the quality."""
+        """Outputs by name."""
         with torch.inference_mode():
-            return {self.name: self.logits(self.model(**_tensors(inputs))).numpy()}
+            found = self.tensors(self.model(**_tensors(inputs)))
+        return {name: tensor.numpy() for name, tensor in found.items()}
 
     def timed(self, inputs: Mapping[str, Array]) -> Callable[[], object]:
         """One forward pass on tensors that are made beforehand."""

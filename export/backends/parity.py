@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.export.backends.backend import Array, Logits, OpenRunner, Runner
+from compress.export.backends.backend import Array, OpenRunner, Runner, Tensors
 from compress.export.backends.onnxruntime import TorchRunner
 from compress.ir import Document
 
@@ -42,7 +42,7 @@ def padded_examples(example: Callable[[int, int], dict[str, Tensor]], tokens: in
 def parity(
     reference: Runner, runner: Runner, batches: Iterable[Arrays], *, relative: float = TOLERANCE
 ) -> Agreement:
-    """Compare the first output of two runners; positions that are padding do not count.
+    """Compare every output of `reference` with that of `runner`; positions that are padding do not count.
 
     `relative` is the difference allowed, in units of the largest answer (at least 1).
 
@@ -52,33 +52,30 @@ def parity(
     worst, size, agreed, items = 0.0, 1.0, [], 0
     where = ""
     for inputs in batches:
-        name, expected = next(iter(reference.infer(inputs).items()))
         answers = runner.infer(inputs)
-        found = answers.get(name)
-        if found is None or found.shape != expected.shape:
-            shape = None if found is None else found.shape
-            raise CompressError(
-                f"output {name!r} should have shape {expected.shape}, but the file gives {shape}"
-            )
-        mask = inputs.get("attention_mask")
-        if expected.ndim < 2:  # one number an item
-            expected, found = expected.reshape(-1, 1), found.reshape(-1, 1)
-        real = np.ones(expected.shape[:-1], dtype=bool)
-        if mask is not None and expected.ndim == 3 and mask.shape == expected.shape[:2]:
-            real = mask.astype(bool)
-        with np.errstate(invalid="ignore"):  # infinity less infinity is not a number, which counts
-            apart = np.where(real[..., None], np.abs(expected - found), 0)
-        apart = np.where(np.isnan(apart), np.inf, apart)
-        if apart.max() > worst:
-            worst = float(apart.max())
-            place = np.unravel_index(int(apart.argmax()), apart.shape)
-            where = (
-                f"at {list(map(int, place))} of {name!r} "
-                f"({float(expected[place]):.6g} in torch, {float(found[place]):.6g} in the file)"
-            )
-        size = max(size, float(np.abs(expected[real]).max()))
-        agreed.append((expected.argmax(-1) == found.argmax(-1))[real])
-        items += len(expected)
+        for name, expected in reference.infer(inputs).items():
+            found = answers.get(name)
+            if found is None or found.shape != expected.shape:
+                shape = None if found is None else found.shape
+                raise CompressError(
+                    f"output {name!r} should have shape {expected.shape}, but the file gives {shape}"
+                )
+            if expected.ndim < 2:  # one number an item
+                expected, found = expected.reshape(-1, 1), found.reshape(-1, 1)
+            real = _real_positions(expected, inputs.get("attention_mask"))
+            with np.errstate(invalid="ignore"):  # infinity less infinity is not a number, which counts
+                apart = np.where(real[..., None], np.abs(expected - found), 0)
+            apart = np.where(np.isnan(apart), np.inf, apart)
+            if apart.max() > worst:
+                worst = float(apart.max())
+                place = np.unravel_index(int(apart.argmax()), apart.shape)
+                where = (
+                    f"at {list(map(int, place))} of {name!r} "
+                    f"({float(expected[place]):.6g} in torch, {float(found[place]):.6g} in the file)"
+                )
+            size = max(size, float(np.abs(expected[real]).max()))
+            agreed.append((expected.argmax(-1) == found.argmax(-1))[real])
+        items += len(next(iter(inputs.values())))
     tolerance = relative * size
     if not (np.isfinite(worst) and worst <= tolerance):
         raise CompressError(
@@ -90,11 +87,18 @@ def parity(
     return Agreement(max_abs_difference=worst, tolerance=tolerance, agreement=share, inputs=items)
 
 
+def _real_positions(expected: Array, mask: Array | None) -> Array:
+    """Where an output counts, without its last axis: everywhere but at padded tokens."""
+    if mask is not None and expected.ndim == 3 and mask.shape == expected.shape[:2]:
+        return mask.astype(bool)
+    return np.ones(expected.shape[:-1], dtype=bool)
+
+
 def note(
     what: str,
     expected: nn.Module,
     opened: Callable[[], OpenRunner],
-    logits: Logits,
+    tensors: Tensors,
     batches: Sequence[Arrays],
     relative: float,
 ) -> str:
@@ -104,17 +108,15 @@ def note(
         what: names the timed model.
         expected: the model on the processor; low precision is emulated.
         opened: loads the timed model.
-        logits: picks the output tensor.
+        tensors: the outputs by name, of what the torch model returns.
         batches: inputs.
         relative: tolerance, relative to the largest output.
 
     Raises:
         CompressError: they disagree by more than the tolerance.
     """
-    with opened() as runner:
-        name = next(iter(runner.infer(batches[0])))
-        with TorchRunner(expected, logits, name) as reference:
-            found = parity(reference, runner, batches, relative=relative)
+    with opened() as runner, TorchRunner(expected, tensors) as reference:
+        found = parity(reference, runner, batches, relative=relative)
     return (
         f"What was timed is the {what}: its outputs differ from float32 by at most "
         f"{found.max_abs_difference:.2g}; {found.agreement:.1%} of the predictions agree."

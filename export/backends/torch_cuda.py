@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compress import profiles
 from compress.errors import CompressError
-from compress.export.backends.backend import Array, Change
+from compress.export.backends.backend import Array, Change, Tensors
 from compress.export.onnx import decoder
 from compress.ir import Document
 from compress.measure.verify_on_device import Nvml
@@ -78,7 +78,7 @@ def _board() -> str:
 
 
 class CudaRunner:
-    """A copy of a torch model on a GPU; `logits` picks the tensor of what it returns.
+    """A copy of a torch model on a GPU; `tensors` gives its outputs by name, of what it returns.
 
     With `graphs` one inference at a shape is captured once and replayed, so that the host's launches
     are out of the way, as they are in a deployed engine.
@@ -87,8 +87,7 @@ class CudaRunner:
     def __init__(
         self,
         model: nn.Module,
-        logits: Callable[[object], Tensor],
-        name: str = "logits",
+        tensors: Tensors,
         *,
         device: str = "cuda",
         precision: str = "fp16",
@@ -109,7 +108,7 @@ class CudaRunner:
             raise CompressError(
                 f"torch {torch.__version__} sees no CUDA device, so nothing can be timed on a GPU here"
             )
-        self.device, self.precision, self.name, self.logits = device, precision, name, logits
+        self.device, self.precision, self.tensors = device, precision, tensors
         self.on_gpu = device.startswith("cuda")
         self.graphs = graphs and self.on_gpu
         placed = copy.deepcopy(model).to(device=device, dtype=DTYPES[precision]).eval()
@@ -126,10 +125,11 @@ class CudaRunner:
             torch.cuda.empty_cache()
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The one output that carries the quality, as float32."""
+        """Outputs by name, as float32."""
         model = self._open()
         with torch.inference_mode():
-            return {self.name: self.logits(model(**self._feed(inputs))).float().cpu().numpy()}
+            found = self.tensors(model(**self._feed(inputs)))
+        return {name: tensor.float().cpu().numpy() for name, tensor in found.items()}
 
     def timed(self, inputs: Mapping[str, Array]) -> Callable[[], object]:
         """One inference on inputs that lie on the device, ended by waiting for it.

@@ -24,8 +24,8 @@ from compress.export.backends.backend import (
     Backend,
     Change,
     Fact,
-    Logits,
     OpenRunner,
+    Tensors,
 )
 from compress.export.backends.torch_cuda import CudaRunner
 from compress.export.microbench import torch_chain
@@ -92,27 +92,24 @@ class TorchCuda(Backend):
         return model if deploy is None else deploy()
 
     def open(
-        self, model: nn.Module, file: Path, logits: Logits, name: str, change: Change | None = None
+        self, model: nn.Module, file: Path, tensors: Tensors, change: Change | None = None
     ) -> OpenRunner:
         """A copy of the model on the GPU in the target's precision."""
         return CudaRunner(
             model,
-            logits,
-            name,
+            tensors,
             device=self.device,
             precision=self.precision,
             graphs=self.graphs,
             change=change,
         )
 
-    def adapted(
-        self, model: nn.Module, logits: Logits, name: str, inputs: Arrays, *, steps: bool = False
-    ) -> Self:
+    def adapted(self, model: nn.Module, tensors: Tensors, inputs: Arrays, *, steps: bool = False) -> Self:
         """This backend, without graphs if the dense model cannot be captured."""
         if not self.graphs:
             return self
         try:
-            with self.open(model, Path(), logits, name) as runner:
+            with self.open(model, Path(), tensors) as runner:
                 runner.timed_phase(inputs, "decode") if steps else runner.timed(inputs)
         except CompressError:
             return replace(self, graphs=False)
@@ -122,7 +119,7 @@ class TorchCuda(Backend):
         self,
         expected: nn.Module,
         opened: Callable[[], OpenRunner],
-        logits: Logits,
+        tensors: Tensors,
         batches: Sequence[dict[str, Array]],
         *,
         rounding: float,
@@ -130,7 +127,7 @@ class TorchCuda(Backend):
         """How far the model on the GPU is from float32 on the processor."""
         what = f"torch model in {self.precision} ({self.runtime}), not the ONNX file"
         allowed = max(TOLERANCES[self.precision], rounding)
-        return [parity.note(what, expected, opened, logits, batches, allowed)]
+        return [parity.note(what, expected, opened, tensors, batches, allowed)]
 
     def environment(self) -> dict[str, Fact]:
         """The GPU with its driver, clock and temperature now."""

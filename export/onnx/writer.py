@@ -35,6 +35,7 @@ OPSET = 20  # Gelu came with it; onnxruntime 1.17 and later run it
 ONE_FILE_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GB; the rest is for the graph
 Names = Mapping[str, Mapping[int, str]]
 Lower = Callable[[ir.Model], object]
+Tensors = Callable[[object], Mapping[str, Tensor]]
 Program = torch.export.ExportedProgram
 
 
@@ -50,21 +51,22 @@ class Exported(Document):
     note: str | None = None
 
 
-class _Answer(nn.Module):
-    """The model with positional tensors, answering with the one tensor that carries its quality."""
+class _Positional(nn.Module):
+    """The model with positional tensors, which returns the outputs of the file in their order."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], logits: Callable[[object], Tensor]) -> None:
+    def __init__(self, model: nn.Module, names: tuple[str, ...], tensors: Tensors) -> None:
         super().__init__()
         self.model = model
         self.names = names
-        self.pick = logits
+        self.tensors = tensors
         parameters = inspect.signature(model.forward).parameters
         self.more = {"use_cache": False} if "use_cache" in parameters else {}
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """The tensor that becomes the output of the file."""
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The tensor, or the tensors, that become the outputs of the file."""
         inputs = dict(zip(self.names, tensors, strict=True))
-        return self.pick(self.model(**inputs, **self.more))
+        found = tuple(self.tensors(self.model(**inputs, **self.more)).values())
+        return found[0] if len(found) == 1 else found
 
 
 def export(
@@ -72,8 +74,8 @@ def export(
     example: Mapping[str, Tensor],
     path: Path,
     *,
-    output_name: str,
-    logits: Callable[[object], Tensor] | None = None,
+    outputs: Sequence[str] = ("logits",),
+    tensors: Tensors | None = None,
     dynamic: Names | None = None,
     lower: Lower | None = None,
 ) -> Exported:
@@ -83,8 +85,8 @@ def export(
         model: its mode and those of its modules are as before afterwards.
         example: one valid input; only names, types and fixed sizes matter.
         path: appears whole or not at all; weights beyond 2 GB go to `<path>.data`.
-        output_name: the name of the only output.
-        logits: the tensor to keep of what the model returns; `output_name` of it by default.
+        outputs: names of the outputs.
+        tensors: the outputs by name, of what the model returns; by default what it holds under these names.
         dynamic: free dimensions, by input: `{"input_ids": {0: "batch", 1: "tokens"}}`. By default
             the first of every input, and the second of matrices of integers.
         lower: changes the finished graph before it is written (see `lowering.lower`).
@@ -93,8 +95,8 @@ def export(
         CompressError: neither exporter can; names the operator and the module where it can be told.
     """
     free = free_dimensions(example) if dynamic is None else dynamic
-    answer = _Answer(model, tuple(example), logits or _named(output_name))
-    return write(answer, example, path, outputs=(output_name,), dynamic=free, lower=lower)
+    positional = _Positional(model, tuple(example), tensors or _named(outputs))
+    return write(positional, example, path, outputs=outputs, dynamic=free, lower=lower)
 
 
 def write(
@@ -308,23 +310,32 @@ def save(model: ir.Model, path: Path) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _named(output_name: str) -> Callable[[object], Tensor]:
-    def pick(output: object) -> Tensor:
-        if isinstance(output, Tensor):
-            return output
-        found = getattr(output, output_name, None)
-        if found is None and isinstance(output, Mapping):
-            found = output.get(output_name)
-        if found is None and isinstance(output, (tuple, list)):
-            found = output[0]
-        if not isinstance(found, Tensor):
+def _named(outputs: Sequence[str]) -> Tensors:
+    """Picks outputs by name; a lone tensor, or the first of a tuple without names, is the first output."""
+
+    def pick(output: object) -> dict[str, Tensor]:
+        found = {name: _output(output, name, position) for position, name in enumerate(outputs)}
+        missing = [name for name, tensor in found.items() if not isinstance(tensor, Tensor)]
+        if missing:
             raise CompressError(
-                f"the model returns {type(output).__name__} without {output_name!r}; "
-                "say which tensor to keep with `logits`"
+                f"the model returns {type(output).__name__} without {missing[0]!r}; "
+                "say which tensors to keep with `tensors`"
             )
-        return found
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
     return pick
+
+
+def _output(output: object, name: str, position: int) -> object:
+    """One output of a model: by name, else by position; None where there is none."""
+    if isinstance(output, Tensor):
+        return output if position == 0 else None
+    found = getattr(output, name, None)
+    if found is None and isinstance(output, Mapping):
+        return output.get(name)
+    if found is None and isinstance(output, (tuple, list)):
+        return output[position] if position < len(output) else None
+    return found
 
 
 def _widened(tensor: Tensor, free: Mapping[int, str]) -> Tensor:

@@ -135,7 +135,7 @@ def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form, 
         shrunk,
         example,
         file,
-        output_name="logits",
+        outputs=("logits",),
         lower=lambda graph: in_files.lower(graph, sites, removals, lambda site: lambda *product: layout),
     )
     batches = list(task.batches("calibration", 16))

@@ -274,7 +274,7 @@ def test_a_narrow_model_exports(name, tmp_path):
     model, example = built(name)
     stream = find_stream(model, example)
     narrowed = narrow(model, stream, wide(stream), 10)
-    export(narrowed, example, tmp_path / "model.onnx", output_name="logits")
+    export(narrowed, example, tmp_path / "model.onnx", outputs=("logits",))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {key: value.numpy() for key, value in example.items()})
     assert np.allclose(found, logits(narrowed, example).numpy(), atol=1e-4)

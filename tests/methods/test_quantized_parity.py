@@ -32,7 +32,7 @@ def made(family, kind):
     """A toy model with every product in low precision, in torch and as a file; to be read only."""
     folder = Path(mkdtemp())
     job = job_of(family, folder)
-    job.task.output_name = "logits"
+    job.task.outputs = ("logits",)
     layers = {f"{n}.weight": m for n, m in job.task.model.named_modules() if isinstance(m, nn.Linear)}
     span = (-3.0, 2.5) if kind in RANGED else None
     places = {
@@ -56,7 +56,7 @@ def exported(family, kind, folder):
 def compared(job, path, *, shipped=None):
     task = job.task
     with (
-        quantized_parity.Guided(task.model, path, task.logits, task.output_name, threads=1) as reference,
+        quantized_parity.Guided(task.model, path, task.output_tensors, threads=1) as reference,
         OrtRunner(shipped or path, 1) as runner,
     ):
         found = parity.parity(reference, runner, parity.padded_examples(task.example, 7))
@@ -94,9 +94,12 @@ def test_what_a_last_bit_becomes_is_no_difference(tmp_path):
         words["input_ids"] = torch.randint(0, 50, words["input_ids"].shape, generator=random)
         examples.append({name: value.numpy() for name, value in words.items()})
     with OrtRunner(path, 1) as runner:
-        with TorchRunner(task.model, task.logits) as alone, pytest.raises(CompressError, match="disagree"):
+        with (
+            TorchRunner(task.model, task.output_tensors) as alone,
+            pytest.raises(CompressError, match="disagree"),
+        ):
             parity.parity(alone, runner, examples)
-        with quantized_parity.Guided(task.model, path, task.logits, "logits", threads=1) as led:
+        with quantized_parity.Guided(task.model, path, task.output_tensors, threads=1) as led:
             found = parity.parity(led, runner, examples)
     assert (found.max_abs_difference, found.agreement) == (0.0, 1.0)
     assert led.apart < 1e-5

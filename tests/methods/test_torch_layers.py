@@ -67,7 +67,9 @@ def test_the_model_in_its_form_answers_as_the_one_that_was_judged(statistics, tm
     with torch.no_grad():
         expected = reference(**batch).logits.numpy()
         dense = task.model(**batch).logits.numpy()
-    runner = CudaRunner(shaped, task.logits, device="cpu", precision="fp32", change=torch_layers.settle)
+    runner = CudaRunner(
+        shaped, task.output_tensors, device="cpu", precision="fp32", change=torch_layers.settle
+    )
     with runner:
         found = runner.infer(arrays)["logits"]
         counted = sum(isinstance(module, KINDS[form]) for module in runner.model.modules())

@@ -71,13 +71,13 @@ def test_what_is_tuned_is_what_the_file_computes(candidates, tmp_path, form):
         model,
         batches[0].inputs,
         file,
-        output_name="logits",
+        outputs=("logits",),
         lower=lambda graph: in_files.lower(graph, sites, learned),
     )
     # Products that round are compared one by one: a last bit that tips a byte is nobody's mistake.
     with (
         onnxruntime.OrtRunner(file, threads=1) as runner,
-        Guided(reference, file, task.logits, "logits", threads=1) as led,
+        Guided(reference, file, task.output_tensors, threads=1) as led,
     ):
         for batch in batches:
             inputs = {name: value.numpy() for name, value in batch.inputs.items()}

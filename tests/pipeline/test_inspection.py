@@ -36,7 +36,7 @@ def test_a_decoder_is_timed_on_a_prompt_or_on_a_token_after_it(tmp_path):
 
 def test_a_file_without_a_cache_has_no_phases(tmp_path):
     model, example = families.build("fused")
-    export(model, example, tmp_path / "model.onnx", output_name="logits")
+    export(model, example, tmp_path / "model.onnx", outputs=("logits",))
     assert shapes_of(tmp_path / "model.onnx", batch=3, tokens=5) == {
         "input_ids": (3, 5),
         "attention_mask": (3, 5),

@@ -15,8 +15,8 @@ def job(name, decodes, **shapes):
     model, _ = families.build(name)
     task = SimpleNamespace(
         model=model,
-        output_name="logits",
-        logits=lambda output: output.logits,
+        outputs=("logits",),
+        output_tensors=lambda output: {"logits": output.logits},
         example=lambda batch, tokens: families.tokens(0, batch=batch, length=tokens),
     )
     sizes = Shapes(**shapes)
@@ -57,7 +57,7 @@ def test_a_module_on_a_gpu_is_timed_in_the_phase_that_was_asked_for(monkeypatch)
             CudaRunner, name, lambda self, inputs, name=name: seen.append((name, inputs["input_ids"].shape))
         )
     own, step = job("gpt2", True, batch=2, tokens=6), job("gpt2", True, batch=2, tokens=6, phase="decode")
-    with CudaRunner(own.task.model, own.task.logits, device="cpu", precision="fp32") as runner:
+    with CudaRunner(own.task.model, own.task.output_tensors, device="cpu", precision="fp32") as runner:
         for asked, phase in ((own, None), (own, "decode"), (step, None), (step, "prefill")):
             model_files.timed(asked, runner, phase)
     assert [name for name, _ in seen] == ["timed", "timed_step", "timed_step", "timed"]

@@ -176,7 +176,7 @@ def test_the_onnx_file_gives_what_the_shrunk_model_gives(name, tmp_path):
             removals[site.name] = change(model, site, 0, 0)
     shrunk = shrink(model, sites, removals)
     example = families.build(name)[1]
-    export(shrunk, example, tmp_path / "model.onnx", output_name="logits", logits=tensor_of)
+    export(shrunk, example, tmp_path / "model.onnx", tensors=lambda output: {"logits": tensor_of(output)})
     with OrtRunner(tmp_path / "model.onnx", 1) as runner:
         for other in (inputs, *shapes(name)):
             wanted = set(runner.inputs())  # a model that ignores an input has none of it in its file

@@ -50,11 +50,11 @@ class EagerCpu(Backend):
     def build(self, model, *, write=None, deploy=None):
         return model
 
-    def open(self, model, file, logits, name, change=None):
-        return EagerRunner(model, logits, name)
+    def open(self, model, file, tensors, change=None):
+        return EagerRunner(model, tensors)
 
-    def agreement(self, expected, opened, logits, batches, *, rounding):
-        return [parity.note("torch module, not the ONNX file", expected, opened, logits, batches, 1e-4)]
+    def agreement(self, expected, opened, tensors, batches, *, rounding):
+        return [parity.note("torch module, not the ONNX file", expected, opened, tensors, batches, 1e-4)]
 
     def rig(self, written=default_layouts):
         return ChainRuntime(chain_call, time.thread_time, group_mb=256.0)

@@ -9,7 +9,7 @@ from torch import nn
 
 from compress.errors import CompressError
 from compress.tasks import loading as tasks
-from compress.tasks.loading import Batch, Task, load_model, load_task
+from compress.tasks.loading import Batch, Task, load_example, load_task
 from compress.tasks.task import lost_between
 
 ROWS = "text,intent\n" + "red cat,off\nblue dog sees,on\n" * 10
@@ -79,7 +79,7 @@ def test_a_factory_gives_a_task_with_the_defaults_of_a_classifier(own):
     logits = torch.zeros(4, 3)
     assert task.loss(logits, batch).item() == pytest.approx(np.log(3))
     assert task.divergence(logits, logits, batch).item() == 0
-    assert type(load_model("own_task:task")) is nn.Linear
+    assert type(load_example("own_task:task", 1, 1)[0]) is nn.Linear
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_task_that_lacks_a_method_says_which():
         Task().example(1, 2)
     with pytest.raises(CompressError, match=r"Task does not define batches\(split"):
         Task().batches("test", 1)
-    assert Task().output_name == "logits"
+    assert Task().outputs == ("logits",)
 
 
 def test_a_directory_and_its_data_become_a_task(directory, data, tmp_path):
@@ -170,7 +170,7 @@ def test_columns_can_be_named(directory, tmp_path):
 
 
 def test_a_model_that_was_loaded_elsewhere_is_taken_as_it_is(directory, data):
-    model = load_model(directory).half().train()
+    model = load_example(directory, 1, 4)[0].half().train()
     task = load_task(directory, data, model_module=model)
     assert task.model is model
     assert not model.training
@@ -181,7 +181,7 @@ def test_the_task_can_be_named(directory, data):
     task = load_task(directory, data, task="feature-extraction")
     assert (task.name, type(task.model).__name__) == ("feature-extraction", "BertModel")
     with pytest.raises(CompressError, match=r"takes input_ids, but image-classification here feeds pixel"):
-        load_task(directory, data, task="image-classification", model_module=load_model(directory))
+        load_task(directory, data, task="image-classification", model_module=load_example(directory, 1, 4)[0])
 
 
 def test_a_model_without_data_says_what_to_add(directory):

@@ -116,13 +116,13 @@ def _whole(
     ids = torch.randint(1000, 30000, (1, tokens))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     files = out / "dense.onnx", out / "blocks.onnx"
-    writer.export(dense, inputs, files[0], output_name="last_hidden_state")
+    writer.export(dense, inputs, files[0], outputs=("last_hidden_state",))
     report: dict[str, Lowered] = {}
     writer.export(
         masked,
         inputs,
         files[1],
-        output_name="last_hidden_state",
+        outputs=("last_hidden_state",),
         lower=lambda graph: report.update(lower(graph, wanted)),
     )
     arrays = {name: value.numpy() for name, value in inputs.items()}

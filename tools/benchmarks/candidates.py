@@ -76,7 +76,7 @@ class Shaped(Task):
     """A model without data: its inputs are random ids."""
 
     name = "text-classification"
-    output_name = "logits"
+    outputs = ("logits",)
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model

@@ -233,7 +233,7 @@ def speeds(out: Path) -> list[Row]:
         files = {}
         for key, module in (("dense", model), ("narrow", narrow)):
             files[key] = out / f"{len(rows)}-{key}.onnx"
-            export(module, example, files[key], output_name="logits")
+            export(module, example, files[key], outputs=("logits",))
         inputs = {key: value.numpy() for key, value in example.items()}
         calls = {key: onnxruntime.OrtRunner(file, 1).timed(inputs) for key, file in files.items()}
         ratio = timing.compare(calls, blocks=30, threads=1).ratio("narrow")

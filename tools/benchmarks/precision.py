@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     task = load_task(model, data=model)
     files = {"float32": out / "dense.onnx"}
     example = task.example(1, arguments.tokens)
-    export(task.model, example, files["float32"], output_name=task.output_name, logits=task.logits)
+    export(task.model, example, files["float32"], outputs=task.outputs, tensors=task.output_tensors)
     batches = list(task.batches("calibration", INPUTS, 512))
     files |= _ours(task, batches, files["float32"], out, words="")
     calm = copy.copy(task)
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     for spot in smoothquant.find_pairs(task, discovery.find_sites(task.model, example).sites, batches):
         smoothquant.apply(calm.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
     path = out / "calm.onnx"
-    export(calm.model, example, path, output_name=task.output_name, logits=task.logits)
+    export(calm.model, example, path, outputs=task.outputs, tensors=task.output_tensors)
     files |= _ours(calm, batches, path, out, words=", smoothed")
     files |= _theirs(task, batches, files["float32"], out)
     runners = {name: OrtRunner(path, 1) for name, path in files.items()}
@@ -96,7 +96,7 @@ def _answers(task: Task, runners: Mapping[str, OrtRunner]) -> dict[str, Answers]
             with torch.inference_mode():
                 dense = task.logits(task.model(**batch.inputs))
             for name, runner in runners.items():
-                found = torch.from_numpy(runner.infer(feed)[task.output_name])
+                found = torch.from_numpy(runner.infer(feed)[task.outputs[0]])
                 right[name].append((found.argmax(-1) == batch.labels).numpy())
                 apart[name].append(task_module.kl(found, dense).numpy())
     return {name: Answers(np.concatenate(right[name]), np.concatenate(apart[name])) for name in runners}

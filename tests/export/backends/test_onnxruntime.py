@@ -163,7 +163,7 @@ def test_the_torch_runner_answers_in_evaluation_mode_and_puts_every_mode_back():
     model = Doubling().train()
     model.drop.eval()
     x = np.ones((2, 3), np.float32)[:, ::-1]
-    with TorchRunner(model, lambda output: output["logits"], name="scores") as runner:
+    with TorchRunner(model, lambda output: {"scores": output["logits"]}) as runner:
         assert not model.training
         found = runner.infer({"x": x})
         assert list(found) == ["scores"]

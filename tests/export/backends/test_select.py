@@ -125,7 +125,7 @@ def test_a_file_on_a_gpu_is_bound_there_and_every_run_is_waited_for(monkeypatch,
     write_model(file, 8, 1)
     ids = np.ones((1, 4), dtype=np.int64)
     feed = {"input_ids": ids, "attention_mask": ids}
-    with backend_for(H100, 1).open(None, file, None, "logits") as runner:
+    with backend_for(H100, 1).open(None, file, None) as runner:
         assert runner.facts()["provider"] == "CUDAExecutionProvider"
         call = runner.timed(feed)
         before = len(with_cuda.waits)
@@ -192,7 +192,7 @@ def test_the_model_is_timed_on_a_gpu_in_the_targets_precision_and_no_file_is_rea
             return 2 * x
 
     x = {"x": np.array([[0.1]], dtype=np.float32)}
-    with tried().open(Double(), tmp_path / "none.onnx", lambda found: found, "y") as runner:
+    with tried().open(Double(), tmp_path / "none.onnx", lambda found: {"y": found}) as runner:
         assert isinstance(runner, CudaRunner)
         assert runner.infer(x)["y"][0, 0] == np.float32(2 * np.float16(0.1))
 
@@ -305,7 +305,7 @@ def test_a_model_that_cannot_be_captured_is_timed_without_graphs_and_so_is_all_e
                 raise CompressError("cannot be captured")
 
     monkeypatch.setattr(torch_module, "CudaRunner", Runner)
-    assert backend.adapted(nn.Identity(), None, "y", {"x": 0}) == backend
-    assert backend.adapted(nn.Identity(), None, "y", {"x": 1}) == replace(backend, graphs=False)
+    assert backend.adapted(nn.Identity(), None, {"x": 0}) == backend
+    assert backend.adapted(nn.Identity(), None, {"x": 1}) == replace(backend, graphs=False)
     here = backend_for(profiles.load("cpu"), 1)
-    assert here.adapted(nn.Identity(), None, "y", {"x": 1}) == here
+    assert here.adapted(nn.Identity(), None, {"x": 1}) == here

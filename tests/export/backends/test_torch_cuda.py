@@ -31,7 +31,7 @@ X = {"x": np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32), "
 
 
 def runner(**options):
-    return CudaRunner(Model(), lambda found: found, "y", device="cpu", **options)
+    return CudaRunner(Model(), lambda found: {"y": found}, device="cpu", **options)
 
 
 def expected():
@@ -52,7 +52,7 @@ def test_answers_are_the_models_up_to_its_precision(precision, apart):
 
 def test_the_users_model_is_not_touched():
     model = Model().train()
-    with CudaRunner(model, lambda found: found, device="cpu", precision="bf16") as found:
+    with CudaRunner(model, lambda found: {"logits": found}, device="cpu", precision="bf16") as found:
         found.infer(X)
     assert model.training
     assert model.up.weight.dtype == torch.float32
@@ -66,7 +66,9 @@ def test_a_change_is_applied_on_the_device_to_the_copy():
         torch_kernels.convert(copy, "int8-dynamic", ["up"])
         return copy
 
-    with CudaRunner(model, lambda found: found, "y", device="cpu", precision="bf16", change=change) as found:
+    with CudaRunner(
+        model, lambda found: {"y": found}, device="cpu", precision="bf16", change=change
+    ) as found:
         assert isinstance(found.model.up, torch_kernels.Int8Linear)
         assert np.allclose(found.infer(X)["y"], expected(), atol=0.05)
     assert isinstance(model.up, nn.Linear)
@@ -81,7 +83,7 @@ def test_two_runners_are_compared_like_any_others():
 
     with (
         runner(precision="fp32") as quick,
-        CudaRunner(Slow(), lambda found: found, device="cpu", precision="fp32") as slow,
+        CudaRunner(Slow(), lambda found: {"logits": found}, device="cpu", precision="fp32") as slow,
     ):
         calls = {"slow": slow.timed(X), "quick": quick.timed(X)}
         assert timing.compare(calls, blocks=30, block_ms=2.0).ratio("quick").interval.low > 4
@@ -105,7 +107,7 @@ def test_facts_name_the_runtime_precision_and_graphs():
 def test_what_is_not_here_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(CompressError, match="sees no CUDA device"):
-        CudaRunner(Model(), lambda found: found)
+        CudaRunner(Model(), lambda found: {"y": found})
     with pytest.raises(CompressError, match="fp32, fp16, bf16 here, not in 'int8'"):
         runner(precision="int8")
     found = runner(precision="fp32")
@@ -118,7 +120,9 @@ def test_what_is_not_here_is_refused(monkeypatch):
 def decoder_of(precision):
     model, example = families.build("gpt2")
     inputs = {name: value.numpy() for name, value in example.items() if name != "position_ids"}
-    return inputs, CudaRunner(model, lambda found: found.logits, device="cpu", precision=precision)
+    return inputs, CudaRunner(
+        model, lambda found: {"logits": found.logits}, device="cpu", precision=precision
+    )
 
 
 def test_a_token_after_a_prompt_is_timed_with_its_cache_held(monkeypatch):

@@ -28,7 +28,7 @@ def operators(file):
 
 def test_a_chain_has_the_costly_operators_that_the_exported_model_has_for_the_site(tmp_path):
     model, example, sites = sites_of("fused")
-    export(model, example, tmp_path / "model.onnx", output_name="logits")
+    export(model, example, tmp_path / "model.onnx", outputs=("logits",))
     whole = operators(onnx.load(tmp_path / "model.onnx"))
     found = Counter()
     for site in sites:

@@ -225,7 +225,7 @@ def test_an_exported_model_says_the_same_at_every_batch_and_length(tmp_path, lay
     wanted = {name: Lowering(kept, layout) for name, kept in blocks.items()}
     example = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
     path = tmp_path / "model.onnx"
-    export(model, example, path, output_name="y", lower=lambda graph: lower(graph, wanted))
+    export(model, example, path, outputs=("y",), lower=lambda graph: lower(graph, wanted))
     with OrtRunner(path, 1) as runner:
         assert runner.inputs()["input_ids"][1] == ("batch", "tokens")
         for batch, tokens in ((1, 1), (2, 5), (3, 9)):
@@ -234,5 +234,5 @@ def test_an_exported_model_says_the_same_at_every_batch_and_length(tmp_path, lay
             with torch.no_grad():
                 assert np.abs(found - model(ids).numpy()).max() < 1e-5
     first = path.read_bytes()
-    export(model, example, path, output_name="y", lower=lambda graph: lower(graph, wanted))
+    export(model, example, path, outputs=("y",), lower=lambda graph: lower(graph, wanted))
     assert path.read_bytes() == first

@@ -58,7 +58,7 @@ def exported():
 
     with tempfile.TemporaryDirectory() as folder:
         free = {"x": {0: "batch", 1: "tokens"}}
-        export(Products(), {"x": values()}, Path(folder) / "m.onnx", output_name="y", dynamic=free)
+        export(Products(), {"x": values()}, Path(folder) / "m.onnx", outputs=("y",), dynamic=free)
         return (Path(folder) / "m.onnx").read_bytes()
 
 
@@ -210,7 +210,7 @@ def test_a_whole_model_agrees_on_padded_batches(precision, tmp_path):
     expected = [task.model(**batch.inputs).logits.detach() for batch in batches]
     products = quantized_layers.settle(task.model)
     example = {name: value.contiguous() for name, value in task.example(2, 9).items()}
-    export(task.model, example, tmp_path / "m.onnx", output_name="logits")
+    export(task.model, example, tmp_path / "m.onnx", outputs=("logits",))
     lower_file(tmp_path / "m.onnx", products, tmp_path / "m.onnx")
     with OrtRunner(tmp_path / "m.onnx", 1) as runner:
         found = [
@@ -400,7 +400,7 @@ def test_settled_layers_export_and_lower_to_what_they_computed(tmp_path):
     x = values(seed=5)
     expected = model(x).detach().numpy()
     products = quantized_layers.settle(model)
-    export(model, {"x": x}, tmp_path / "m.onnx", output_name="y")
+    export(model, {"x": x}, tmp_path / "m.onnx", outputs=("y",))
     lower_file(tmp_path / "m.onnx", products, tmp_path / "m.onnx")
     with OrtRunner(tmp_path / "m.onnx", 1) as runner:
         assert np.allclose(runner.infer({"x": x.numpy()})["y"], expected, atol=1e-4)

@@ -66,12 +66,15 @@ def written(tmp_path_factory):
     path = tmp_path_factory.mktemp("written") / "model.onnx"
     model = encoder()
     model.mlp.train()
-    return model, path, export(model, example(1, 1), path, output_name="logits")
+    return model, path, export(model, example(1, 1), path, outputs=("logits",))
 
 
 def test_the_file_says_what_torch_says_at_every_shape_and_with_padding(written):
     model, path, _ = written
-    with OrtRunner(path, 1) as file, TorchRunner(model, lambda output: output["logits"]) as reference:
+    with (
+        OrtRunner(path, 1) as file,
+        TorchRunner(model, lambda output: {"logits": output["logits"]}) as reference,
+    ):
         batches = parity.padded_examples(example, 7)
         assert len({batch["input_ids"].shape for batch in batches}) == 3
         found = parity.parity(reference, file, batches)
@@ -87,14 +90,14 @@ def test_a_model_that_was_changed_after_the_export_does_not_pass(written, name):
     model = encoder()
     model.get_parameter(name).data.mul_(1.02).add_(0.01)
     refused = pytest.raises(CompressError, match=r"disagree: .* at \[\d, \d, \d\] of 'logits'")
-    reference = TorchRunner(model, lambda output: output["logits"])
+    reference = TorchRunner(model, lambda output: {"logits": output["logits"]})
     with OrtRunner(path, 1) as file, reference, refused:
         parity.parity(reference, file, parity.padded_examples(example, 7))
 
 
 def test_the_same_model_gives_the_same_bytes(written, tmp_path):
     _, path, _ = written
-    export(encoder(), example(3, 5), tmp_path / "other.onnx", output_name="logits")
+    export(encoder(), example(3, 5), tmp_path / "other.onnx", outputs=("logits",))
     assert (tmp_path / "other.onnx").read_bytes() == path.read_bytes()
 
 
@@ -104,7 +107,7 @@ def test_another_process_in_another_place_gives_the_same_bytes(written, tmp_path
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import test_writer as t; from pathlib import Path\n"
-        "t.export(t.encoder(), t.example(), Path('model.onnx'), output_name='logits')\n"
+        "t.export(t.encoder(), t.example(), Path('model.onnx'), outputs=('logits',))\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code, str(Path(__file__).parent)]
@@ -196,7 +199,7 @@ def test_attention_has_all_the_forms_that_torchs_has(tmp_path):
     free = {name: {0: "batch", 2: "tokens"} for name in "qkv"} | {
         "mask": {0: "batch", 2: "tokens", 3: "tokens"}
     }
-    said = export(Variants(), inputs(2, 5, 0), tmp_path / "m.onnx", output_name="y", dynamic=free)
+    said = export(Variants(), inputs(2, 5, 0), tmp_path / "m.onnx", outputs=("y",), dynamic=free)
     assert (said.exporter, said.fixed) == ("torch.export", ())
     with OrtRunner(tmp_path / "m.onnx", 1) as file:
         for batch, tokens in ((2, 5), (3, 8), (1, 1)):
@@ -223,7 +226,7 @@ class Tied(nn.Module):
 def test_a_size_that_the_model_fixes_is_told(tmp_path):
     model = Tied(6, 4)
     ids = {"input_ids": torch.ones(2, 6, dtype=torch.long)}
-    said = export(model, ids, tmp_path / "m.onnx", output_name="y")
+    said = export(model, ids, tmp_path / "m.onnx", outputs=("y",))
     assert said.fixed == ("input_ids: tokens = 6",)
     with OrtRunner(tmp_path / "m.onnx", 1) as file:
         assert file.inputs() == {"input_ids": (np.dtype(np.int64), ("batch", 6))}
@@ -238,7 +241,7 @@ def test_a_model_for_one_batch_size_is_refused(tmp_path):
             Tied(2, 1, 4),
             {"input_ids": torch.ones(2, 6, dtype=torch.long)},
             tmp_path / "m.onnx",
-            output_name="y",
+            outputs=("y",),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -246,10 +249,10 @@ def test_a_model_for_one_batch_size_is_refused(tmp_path):
 def test_large_weights_lie_beside_the_file_and_are_part_of_its_hash(tmp_path, monkeypatch):
     path, model = tmp_path / "model.onnx", nn.Linear(64, 64)
     inputs = {"input": torch.randn(2, 64)}
-    export(model, inputs, path, output_name="y")
+    export(model, inputs, path, outputs=("y",))
     whole = path.read_bytes()
     monkeypatch.setattr(writer, "ONE_FILE_BYTES", 0)
-    said = export(model, inputs, path, output_name="y")
+    said = export(model, inputs, path, outputs=("y",))
     assert said.files == ("model.onnx", "model.onnx.data")
     assert sorted(part.name for part in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
     assert len(path.read_bytes()) < 2000 < (tmp_path / "model.onnx.data").stat().st_size
@@ -260,7 +263,7 @@ def test_large_weights_lie_beside_the_file_and_are_part_of_its_hash(tmp_path, mo
     beside.write_bytes(beside.read_bytes()[::-1])
     assert onnxruntime.sha256(path) != first
     monkeypatch.undo()
-    assert export(model, inputs, path, output_name="y").files == ("model.onnx",)
+    assert export(model, inputs, path, outputs=("y",)).files == ("model.onnx",)
     assert [part.name for part in tmp_path.iterdir()] == ["model.onnx"]
     assert path.read_bytes() == whole
 
@@ -273,7 +276,7 @@ class Branching(nn.Module):
 
 
 def test_the_older_exporter_steps_in_and_the_note_says_why(tmp_path):
-    said = export(Branching(), {"x": torch.ones(1, 4)}, tmp_path / "m.onnx", output_name="y")
+    said = export(Branching(), {"x": torch.ones(1, 4)}, tmp_path / "m.onnx", outputs=("y",))
     assert said.exporter == "torchscript"
     assert "cannot be traced for export" in said.note
     assert "must not branch on values" in said.note
@@ -292,7 +295,7 @@ class Factor(nn.Module):
 def test_an_operator_without_translation_is_named_with_its_module(tmp_path, capfd):
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Factor()))
     with pytest.raises(CompressError) as refused:
-        export(model, {"input": torch.randn(2, 5, 4)}, tmp_path / "m.onnx", output_name="y")
+        export(model, {"input": torch.randn(2, 5, 4)}, tmp_path / "m.onnx", outputs=("y",))
     words = str(refused.value)
     assert "no translation for operator aten.linalg_cholesky_ex.default, which 1.1 calls" in words
     assert "torch's older exporter fails as well: UnsupportedOperatorError" in words
@@ -307,20 +310,47 @@ def test_an_answer_without_the_wanted_tensor_is_refused(tmp_path):
         def forward(self, x):
             return {"other": x}
 
-    with pytest.raises(CompressError, match="returns dict without 'logits'; say which tensor to keep"):
-        export(Words(), {"x": torch.ones(2, 4)}, tmp_path / "m.onnx", output_name="logits")
+    with pytest.raises(CompressError, match="returns dict without 'logits'; say which tensors to keep"):
+        export(Words(), {"x": torch.ones(2, 4)}, tmp_path / "m.onnx", outputs=("logits",))
 
 
 def test_the_wanted_tensor_is_found_in_whatever_a_model_returns():
     class Output:
         logits = torch.ones(1)
 
-    pick, one = writer._named("logits"), torch.ones(1)
+    pick, one = writer._named(["logits"]), torch.ones(1)
     for output in (one, {"logits": one, "loss": None}, (one, None), [one], Output()):
-        assert torch.equal(pick(output), one)
+        assert torch.equal(pick(output)["logits"], one)
     for output in ({}, (None, one), None, 3.0):
         with pytest.raises(CompressError, match="without 'logits'"):
             pick(output)
+
+
+def test_several_outputs_are_found_by_name_or_position_and_written_in_order(tmp_path):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return {"unused": x, "low": self.linear(x).unbind(-1)[0], "high": self.linear(x)}
+
+    low, high = torch.ones(2), torch.zeros(2, 3)
+    pick = writer._named(["low", "high"])
+    for output in ((low, high), {"high": high, "low": low}):
+        found = pick(output)
+        assert list(found) == ["low", "high"]
+        assert torch.equal(found["high"], high)
+    with pytest.raises(CompressError, match="returns tuple without 'high'"):
+        pick((low,))
+    model, x = Pair(), torch.randn(3, 4)
+    export(model, {"x": x}, tmp_path / "m.onnx", outputs=("low", "high"))
+    with OrtRunner(tmp_path / "m.onnx", 1) as file:
+        assert list(file.outputs()) == ["low", "high"]
+        answers = file.infer({"x": x.numpy()})
+        assert np.allclose(answers["high"][:, 0], answers["low"])
+        with TorchRunner(model, writer._named(("low", "high"))) as reference:
+            assert parity(reference, file, [{"x": x.numpy()}]).inputs == 3
 
 
 def test_a_file_that_is_not_valid_never_gets_its_name(tmp_path, monkeypatch):
@@ -333,7 +363,7 @@ def test_a_file_that_is_not_valid_never_gets_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(onnx.checker, "check_model", refuse)
     with pytest.raises(CompressError, match=r"not valid ONNX: ValidationError: bad graph$"):
-        export(nn.Linear(4, 4), {"input": torch.ones(2, 4)}, path, output_name="y")
+        export(nn.Linear(4, 4), {"input": torch.ones(2, 4)}, path, outputs=("y",))
     assert path.read_bytes() == b"the one before"
     assert list(tmp_path.iterdir()) == [path]
 
