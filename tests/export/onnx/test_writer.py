@@ -350,7 +350,7 @@ def test_several_outputs_are_found_by_name_or_position_and_written_in_order(tmp_
         answers = file.infer({"x": x.numpy()})
         assert np.allclose(answers["high"][:, 0], answers["low"])
         with TorchRunner(model, writer._named(("low", "high"))) as reference:
-            assert parity(reference, file, [{"x": x.numpy()}]).inputs == 3
+            assert parity.parity(reference, file, [{"x": x.numpy()}]).inputs == 3
 
 
 def test_a_file_that_is_not_valid_never_gets_its_name(tmp_path, monkeypatch):
