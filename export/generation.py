@@ -23,7 +23,7 @@ Tick = Callable[[int, int], None]
 class Stepwise:
     """A decoder file that reads a part of its input as a prompt and the rest token by token.
 
-    What it answers to a whole input must be what the model says without any cache.
+    Its output for a whole input must equal that of the model without a cache.
     """
 
     def __init__(self, runner: OrtRunner, output: str = "logits") -> None:
@@ -37,15 +37,15 @@ class Stepwise:
         parts = []
         for first, last in [(0, start), *((place, place + 1) for place in range(start, tokens))]:
             new = {IDS: inputs[IDS][:, first:last], MASK: inputs[MASK][:, :last]}
-            answers = self.runner.infer({**new, **past})
-            parts.append(answers[self.output])
-            past = following(self.runner, answers)
+            outputs = self.runner.infer({**new, **past})
+            parts.append(outputs[self.output])
+            past = following(self.runner, outputs)
         return {self.output: np.concatenate(parts, axis=1)}
 
 
-def following(runner: OrtRunner, answers: Mapping[str, Array]) -> dict[str, Array]:
-    """The past of the next step: what one step said was present."""
-    return {name: answers[kv_cache.present(name)] for name in runner.inputs() if name.startswith(PAST)}
+def following(runner: OrtRunner, outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The past of the next step: the cache that one step returned."""
+    return {name: outputs[kv_cache.present(name)] for name in runner.inputs() if name.startswith(PAST)}
 
 
 def generate(runner: OrtRunner, inputs: Mapping[str, Array], tokens: int, output: str = "logits") -> Array:
@@ -60,11 +60,11 @@ def generate(runner: OrtRunner, inputs: Mapping[str, Array], tokens: int, output
     past: dict[str, Array] = {}
     made = []
     for _ in range(tokens):
-        answers = runner.infer({IDS: ids, MASK: mask, **past})
-        ids = answers[output][:, -1:].argmax(-1)
+        outputs = runner.infer({IDS: ids, MASK: mask, **past})
+        ids = outputs[output][:, -1:].argmax(-1)
         made.append(ids)
         mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-        past = following(runner, answers)
+        past = following(runner, outputs)
     return np.concatenate(made, axis=1)
 
 

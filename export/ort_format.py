@@ -5,7 +5,7 @@ from pathlib import Path
 import onnxruntime
 
 from compress.errors import CompressError
-from compress.export.backends.onnxruntime import BROKEN, CPU
+from compress.export.backends.onnxruntime import CPU, RUNTIME_ERRORS
 from compress.export.output_dir import Finished
 
 
@@ -24,7 +24,7 @@ def convert(file: Path, destination: Path) -> Path:
     options.log_severity_level = 4
     try:
         onnxruntime.InferenceSession(str(file), options, providers=[CPU])
-    except BROKEN as error:
+    except RUNTIME_ERRORS as error:
         raise CompressError(f"{file} cannot be written as .ort: {str(error).splitlines()[0]}") from error
     return destination
 

@@ -299,7 +299,7 @@ def repeated(layer: nn.Module, x: torch.Tensor, device: str, graphs: bool) -> Ca
         with torch.inference_mode():
             return [layer(x) for _ in range(REPEATS)]
 
-    launch = torch_cuda.captured(forward) if graphs else forward
+    launch = torch_cuda.capture_graph(forward) if graphs else forward
 
     def call() -> None:
         launch()
@@ -429,7 +429,7 @@ def decode(options: argparse.Namespace, _: dict) -> list[dict]:
 def files(options: argparse.Namespace, _: dict) -> list[dict]:
     """Both models, dense and halved, as ONNX files in onnxruntime: on the GPU where its provider starts."""
     provider = onnxruntime.CUDA if options.device == "cuda" else onnxruntime.CPU
-    if not onnxruntime.starts(provider):
+    if not onnxruntime.provider_starts(provider):
         return [{"provider": provider, "not": "onnxruntime here does not have it, or cannot start it"}]
     rows = []
     for name, factory in MODELS.items():
@@ -535,7 +535,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     if options.device == "cuda" and torch_cuda.gpu() is None:
         parser.error("torch sees no CUDA device; --device cpu --quick tries the script without one")
     if options.target is None:
-        found = torch_cuda.target_at_hand()
+        found = torch_cuda.local_target()
         if options.device == "cuda" and found is None:
             parser.error(f"no profile describes {torch_cuda.gpu().name}; name the nearest with --target")
         options.target = "h100" if found is None else found.name

@@ -27,12 +27,12 @@ from compress.ir import Document, Latency
 from compress.measure.intervals import Estimate, describe, paired_ratio
 
 MIN_BLOCKS = 30
-SETTLED = 0.02
+WARM_UP_SPREAD = 0.02
 WINDOW_RUNS = 5
 WINDOWS = 3
 FINAL_BLOCKS = 2  # the proof is timed this many times as long as a turn of the loop
-DRIFTED = 0.03
-CROWDED = 0.15  # cores busy elsewhere, from which on caches and memory are not the runners' own
+MAX_DRIFT = 0.03
+MAX_OTHER_CORES = 0.15  # cores busy elsewhere, from which on caches and memory are not the runners' own
 CPUINFO = Path("/proc/cpuinfo")
 # Instruction sets that change which kernels a runtime picks.
 FLAGS = (
@@ -55,7 +55,7 @@ class Protocol(Document):
     seed: int = 0
     order: str = "interleaved, A B B A"
     interval: str = "95 % bootstrap over A B B A cycles of paired medians"
-    warmup: str = f"until {WINDOWS} windows of {WINDOW_RUNS} runs agree within {SETTLED:.0%}, bounded"
+    warmup: str = f"until {WINDOWS} windows of {WINDOW_RUNS} runs agree within {WARM_UP_SPREAD:.0%}, bounded"
     clock: str = "wall"
 
 
@@ -201,7 +201,7 @@ def warm_up(run: Runner, clock: Clock, *, bound_ms: float) -> tuple[float, bool]
     while True:
         medians.append(float(np.median(_block(run, WINDOW_RUNS, clock))))
         last = medians[-WINDOWS:]
-        if len(last) == WINDOWS and max(last) <= min(last) * (1 + SETTLED):
+        if len(last) == WINDOWS and max(last) <= min(last) * (1 + WARM_UP_SPREAD):
             return last[-1], True
         if 1e3 * (clock() - began) >= bound_ms:
             return last[-1], False
@@ -225,22 +225,23 @@ def summarize(samples_ms: Samples) -> Latency:
     return Latency.model_validate(describe(samples_ms))
 
 
-def doubts(drift: float, settled: Mapping[str, bool], elsewhere: float = 0.0) -> list[str]:
-    """What a reader must know: others used the machine, the baseline drifted, a warm-up never settled."""
+def timing_warnings(drift: float, settled: Mapping[str, bool], elsewhere: float = 0.0) -> list[str]:
+    """Warnings about a timing: other programs ran, the baseline drifted, a warm-up did not settle."""
     found = []
-    if elsewhere > CROWDED:
+    if elsewhere > MAX_OTHER_CORES:
         found.append(
-            f"Other programs kept {elsewhere:.1f} cores busy while this was timed. Both models felt it, but "
-            "not alike: on a quiet machine the speedup may lie outside the interval. Time it again there."
+            f"Other programs kept {elsewhere:.1f} cores busy while this was timed. That slows "
+            "both models, but not equally: on a quiet machine the speedup may be outside the interval. Time "
+            "it again there."
         )
-    if abs(drift) > DRIFTED:
+    if abs(drift) > MAX_DRIFT:
         course = "slower" if drift > 0 else "faster"
         found.append(
             f"The dense model was {abs(drift):.1%} {course} at the end than at the start; the "
             "interleaved ratio is not affected, single latencies are."
         )
     return found + [
-        f"The {name} model did not settle within {SETTLED:.0%} while warming up."
+        f"The {name} model did not settle within {WARM_UP_SPREAD:.0%} while warming up."
         for name, quiet in settled.items()
         if not quiet
     ]
@@ -255,8 +256,8 @@ def check_threads(threads: int) -> None:
     cores = physical_cores()
     if not 1 <= threads <= cores:
         raise CompressError(
-            f"{threads} threads cannot be timed honestly: this machine lends {cores} physical "
-            f"core{'s' if cores > 1 else ''} to this process; ask for 1 to {cores}"
+            f"{threads} threads cannot be timed: this process may use {cores} physical "
+            f"core{'s' if cores > 1 else ''}; use 1 to {cores}"
         )
 
 
@@ -282,7 +283,7 @@ def processor(cpuinfo: str) -> tuple[str, tuple[str, ...]]:
 
 
 def environment() -> dict[str, str | int | float | bool | None]:
-    """What a reader must know about this machine to place a number measured on it."""
+    """Facts of this machine that a measured number depends on."""
     name, flags = processor(_cpuinfo())
     facts: dict[str, str | int | float | bool | None] = {
         "cpu": name,

@@ -1,8 +1,8 @@
 """Verify and time an edge bundle on the device it was made for; needs only numpy and a runtime.
 
 It is copied into every bundle as `verify.py`, with `intervals.py` beside it, and runs where nothing else
-of compress is, from Python 3.9 on. It checks the checksums, compares the answers of both models with the
-ones stored beside them, times dense and compressed in turn, reads energy where the device has a meter,
+of compress is, from Python 3.9 on. It checks the checksums, compares the outputs of both models with the
+stored ones, times dense and compressed in turn, reads energy where the device has a meter,
 and writes `measured.json`, which `compress report OUT --merge measured.json` turns into a verdict.
 
 Exit codes: 0 measured; 2 the bundle or the request is faulty; 4 the device computes other numbers.
@@ -33,17 +33,17 @@ import numpy as np
 
 SCHEMA_VERSION = 1
 SIDES = ("dense", "compressed")
-FAULTY, DISAGREES = 2, 4
+BAD_REQUEST, DISAGREES = 2, 4
 
 # The protocol of compress.bench; tests hold both to the same figures.
 MIN_BLOCKS = 30
-SETTLED = 0.02
+WARM_UP_SPREAD = 0.02
 WINDOW_RUNS = 5
 WINDOWS = 3
 MOST_SAMPLES = 600
 ENERGY_S = 5.0
 
-# Relative to the largest answer. Kernels of other devices add in another order and round elsewhere.
+# Relative to the largest output. Kernels of other devices add in another order and round elsewhere.
 TOLERANCES = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 3e-2, "bf16": 1e-1, "int8": 5e-2, "fp8": 1.2e-1}
 FLAGS = (
     *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16"),
@@ -58,11 +58,11 @@ Clock = Callable[[], float]
 
 
 class BundleError(Exception):
-    """The bundle or the request is faulty; the text says what to do."""
+    """The bundle or the request is faulty; the message states what to do."""
 
 
 class Example:
-    """One stored input, and the answers that both models gave to it where the bundle was made."""
+    """One stored input, and the outputs of both models for it where the bundle was made."""
 
     def __init__(self, inputs: Arrays, answers: Mapping[str, Arrays]) -> None:
         self.inputs, self.answers = inputs, answers
@@ -122,7 +122,7 @@ def sha256(*paths: Path) -> str:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The stored inputs and answers; arrays are named `<number>.<in|dense|compressed>.<name>`."""
+    """The stored inputs and outputs; arrays are named `<number>.<in|dense|compressed>.<name>`."""
     parts: dict[int, dict[str, dict[str, Any]]] = {}
     with np.load(path, allow_pickle=False) as stored:
         for key in stored.files:
@@ -135,7 +135,7 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def agreement(model: Any, side: str, examples: Sequence[Example], relative: float) -> dict[str, Any]:
-    """How far a model's answers here are from the stored ones; padded positions do not count."""
+    """How far a model's outputs here are from the stored ones; padded positions do not count."""
     worst, largest, same = 0.0, 1.0, []
     for example in examples:
         answers = model.infer(example.inputs)
@@ -193,7 +193,7 @@ class OrtModel:
         if self._session.get_providers()[0] != provider:
             raise BundleError(
                 f"onnxruntime fell back from {provider} to {self._session.get_providers()[0]}; its CUDA or "
-                "cuDNN libraries are missing. Install them, or say --provider CPUExecutionProvider"
+                "cuDNN libraries are missing. Install them, or use --provider CPUExecutionProvider"
             )
         self.provider, self.version = provider, str(ort.__version__)
         self._device = "cuda" if provider == CUDA else "cpu"
@@ -206,7 +206,7 @@ class OrtModel:
         return dict(zip(names, self._session.run(names, feed)))
 
     def timed(self, inputs: Arrays) -> Run:
-        """One inference whose inputs and outputs lie on the device already."""
+        """One inference whose inputs and outputs are in device memory."""
         binding = self._session.io_binding()
         for value in self._session.get_inputs():
             array = np.ascontiguousarray(inputs[value.name])
@@ -274,7 +274,7 @@ class TensorrtModel:
         return {name: self._cuda.fetch(place, array) for name, (place, array) in outputs.items()}
 
     def timed(self, inputs: Arrays) -> Run:
-        """One run of the engine and the wait for its end; inputs lie on the device already."""
+        """One run of the engine and the wait for its end; inputs are in device memory."""
         self._bind(inputs)
         return self._run
 
@@ -366,7 +366,7 @@ def opened(library: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -437,14 +437,14 @@ def warm_up(run: Run, clock: Clock, bound_ms: float) -> tuple[float, bool]:
     while True:
         medians.append(float(np.median(timed_block(run, WINDOW_RUNS, clock))))
         last = medians[-WINDOWS:]
-        if len(last) == WINDOWS and max(last) <= min(last) * (1 + SETTLED):
+        if len(last) == WINDOWS and max(last) <= min(last) * (1 + WARM_UP_SPREAD):
             return last[-1], True
         if 1e3 * (clock() - began) >= bound_ms:
             return last[-1], False
 
 
 def load_intervals() -> Any:
-    """The module `intervals.py` that lies beside this file, in a bundle as where the bundle was made."""
+    """The module `intervals.py` beside this file, in a bundle as in the package."""
     path = Path(__file__).with_name("intervals.py")
     found: Any = importlib.util.spec_from_file_location("intervals", path)
     module = importlib.util.module_from_spec(found)
@@ -724,7 +724,7 @@ def measure(folder: Path, words: argparse.Namespace, say: Callable[[str], None])
         stored = bundle["models"][side]["precision"]
         relative = max(TOLERANCES[stored], TOLERANCES[model.precision])
         document["golden"][side] = agreement(model, side, examples, relative)
-        say(f"numbers: {side} {told(document['golden'][side])}")
+        say(f"numbers: {side} {describe_agreement(document['golden'][side])}")
     if all(found["passed"] for found in document["golden"].values()):
         document.update(timings(models, examples[0], protocol, words.seconds, kind, say))
         document["device"].update({f"{key}_after": value for key, value in state().items()})
@@ -816,8 +816,8 @@ def check_threads(threads: int) -> None:
     cores = physical_cores()
     if not 1 <= threads <= cores:
         raise BundleError(
-            f"{threads} threads cannot be timed honestly: this device lends {cores} physical cores to this "
-            f"process; say --threads with 1 to {cores}"
+            f"{threads} threads cannot be timed: this process may use {cores} physical cores; "
+            f"use --threads with 1 to {cores}"
         )
 
 
@@ -831,11 +831,11 @@ def ticker(say: Callable[[str], None]) -> Callable[[int, int], None]:
     return tick
 
 
-def told(found: Mapping[str, Any]) -> str:
-    """How well stored and computed answers agree, in words."""
+def describe_agreement(found: Mapping[str, Any]) -> str:
+    """How well stored and computed outputs agree, as a sentence."""
     gap = found["max_abs_difference"]
     size = "cannot be compared" if gap is None else f"differs by at most {gap:.1e}"
-    return f"{size} (tolerance {found['tolerance']:.1e}), {found['agreement']:.1%} of the answers agree"
+    return f"{size} (tolerance {found['tolerance']:.1e}), {found['agreement']:.1%} of the predictions agree"
 
 
 def summary(document: Mapping[str, Any]) -> str:
@@ -856,11 +856,13 @@ def summary(document: Mapping[str, Any]) -> str:
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description="Verify and time this bundle on this device.")
-    parser.add_argument("--runtime", choices=("onnxruntime", "tensorrt"), help="default: what the target has")
+    parser.add_argument(
+        "--runtime", choices=("onnxruntime", "tensorrt"), help="default: the runtime of the target"
+    )
     parser.add_argument("--provider", metavar="NAME", help="of onnxruntime, e.g. CUDAExecutionProvider")
     parser.add_argument("--precision", choices=("fp32", "tf32", "fp16"), help="of TensorRT engines")
     parser.add_argument("--format", choices=("onnx", "ort"), default="onnx", help="which files to load")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: what was asked for")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: as compiled")
     parser.add_argument("--seconds", type=float, metavar="S", help="how long to time; 10 unless given")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: measured.json beside this file")
     parser.add_argument("--json", action="store_true", help="the measurement on standard output")
@@ -871,7 +873,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure and write the answer; the exit code."""
+    """Measure and write the measurement; the exit code."""
     asked = arguments(words)
     stream = sys.stderr if asked.json else sys.stdout
 
@@ -885,15 +887,17 @@ def main(words: Sequence[str] | None = None) -> int:
         document = measure(folder, asked, say)
         place.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except BundleError as error:
-        return failed(str(error), asked.json)
+        return report_failure(str(error), asked.json)
     except OSError as error:
-        return failed(f"{error.filename}: {error.strerror}; name another place with --out", asked.json)
+        return report_failure(
+            f"{error.filename}: {error.strerror}; choose another path with --out", asked.json
+        )
     if asked.json:
         sys.stdout.write(json.dumps(document) + "\n")
     if "ratio" not in document:
         sys.stderr.write(
             "verify: this device computes other numbers than the bundle holds, so nothing was timed. Try "
-            "another runtime or precision; if it stays, the runtime here is not to be trusted.\n"
+            "another runtime or precision; if that fails too, the runtime here is faulty.\n"
         )
         return DISAGREES
     say(summary(document))
@@ -901,12 +905,12 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def failed(message: str, as_json: bool) -> int:
-    """Say what is wrong with the bundle or the request."""
+def report_failure(message: str, as_json: bool) -> int:
+    """Report an error in the bundle or the request; the exit code."""
     sys.stderr.write(f"verify: {message}\n")
     if as_json:
-        sys.stdout.write(json.dumps({"error": message, "exit_code": FAULTY}) + "\n")
-    return FAULTY
+        sys.stdout.write(json.dumps({"error": message, "exit_code": BAD_REQUEST}) + "\n")
+    return BAD_REQUEST
 
 
 if __name__ == "__main__":

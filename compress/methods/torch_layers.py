@@ -39,10 +39,10 @@ class Formed(nn.Linear):
             return torch_kernels.quantized(self.codes, self)
         if self.factors is not None:
             left, right = (part.to(self.weight) for part in self.factors)
-            return torch_kernels.ThinLinear(left, right, self.bias)
+            return torch_kernels.LowRankLinear(left, right, self.bias)
         if self.option.pattern == "2:4":
             return torch_kernels.SparseLinear(self.weight, self.bias)
-        return torch_kernels.blocks_of(self.weight.detach(), self.bias, *self.option.block)
+        return torch_kernels.block_layer(self.weight.detach(), self.bias, *self.option.block)
 
 
 def formed(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> nn.Module:

@@ -274,7 +274,7 @@ def _assembled(
     shaped = model_files.deployed(job, shrunk, removals)
     warnings = _agreement(job, emulated, shaped, shipped)
     if comparison is not None:
-        warnings += timing.doubts(comparison.drift, comparison.settled, comparison.elsewhere)
+        warnings += timing.timing_warnings(comparison.drift, comparison.settled, comparison.elsewhere)
     before, after = judged(job, files_of["dense"][1]), judged(job, shipped)
     dense = figures(job, *files_of["dense"], comparison, "dense", before.score)
     quick = figures(job, shaped, shipped, comparison, "compressed", after.score, _saved_bytes(job, turn))

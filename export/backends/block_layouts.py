@@ -1,8 +1,8 @@
 """Which layout of a block-sparse product is fastest on this machine: timed once for every shape, then kept.
 
 All layouts of a shape are timed in turn with the dense product, on a few copies with weights and inputs of
-their own. The table lies with those of the sites; a row is one layout of one shape, its levels are the blocks
-that a group keeps.
+their own. The table is stored with those of the sites; a row is one layout of one shape, its levels are the
+blocks that a group keeps.
 """
 
 import math

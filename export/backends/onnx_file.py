@@ -146,7 +146,7 @@ class OnnxRuntimeCuda(OnnxRuntime):
     @classmethod
     def available(cls, profile: Profile, threads: int) -> Self | None:
         """Here where the GPU is the profile's and the provider starts."""
-        if not torch_cuda.at_hand(profile) or not onnxruntime.starts(onnxruntime.CUDA):
+        if not torch_cuda.is_local_gpu(profile) or not onnxruntime.provider_starts(onnxruntime.CUDA):
             return None
         return cls(profile, threads)
 

@@ -1,7 +1,7 @@
-"""Things that answer: an ONNX file in onnxruntime, or the torch model, behind one method.
+"""Runners: an ONNX file in an onnxruntime session, and the torch model in float32 as the reference.
 
 A runner is a context manager with `infer`, from arrays by input name to arrays by output name. `timed`
-gives a call without arguments that does nothing but the runtime's own work, for the benchmark.
+returns a call without arguments that does nothing but the runtime's own work, for timing.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ TYPES: dict[str, np.dtype[Any]] = {
     "tensor(uint8)": np.dtype(np.uint8),
     "tensor(bool)": np.dtype(np.bool_),
 }
-BROKEN = (
+RUNTIME_ERRORS = (
     state.Fail,
     state.InvalidArgument,
     state.InvalidGraph,
@@ -64,13 +64,13 @@ class OrtRunner:
         self.path, self.threads, self.provider = Path(path), threads, provider
         try:
             session = onnxruntime.InferenceSession(str(path), _options(threads), providers=[provider])
-        except BROKEN as error:
+        except RUNTIME_ERRORS as error:
             words = str(error).splitlines()[0]
             raise CompressError(
                 f"onnxruntime cannot load {path} ({Path(path).stat().st_size} bytes): {words}\n"
                 "  The file is damaged or of a newer format; export it again."
             ) from error
-        _own(session, provider)
+        _require_provider(session, provider)
         self._session: onnxruntime.InferenceSession | None = session
 
     def __enter__(self) -> Self:
@@ -108,7 +108,7 @@ class OrtRunner:
         feed = self._feed(inputs)
         try:
             return dict(zip(names, session.run(names, feed), strict=True))
-        except BROKEN as error:
+        except RUNTIME_ERRORS as error:
             raise self._refusal(feed, error) from error
 
     def timed(self, inputs: Mapping[str, Array]) -> Callable[[], object]:
@@ -120,10 +120,10 @@ class OrtRunner:
             CompressError: an input is missing, or the file does not accept a shape or type.
         """
         feed = self._feed(inputs)
-        call = bound(self._open(), feed, self.provider)
+        call = bind_call(self._open(), feed, self.provider)
         try:
-            call()  # a shape that does not fit is told now, not in the middle of a measurement
-        except (*BROKEN, RuntimeError) as error:  # bound runs raise the plain one
+            call()  # refuses a shape that does not fit now, not in the middle of a measurement
+        except (*RUNTIME_ERRORS, RuntimeError) as error:  # bound runs raise the plain one
             raise self._refusal(feed, error) from error
         return call
 
@@ -203,10 +203,10 @@ class TorchRunner:
         }
 
 
-def bound(
+def bind_call(
     session: onnxruntime.InferenceSession, feed: Mapping[str, Array], provider: str
 ) -> Callable[[], None]:
-    """A call that runs a session on inputs that lie where the provider computes, and waits for it."""
+    """A call that runs a session on inputs in the memory of the provider's device, and waits for it."""
     binding = session.io_binding()
     device = "cpu" if provider == CPU else "cuda"
     for name, value in feed.items():
@@ -226,8 +226,8 @@ def bound(
     return call
 
 
-def starts(provider: str) -> bool:
-    """Whether onnxruntime has a provider and can start it; it also names those whose libraries it lacks."""
+def provider_starts(provider: str) -> bool:
+    """Whether onnxruntime has a provider and can start it; it also lists those whose libraries it lacks."""
     if provider not in onnxruntime.get_available_providers():
         return False
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
@@ -235,13 +235,13 @@ def starts(provider: str) -> bool:
     file = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     try:
         session = onnxruntime.InferenceSession(file.SerializeToString(), _options(1), providers=[provider])
-        _own(session, provider)
-    except (*BROKEN, RuntimeError, CompressError):
+        _require_provider(session, provider)
+    except (*RUNTIME_ERRORS, RuntimeError, CompressError):
         return False
     return True
 
 
-def _own(session: onnxruntime.InferenceSession, provider: str) -> None:
+def _require_provider(session: onnxruntime.InferenceSession, provider: str) -> None:
     """Refuse a session that silently fell back to the processor.
 
     Raises:
@@ -269,7 +269,7 @@ def facts() -> dict[str, str | int]:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file and, where its weights lie beside it, of these too."""
+    """The SHA-256 of a file, its external weights included."""
     total = hashlib.sha256()
     beside = path.with_name(f"{path.name}.data")
     for part in (path, beside) if beside.is_file() else (path,):

@@ -46,7 +46,7 @@ def open_session(file: bytes, site: Site, threads: int, provider: str = onnxrunt
             held = (batch, value.shape[1], site.past, site.head_dim)
             feeds[value.name] = random.standard_normal(held).astype(np.float32)
     if provider != onnxruntime.CPU:
-        return onnxruntime.bound(loaded, feeds, provider)
+        return onnxruntime.bind_call(loaded, feeds, provider)
     return lambda: loaded.run(None, feeds)
 
 

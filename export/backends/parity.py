@@ -1,4 +1,4 @@
-"""Do two runners give the same answers, on several shapes and with padding?"""
+"""Whether two runners give the same outputs, on several shapes and with padding."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-4
 
 
 class Agreement(Document):
-    """How far two runners are apart over `inputs` inputs; `tolerance` grows with the answers."""
+    """How far two runners are apart over `inputs` inputs; `tolerance` scales with the largest output."""
 
     max_abs_difference: float
     tolerance: float
@@ -44,7 +44,7 @@ def parity(
 ) -> Agreement:
     """Compare every output of `reference` with that of `runner`; positions that are padding do not count.
 
-    `relative` is the difference allowed, in units of the largest answer (at least 1).
+    `relative` is the difference allowed, relative to the largest output (at least 1).
 
     Raises:
         CompressError: they differ by more than the tolerance, with the place and both values.

@@ -34,4 +34,4 @@ def table_origins(profile: Profile) -> tuple[str, ...]:
 
 def target_here() -> Profile:
     """The profile of the GPU of this machine where there is one, else of its processor."""
-    return torch_cuda.target_at_hand() or profiles.load("cpu")
+    return torch_cuda.local_target() or profiles.load("cpu")

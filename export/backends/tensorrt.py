@@ -1,7 +1,7 @@
-"""An ONNX file as a TensorRT engine for the GPU at hand, and the runner that answers with it.
+"""An ONNX file as a TensorRT engine for the GPU at hand, and the runner that executes it.
 
 Networks are strongly typed, in TensorRT 10 as in 11: precision stands in the graph (casts, Q/DQ), never
-in a flag. An engine fits the device and version it was built on, so a stamp lies beside it, and loading
+in a flag. An engine fits the device and version it was built on, so a stamp is written beside it, and loading
 it elsewhere is refused with both sides named. Memory, streams, events and graphs are torch's.
 """
 
@@ -46,8 +46,8 @@ TYPES = {
     "INT64": torch.int64,
     "BOOL": torch.bool,
 }
-# What the builder says, and what helps.
-ADVICE = {
+# Patterns of the builder's error messages, and what to do about them.
+REMEDIES = {
     r"no importer registered|unsupported operator|plugin not found": (
         "TensorRT does not know an operator of this file; keep the ONNX and run it in onnxruntime"
     ),
@@ -387,7 +387,7 @@ def _errors(words: list[tuple[str, str]]) -> list[str]:
 def _refused(file: Path, errors: list[str]) -> CompressError:
     """The builder's first error, and what helps against the errors it gave."""
     every = "\n".join(errors)
-    fitting = (advice for words, advice in ADVICE.items() if re.search(words, every, re.IGNORECASE))
+    fitting = (advice for words, advice in REMEDIES.items() if re.search(words, every, re.IGNORECASE))
     advice = next(fitting, "the ONNX file still runs in onnxruntime")
     return CompressError(
         f"TensorRT refuses {file}: {errors[0] if errors else 'it gave no reason'}\n  {advice}"

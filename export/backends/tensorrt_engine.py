@@ -64,12 +64,12 @@ class Stamp(Document):
 
 
 def stamp_path(engine: Path) -> Path:
-    """Where the stamp of an engine lies."""
+    """Path of the stamp of an engine."""
     return engine.with_name(f"{engine.name}.json")
 
 
 def mismatch(stamp: Stamp, here: Machine) -> list[str]:
-    """What keeps an engine from being loaded here, in words; empty when nothing does."""
+    """Why an engine cannot be loaded here; empty when it can."""
     there, options = stamp.machine, stamp.options
     faults = []
     if not _fits_hardware(there, here, options):

@@ -1,4 +1,4 @@
-"""A torch model on the GPU at hand behind the face of a runner: one precision, events, CUDA graphs.
+"""A torch model on the GPU of this machine as a runner: one precision, CUDA events, CUDA graphs.
 
 It measures a GPU target wherever there is that GPU, without any other runtime. On the device "cpu" the
 same code runs without graphs and with the wall clock in the place of events.
@@ -57,16 +57,16 @@ def gpu() -> Gpu | None:
     )
 
 
-def at_hand(profile: Profile) -> bool:
+def is_local_gpu(profile: Profile) -> bool:
     """Whether the GPU of this machine is the one that the profile describes."""
     found = gpu() if profile.kind == "gpu" else None
     return found is not None and profiles.means(profile.name, f"{found.name} {_board()}")
 
 
-def target_at_hand() -> Profile | None:
+def local_target() -> Profile | None:
     """The profile of the GPU of this machine, None when there is no GPU or no profile of it."""
     known = (profiles.load(name) for name in profiles.names())
-    return next((profile for profile in known if at_hand(profile)), None)
+    return next((profile for profile in known if is_local_gpu(profile)), None)
 
 
 def _board() -> str:
@@ -132,7 +132,7 @@ class CudaRunner:
         return {name: tensor.float().cpu().numpy() for name, tensor in found.items()}
 
     def timed(self, inputs: Mapping[str, Array]) -> Callable[[], object]:
-        """One inference on inputs that lie on the device, ended by waiting for it.
+        """One inference on inputs in device memory; the call waits for its end.
 
         Raises:
             CompressError: graphs are on, and the model does something that a graph cannot hold.
@@ -146,7 +146,7 @@ class CudaRunner:
             CompressError: the model takes no cache; or graphs are on, and a graph cannot hold its step.
         """
         step = decoder.stepper(self._open(), self._feed(prompt))
-        return self._waiting(captured(step) if self.graphs else step)
+        return self._waiting(capture_graph(step) if self.graphs else step)
 
     def timed_phase(self, prompt: Mapping[str, Array], phase: str) -> Callable[[], object]:
         """One phase of a decoder: "prefill" of the prompt, or "decode" of one token after it."""
@@ -201,7 +201,7 @@ class CudaRunner:
             with torch.inference_mode():
                 return model(**feed)
 
-        return captured(forward) if self.graphs else forward
+        return capture_graph(forward) if self.graphs else forward
 
     def _waiting(self, launch: Callable[[], object]) -> Callable[[], object]:
         def call() -> None:
@@ -214,7 +214,7 @@ class CudaRunner:
         wait(self.device)
 
 
-def captured(forward: Callable[[], object]) -> Callable[[], object]:
+def capture_graph(forward: Callable[[], object]) -> Callable[[], object]:
     """A call that replays what `forward` does on the GPU; its tensors stay where they are.
 
     Raises:
@@ -272,6 +272,6 @@ def wait(device: str) -> None:
 
 
 def conditions(meter: Nvml | None = None) -> dict[str, str | int]:
-    """Driver, clock and temperature of the GPU at this moment, as far as its driver says."""
+    """Driver, clock and temperature of the GPU now, as far as its driver reports them."""
     found = (Nvml() if meter is None else meter).facts()
     return {key: value for key, value in found.items() if key != "gpu" and value is not None}

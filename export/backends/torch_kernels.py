@@ -38,7 +38,7 @@ class SparseLinear(nn.Module):
     weight: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Pack the weight where it lies.
+        """Pack the weight on its own device.
 
         Raises:
             CompressError: a group of four holds more than two numbers.
@@ -136,7 +136,7 @@ class BsrLinear(nn.Module):
         return y.t()[: len(flat)].reshape(*x.shape[:-1], out)
 
 
-def blocks_of(weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> nn.Module:
+def block_layer(weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> nn.Module:
     """A layer of blocks: torch's own kernel where it is, gathered products elsewhere."""
     if weight.is_cuda:
         from torch.utils._triton import has_triton
@@ -146,7 +146,7 @@ def blocks_of(weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> n
     return BlockLinear(weight, bias, rows, columns)
 
 
-class ThinLinear(nn.Module):
+class LowRankLinear(nn.Module):
     """The product of two thin factors, [out, rank] and [rank, in]."""
 
     def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
@@ -248,12 +248,12 @@ class Fp8Linear(nn.Module):
 
 
 def _to_floats(flat: Tensor, step: Tensor) -> Tensor:
-    """An input in e4m3; what lies outside becomes the largest number there is."""
+    """An input in e4m3; values outside the range become the largest number of it."""
     return (flat.float() / step).clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
 
 
 def quantized(found: Quantized, layer: nn.Linear) -> nn.Module:
-    """The product of a weight in low precision, where `layer` lies and with its bias.
+    """The product of a weight in low precision, on the device of `layer` and with its bias.
 
     Raises:
         CompressError: no kernel of torch multiplies in that precision.
@@ -341,9 +341,9 @@ def form(words: str) -> tuple[int, int, Make]:
         if option.rank:
             out, inner = weight.shape
             left, right = weight[:, :1].expand(out, option.rank), weight[:1].expand(option.rank, inner)
-            return ThinLinear(left, right, layer.bias)
+            return LowRankLinear(left, right, layer.bias)
         rows, columns = option.block
-        return blocks_of(prune_blocks(weight, rows, columns, option.density), layer.bias, rows, columns)
+        return block_layer(prune_blocks(weight, rows, columns, option.density), layer.bias, rows, columns)
 
     return (1, 1, make) if option.rank else (*option.block, make)
 

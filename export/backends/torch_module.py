@@ -54,7 +54,7 @@ class TorchCuda(Backend):
     @classmethod
     def available(cls, profile: Profile, threads: int) -> Self | None:
         """Here where the GPU is the profile's."""
-        return cls(profile, threads) if torch_cuda.at_hand(profile) else None
+        return cls(profile, threads) if torch_cuda.is_local_gpu(profile) else None
 
     @property
     def runtime(self) -> str:
@@ -200,7 +200,9 @@ class TorchCuda(Backend):
         except (RuntimeError, NotImplementedError) as error:
             words = str(error).splitlines()[0][:200]
             raise CompressError(f"{site.name}: torch cannot run {form} here: {words}") from error
-        launch = torch_cuda.captured(forward) if self.graphs and self.device.startswith("cuda") else forward
+        launch = (
+            torch_cuda.capture_graph(forward) if self.graphs and self.device.startswith("cuda") else forward
+        )
 
         def call() -> None:
             launch()

@@ -42,9 +42,9 @@ def engine(output: Finished, destination: Path) -> list[Path]:
 
     Raises:
         CompressError: no TensorRT or GPU (it says what to install, and which file serves without), the
-            builder refuses the file, or the engine answers with other numbers than the file.
+            builder refuses the file, or the outputs of the engine differ from those of the file.
     """
-    tensorrt.load(output.compressed)  # what is missing is told before anything is made
+    tensorrt.load(output.compressed)  # refuses before anything is written
     made = output.report
     if profiles.load(made.target.name).baseline_precision == "fp16":
         written, found = fp16.make(output, destination)
@@ -55,7 +55,7 @@ def engine(output: Finished, destination: Path) -> list[Path]:
     stamp = tensorrt.build(
         written[0], built, engine_options(output), latency_table.cache_folder() / "tensorrt"
     )
-    agree(built, output, stamp, written[0])
+    check_agreement(built, output, stamp, written[0])
     render.write(with_engine(made, stamp), output.directory / "compression")
     return [*written, built, stamp_path(built)]
 
@@ -83,8 +83,8 @@ def engine_options(output: Finished) -> EngineOptions:
     )
 
 
-def agree(built: Path, output: Finished, stamp: Stamp, source: Path) -> None:
-    """Refuse an engine whose answers are not those of the file, within what the `source` it has allows."""
+def check_agreement(built: Path, output: Finished, stamp: Stamp, source: Path) -> None:
+    """Refuse an engine whose outputs differ from the file by more than the precision of `source` allows."""
     # Float32 products run as TF32 on tensor cores, which keeps ten bits of a number.
     relative = max(
         verify_on_device.TOLERANCES[bundle.precision_of(source)], verify_on_device.TOLERANCES["tf32"]
@@ -94,16 +94,16 @@ def agree(built: Path, output: Finished, stamp: Stamp, source: Path) -> None:
         tensorrt.TensorRTRunner(built) as runner,
     ):
         for inputs in bundle.examples(output.compressed, reference, output.report.target.shapes, reference):
-            answers = runner.infer(inputs)
+            outputs = runner.infer(inputs)
             for name, expected in reference.infer(inputs).items():
                 largest = float(np.abs(expected).max())
-                apart = float(np.abs(answers[name] - expected).max())
+                apart = float(np.abs(outputs[name] - expected).max())
                 if not apart <= relative * max(largest, 1.0):
                     raise CompressError(
-                        f"the engine answers {name!r} up to {apart:.3g} away from {output.compressed} "
+                        f"output {name!r} of the engine differs from {output.compressed} by {apart:.3g} "
                         f"(tolerance {relative:g} of {largest:.3g}; {stamp.machine.device}, TensorRT "
                         f"{stamp.machine.tensorrt}); it is not delivered.\n"
-                        "  The ONNX file was proven and stands; report this model with the versions above."
+                        "  The ONNX file was verified and can be used; report this model with these versions."
                     )
 
 

@@ -1,9 +1,9 @@
 """A float32 ONNX file as one whose products run in half precision; its inputs and outputs stay float32.
 
-Weights, products, biases and what only moves or bends one product's answer are float16. Everything else
+Weights, products, biases and what only moves or transforms one product's output are float16. Everything else
 stays float32 between casts: norms, softmax, reductions and sums of two values, so the residual stream is
 never rounded. Which products can be halved is decided by running the file: where a value comes within an
-eighth of the largest float16, or lies where float16 has no more digits, the node around it stays as well.
+eighth of the largest float16, or so small that float16 has no more digits, the node around it stays as well.
 Products of codes (Q/DQ, integers) keep what they read. Strongly typed engines compute in what is written.
 
 onnxruntime on a processor runs such a file by casting to float32, and leaves out whatever casts follow on
@@ -33,20 +33,20 @@ from compress.export.output_dir import Finished, parts
 from compress.ir import Half
 from compress.report import render
 
-LIMIT = 65504 / 8  # other inputs than those that were tried may be larger
-LEAST = 2.0**-14  # below it float16 loses digits
-TOLERANCE = 1e-2  # of the largest answer
+MAX_MAGNITUDE = 65504 / 8  # other inputs than those that were tried may be larger
+MIN_NORMAL = 2.0**-14  # below it float16 loses digits
+TOLERANCE = 1e-2  # relative to the largest output
 PRODUCTS = {"Gemm", "MatMul", "Conv"}
 SUMS = {"Add", "Sub"}
-BENT = {"Mul", "Relu", "Gelu", "Sigmoid", "Tanh", *SUMS}
-MOVED = {
+ELEMENTWISE = {"Mul", "Relu", "Gelu", "Sigmoid", "Tanh", *SUMS}
+LAYOUT_OPS = {
     *("Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Expand", "Concat"),
     *("Identity", "Flatten", "Gather"),
 }
 
 
 def export(output: Finished, destination: Path) -> list[Path]:
-    """The compressed model as `model.onnx` in half precision; the report of the output says so from then on.
+    """The compressed model as `model.onnx` in half precision; the report states so from then on.
 
     Raises:
         CompressError: as in `make`.
@@ -57,11 +57,11 @@ def export(output: Finished, destination: Path) -> list[Path]:
 
 
 def make(output: Finished, destination: Path) -> tuple[list[Path], Half]:
-    """The compressed model as `model.onnx` in half precision, and what is to be said of it.
+    """The compressed model as `model.onnx` in half precision, and its entry in the report.
 
     Raises:
-        CompressError: the target does not compute in fp16, or the answers are not those of the file that
-            was proven.
+        CompressError: the target does not compute in fp16, or the outputs are not those of the
+            verified file.
     """
     profile = profiles.load(output.report.target.name)
     if "fp16" not in profile.precisions:
@@ -75,11 +75,11 @@ def make(output: Finished, destination: Path) -> tuple[list[Path], Half]:
         examples = list(bundle.examples(output.compressed, reference, output.report.target.shapes, reference))
         expected = [reference.infer(inputs) for inputs in examples]
     found = convert(output.compressed, made, examples)
-    apart = distance(expected, answers(made, examples))
+    apart = distance(expected, emulated_outputs(made, examples))
     if not apart <= TOLERANCE:
         raise CompressError(
-            f"in fp16 the answers are up to {apart:.3g} of the largest one away from {output.compressed} "
-            f"(tolerance {TOLERANCE:g}); the file is not delivered.\n  Use --to onnx, which was proven."
+            f"in fp16 the outputs differ from {output.compressed} by up to {apart:.3g} of the largest one "
+            f"(tolerance {TOLERANCE:g}); the file is not delivered.\n  Use --to onnx, which was verified."
         )
     half = Half(
         weight_bytes=weight_bytes(made),
@@ -93,7 +93,7 @@ def make(output: Finished, destination: Path) -> tuple[list[Path], Half]:
 
 
 def distance(expected: Sequence[Mapping[str, Array]], found: Sequence[Mapping[str, Array]]) -> float:
-    """The largest difference of answers, in units of the largest answer of each output (at least 1)."""
+    """The largest difference, relative to the largest value of each output (at least 1)."""
     worst = 0.0
     for one, other in zip(expected, found, strict=True):
         for name, value in one.items():
@@ -102,8 +102,8 @@ def distance(expected: Sequence[Mapping[str, Array]], found: Sequence[Mapping[st
     return worst
 
 
-def answers(file: Path, examples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-    """What a file says to inputs here, every float16 value in it rounded to one."""
+def emulated_outputs(file: Path, examples: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    """Outputs of a file on this processor with every float16 value rounded to float16."""
     model = onnx.load(file)
     with _opened(_shown(model)) as session:
         halves = {value.name for value in session.get_outputs() if value.type == "tensor(float16)"}
@@ -251,14 +251,14 @@ class _Rewrite:
             return not self.coded & set(reads)
         if node.op_type == "Gather" and not moving:
             return True
-        if node.op_type in BENT:
+        if node.op_type in ELEMENTWISE:
             return bool(moving) and born and not (node.op_type in SUMS and len(moving) > 1)
-        return node.op_type in MOVED and bool(moving) and born
+        return node.op_type in LAYOUT_OPS and bool(moving) and born
 
     def _fits(self, name: str) -> bool:
         """Whether float16 holds a value with all of its digits."""
         size = self.largest[name]
-        return size == 0 or LEAST <= size <= LIMIT
+        return size == 0 or MIN_NORMAL <= size <= MAX_MAGNITUDE
 
     def write(self) -> None:
         """Put the casts in, and store halved weights as such."""

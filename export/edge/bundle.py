@@ -1,6 +1,6 @@
 """An edge bundle: everything that a device which is not here needs to be measured, in one folder.
 
-Both models as ONNX (a speedup needs the dense one too), inputs with the answers that both gave here,
+Both models as ONNX (a speedup needs the dense one too), inputs with the outputs of both here,
 `bundle.json` with what was asked, how to time it and the hash of every file, and `verify.py` with
 `intervals.py`, which need only numpy and a runtime and write the `measured.json` that
 `compress report --merge` takes.
@@ -45,7 +45,7 @@ def export(output: Finished, destination: Path, *, with_ort: bool = False) -> li
     """Write the bundle of a finished output; the files of the bundle.
 
     Raises:
-        CompressError: one of the models does not answer to the inputs that are made for it.
+        CompressError: one of the models refuses the inputs that are generated for it.
     """
     if output.report.target.phase == "decode":
         raise CompressError(
@@ -106,7 +106,7 @@ def describe(output: Finished, models: Pair[BundledModel], files: list[Path]) ->
 
 
 def write_examples(output: Finished, models: dict[str, Path], path: Path) -> None:
-    """Inputs of several shapes with the answers of both models, in the names that `verify.py` reads."""
+    """Inputs of several shapes with the outputs of both models, under the names that `verify.py` reads."""
     arrays: dict[str, Array] = {}
     threads = output.recipe.bench.threads
     with (
@@ -117,39 +117,39 @@ def write_examples(output: Finished, models: dict[str, Path], path: Path) -> Non
         for number, inputs in enumerate(examples(output.dense, dense, shapes, compressed)):
             arrays |= {f"{number}.in.{name}": value for name, value in inputs.items()}
             for side, runner in (("dense", dense), ("compressed", compressed)):
-                answers = runner.infer(inputs)
-                for name in [name for name in answers if not name.startswith(kv_cache.PRESENT)]:
-                    answer = answers[name]
-                    if not np.isfinite(answer).all():
+                outputs = runner.infer(inputs)
+                for name in [name for name in outputs if not name.startswith(kv_cache.PRESENT)]:
+                    output_array = outputs[name]
+                    if not np.isfinite(output_array).all():
                         raise CompressError(
-                            f"the {side} model answers {name!r} with numbers that are not finite; no device "
-                            "can be held against that"
+                            f"output {name!r} of the {side} model is not finite; no device can be compared "
+                            "with that"
                         )
-                    arrays[f"{number}.{side}.{name}"] = answer
+                    arrays[f"{number}.{side}.{name}"] = output_array
     np.savez(path, **arrays)  # type: ignore[arg-type]  # the stub takes the names for its own options
 
 
 def examples(
-    path: Path, runner: OrtRunner, shapes: dict[str, int], answering: OrtRunner
+    path: Path, runner: OrtRunner, shapes: dict[str, int], judge: OrtRunner
 ) -> Iterator[dict[str, Array]]:
     """Inputs for a file: at the timed shape, at three shorter inputs, and at three of which two are padded.
 
     Values are random from a fixed seed; integers stay inside of the tables that they index. Where the file
-    of `answering` rounds, which takes the same inputs, the steadiest of several is given.
+    of `judge`, which takes the same inputs, quantizes, the most stable of several inputs is used.
     """
     random = np.random.default_rng(0)
     limits = table_rows(path)
     sizes = list(shapes.values())
     batch, length = sizes[0], sizes[1] if len(sizes) == 2 else 1
     wanted = ((batch, length, False), (3, max(2, length // 2), False), (3, length, True))
-    if not stable_inputs.rounds(answering.path):
+    if not stable_inputs.quantizes(judge.path):
         for one in wanted:
             yield _inputs(runner, limits, *one, random)
         return
-    with stable_inputs.changed(answering.path, answering.threads) as others:
+    with stable_inputs.perturbed(judge.path, judge.threads) as others:
         for one in wanted:
             drawn = [_inputs(runner, limits, *one, random) for _ in range(stable_inputs.DRAWS)]
-            yield dict(stable_inputs.steadiest(answering, others, drawn)[0])
+            yield dict(stable_inputs.most_stable(judge, others, drawn)[0])
 
 
 def _inputs(
@@ -204,7 +204,7 @@ def table_rows(path: Path) -> dict[str, int]:
 
 
 def precision_of(path: Path) -> Precision:
-    """What the matrix products of a file compute in, as far as its contents say."""
+    """What the matrix products of a file compute in, as far as its nodes and weights show."""
     graph = onnx.load(path, load_external_data=False).graph
     if any("quantize" in node.op_type.lower() or "Integer" in node.op_type for node in graph.node):
         return "int8"

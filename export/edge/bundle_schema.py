@@ -1,4 +1,4 @@
-"""What a bundle asks of a device, and what the device answers: `bundle.json` and `measured.json`."""
+"""The documents of a bundle: `bundle.json`, the request, and `measured.json`, the measurement."""
 
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Device(Document):
-    """The target as the bundle names it; `kind` says whether its processor or its GPU is meant."""
+    """The target as the bundle names it; `kind` is "cpu" or "gpu"."""
 
     name: str
     kind: Literal["cpu", "gpu"]
@@ -36,7 +36,7 @@ class BundledModel(Document):
 
 
 class Pair(Document, Generic[T]):
-    """The same thing of the dense model and of the compressed one."""
+    """One value for the dense model and one for the compressed one."""
 
     dense: T
     compressed: T
@@ -71,7 +71,7 @@ class Runtime(Document):
 
 
 class Golden(Document):
-    """The device's answers against the stored ones; None when they could not be compared."""
+    """The device's outputs against the stored ones; None when they could not be compared."""
 
     passed: bool
     max_abs_difference: float | None

@@ -1,7 +1,7 @@
-"""A measurement made on the device joins the report of the output that it was made of.
+"""Merge a measurement made on a device into the report of the result that it was made of.
 
-What the device says is checked before it counts: it must have timed the files of this output, computed
-the same numbers as here, and be what the target names. Its ratio is computed again from its blocks.
+The measurement is checked first: the device must have timed the files of this result, computed the same
+numbers as here, and be the target. The ratio is computed again from the blocks.
 """
 
 import re
@@ -38,8 +38,8 @@ def merge(report: Report, measurement: Measurement, *, device_is_target: bool = 
     _same_files(report, measurement)
     timed = _timings(measurement)
     measured = _ratio(measurement)
-    doubts = [*_device(report, measurement, vouched=device_is_target), *_setting(report, measurement)]
-    doubts += timing.doubts(measurement.drift or 0.0, {side: timed[side].settled for side in SIDES})
+    notes = [*_device(report, measurement, vouched=device_is_target), *_setting(report, measurement)]
+    notes += timing.timing_warnings(measurement.drift or 0.0, {side: timed[side].settled for side in SIDES})
     asked, drop = report.verdict.asked, report.verdict.score_drop
     runtime = measurement.runtime
     target = report.target.model_copy(update=_target(runtime))
@@ -55,7 +55,7 @@ def merge(report: Report, measurement: Measurement, *, device_is_target: bool = 
         "compressed": small,
         "samples": Samples(baseline=timed["dense"].samples_ms, compressed=timed["compressed"].samples_ms),
         "waterfall": steps(timed["dense"].latency_ms.p50, timed["compressed"].latency_ms.p50, report.sites),
-        "warnings": (*kept, *(f"On the device: {line}" for line in doubts)),
+        "warnings": (*kept, *(f"On the device: {line}" for line in notes)),
         "environment": _environment(report, measurement),
         "protocol": measurement.protocol,
         "inputs": {**report.inputs, MERGED: artifacts.digest(measurement)},
@@ -93,8 +93,8 @@ def _timings(measurement: Measurement) -> dict[str, Timings]:
         if not golden.passed or gap is None or gap > golden.tolerance:
             far = "cannot be compared with" if gap is None else f"are {digits(gap)} away from"
             raise CompressError(
-                f"the device computes other numbers than this output: its answers of the {side} model {far} "
-                f"the stored ones (tolerance {digits(golden.tolerance)}), so its times prove nothing.\n"
+                f"the device computes other numbers than this output: its outputs of the {side} model {far} "
+                f"the stored ones (tolerance {digits(golden.tolerance)}), so its times are not used.\n"
                 "  Try verify.py there with another --runtime or --precision."
             )
     if measurement.timings is None:
@@ -103,7 +103,7 @@ def _timings(measurement: Measurement) -> dict[str, Timings]:
 
 
 def _ratio(measurement: Measurement) -> Measured:
-    """The speedup computed here from the device's blocks, which must be what the device said."""
+    """The speedup computed from the device's blocks; it must equal the one in the measurement."""
     timed = _timings(measurement)
     blocks = [tuple(np.array([ms]) for ms in timed[side].block_medians_ms) for side in SIDES]
     if len(blocks[0]) < timing.MIN_BLOCKS:
@@ -112,13 +112,14 @@ def _ratio(measurement: Measurement) -> Measured:
             f"{timing.MIN_BLOCKS} are needed. Run verify.py as it came with the bundle."
         )
     ratio = paired_ratio(blocks[0], blocks[1], int(measurement.protocol.get("seed") or 0))
-    said = measurement.ratio
+    stored = measurement.ratio
     found = (ratio.value, *ratio.interval.ends)
-    if said is None or not np.allclose(found, (said.value, said.low, said.high), rtol=SAME_FIGURES, atol=0):
+    written = None if stored is None else (stored.value, stored.low, stored.high)
+    if written is None or not np.allclose(found, written, rtol=SAME_FIGURES, atol=0):
         raise CompressError(
-            f"the measurement contradicts itself: its blocks give {ratio.value:.4f}x "
-            f"[{ratio.interval.low:.4f}, {ratio.interval.high:.4f}], but it says "
-            f"{'nothing' if said is None else f'{said.value:.4f}x [{said.low:.4f}, {said.high:.4f}]'}.\n"
+            f"the measurement is inconsistent: its blocks give {ratio.value:.4f}x "
+            f"[{ratio.interval.low:.4f}, {ratio.interval.high:.4f}], but its ratio is "
+            f"{'missing' if written is None else '{:.4f}x [{:.4f}, {:.4f}]'.format(*written)}.\n"
             "  Run verify.py on the device again, and merge its file unchanged."
         )
     return Measured(speedup=ratio.value, interval95=ratio.interval.ends)
@@ -137,10 +138,9 @@ def _device(report: Report, measurement: Measurement, *, vouched: bool) -> list[
     if recognised(name, measurement) and kind == wanted:
         return []
     if vouched:
-        return [f"{what} ({kind}) was not recognised as {name}; whoever merged it said that it is."]
+        return [f"{what} ({kind}) was not recognised as {name}; --device-is-target was given."]
     remedy = (
-        f"\n  Run verify.py on a {name}. If this is one, say so with --device-is-target, and the report "
-        "will state that you did."
+        f"\n  Run verify.py on a {name}. If this is one, add --device-is-target; the report will state it."
     )
     if kind != wanted:
         raise CompressError(
@@ -149,11 +149,11 @@ def _device(report: Report, measurement: Measurement, *, vouched: bool) -> list[
         )
     if others:
         raise CompressError(f"the target is {name}, but this was measured on {what}: {others[0]}.{remedy}")
-    return [f"{what} could not be recognised as {name}; nothing says that it is another device."]
+    return [f"{what} could not be recognised as {name}, nor as another known device."]
 
 
 def recognised(name: str, measurement: Measurement) -> bool:
-    """Whether the device's own words mean a target.
+    """Whether the facts of a device match a target.
 
     A class of machines (`cpu-avx2`) is recognised by its instruction sets.
     """

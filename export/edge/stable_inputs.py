@@ -1,10 +1,9 @@
-"""Inputs that a file which rounds answers the same wherever it runs.
+"""Inputs for which a quantized file gives the same outputs on every device.
 
-Another processor adds in another order. Where a file rounds to bytes, a last bit that differs may turn a
-value between two bytes into the other one, and with it the whole answer into another draw of rounding
-errors (see `watch`): a tenth of the largest answer and more. Most inputs are not at such a border. Of
-several that are drawn the steadiest is taken: its answers move the least while the numbers of the file
-are changed by as much as float sums may differ.
+Other processors sum in another order. In a file that quantizes activations, a difference in the last bit can
+move a value across a rounding border, which changes all later rounding errors: a tenth of the largest output
+and more (see `probes`). Most inputs are far from such borders. Of several random inputs the most stable one
+is taken: its outputs change least when the weights are perturbed by as much as float sums may differ.
 """
 
 import tempfile
@@ -21,40 +20,40 @@ from compress.export.onnx import kv_cache
 from compress.export.onnx.writer import save
 
 DRAWS = 8  # inputs of a shape
-COPIES = 3  # changed files
-CHANGE = 1e-6  # of every number
-ROUNDING = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulNBits")
+PERTURBED_COPIES = 3  # perturbed files
+PERTURBATION = 1e-6  # of every number
+QUANTIZING_OPS = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulNBits")
 
 
-def rounds(path: Path) -> bool:
-    """Does a file turn values into bytes while it runs?"""
-    return any(node.op_type in ROUNDING for node in ir.load(path).graph)
+def quantizes(path: Path) -> bool:
+    """Whether a file quantizes values at run time."""
+    return any(node.op_type in QUANTIZING_OPS for node in ir.load(path).graph)
 
 
 @contextmanager
-def changed(path: Path, threads: int) -> Iterator[list[OrtRunner]]:
-    """The file several times, each with all its stored float numbers a little different."""
+def perturbed(path: Path, threads: int) -> Iterator[list[OrtRunner]]:
+    """Runners of several copies of a file, each with slightly perturbed float weights."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         runners = []
-        for seed in range(COPIES):
+        for seed in range(PERTURBED_COPIES):
             random, model = np.random.default_rng(seed), ir.load(path)
             for name, value in model.graph.initializers.items():
                 if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
                     stored = value.const_value.numpy()
-                    noise = CHANGE * random.standard_normal(stored.shape, dtype=np.float32)
+                    noise = PERTURBATION * random.standard_normal(stored.shape, dtype=np.float32)
                     value.const_value = ir.tensor((stored * (1 + noise)).astype(np.float32), name=name)
             save(model, folder / f"{seed}.onnx")
             runners.append(stack.enter_context(OrtRunner(folder / f"{seed}.onnx", threads)))
         yield runners
 
 
-def steadiest(
+def most_stable(
     runner: OrtRunner, others: list[OrtRunner], inputs: Sequence[Mapping[str, Array]]
 ) -> tuple[Mapping[str, Array], float]:
-    """The input whose answers the other runners give, too, and how far apart they are at most.
+    """The input on which the runners differ least, and by how much.
 
-    The distance is a share of the largest answer (at least 1).
+    The difference is relative to the largest output (at least 1).
     """
     found = [(_apart(runner, others, one), number) for number, one in enumerate(inputs)]
     least, number = min(found)
@@ -64,9 +63,9 @@ def steadiest(
 def _apart(runner: OrtRunner, others: list[OrtRunner], inputs: Mapping[str, Array]) -> float:
     expected, worst = runner.infer(inputs), 0.0
     for other in others:
-        answers = other.infer(inputs)
-        for name, answer in expected.items():
+        outputs = other.infer(inputs)
+        for name, array in expected.items():
             if not name.startswith(kv_cache.PRESENT):
-                largest = max(1.0, float(np.abs(answer).max()))
-                worst = max(worst, float(np.abs(answers[name] - answer).max()) / largest)
+                largest = max(1.0, float(np.abs(array).max()))
+                worst = max(worst, float(np.abs(outputs[name] - array).max()) / largest)
     return worst

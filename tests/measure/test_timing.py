@@ -253,6 +253,6 @@ def test_what_other_programs_take_is_told_from_what_this_one_takes():
 
 
 def test_a_crowded_machine_is_said_to_be_one():
-    assert timing.doubts(0.0, {"dense": True}) == []
-    (line,) = timing.doubts(0.0, {"dense": True}, elsewhere=0.84)
+    assert timing.timing_warnings(0.0, {"dense": True}) == []
+    (line,) = timing.timing_warnings(0.0, {"dense": True}, elsewhere=0.84)
     assert "0.8 cores" in line

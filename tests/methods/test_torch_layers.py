@@ -30,7 +30,7 @@ KINDS = {
     "int8-dynamic": torch_kernels.Int8Linear,
     "fp8": torch_kernels.Fp8Linear,
     "block:32x32@0.5": torch_kernels.BlockLinear,
-    "rank:16": torch_kernels.ThinLinear,
+    "rank:16": torch_kernels.LowRankLinear,
 }
 
 

@@ -99,7 +99,7 @@ def test_export_formats_are_those_of_the_program():
 
 def test_the_device_script_is_described_as_it_is():
     codes = [int(cells[0]) for cells in rows("export/README.md", "exit code of `verify.py`")]
-    assert codes == [0, verify_on_device.FAULTY, verify_on_device.DISAGREES]
+    assert codes == [0, verify_on_device.BAD_REQUEST, verify_on_device.DISAGREES]
     options = [cells[0] for cells in rows("export/README.md", "option of `verify.py`")]
     assert options == re.findall(r'add_argument\(\s*"(--[a-z-]+)"', DEVICE_SCRIPT)
     tolerances = {name: float(value) for name, value in rows("export/README.md", "precision")}

@@ -87,7 +87,7 @@ def test_parts_of_several_calls_stand_in_one_file(script, tmp_path):
 
 
 def test_a_provider_that_does_not_start_is_said_and_fails_nothing(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.onnxruntime, "starts", lambda provider: False)
+    monkeypatch.setattr(script.onnxruntime, "provider_starts", lambda provider: False)
     file = tmp_path / "try.json"
     assert script.main([*WORDS, "--part", "files", "--out", str(file)]) == 0
     (row,) = json.loads(file.read_text())["files"]

@@ -116,7 +116,7 @@ def test_a_provider_that_is_named_but_does_not_start_leaves_the_gpu_to_torch(mon
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     assert backend_for(H100, 1).runtime == "torch-cuda"
-    assert not ort_backend.starts("CUDAExecutionProvider")
+    assert not ort_backend.provider_starts("CUDAExecutionProvider")
 
 
 def test_a_file_on_a_gpu_is_bound_there_and_every_run_is_waited_for(monkeypatch, with_cuda, tmp_path):

@@ -209,7 +209,7 @@ class Recorder:
 
 def test_a_graph_is_captured_after_a_warm_up_and_replayed_for_every_run(monkeypatch):
     recorder = Recorder(monkeypatch)
-    replay = torch_cuda.captured(lambda: recorder.log.append("forward"))
+    replay = torch_cuda.capture_graph(lambda: recorder.log.append("forward"))
     assert recorder.log == [
         "join",
         *["forward"] * torch_cuda.WARM_UP,
@@ -227,7 +227,7 @@ def test_a_graph_is_captured_after_a_warm_up_and_replayed_for_every_run(monkeypa
 def test_a_model_that_cannot_be_captured_is_told_apart(monkeypatch):
     Recorder(monkeypatch, fault="operation not permitted\nwhen stream is capturing")
     with pytest.raises(CompressError, match=r"(?s)operation not permitted when stream.*graphs off"):
-        torch_cuda.captured(lambda: None)
+        torch_cuda.capture_graph(lambda: None)
 
 
 def test_events_stand_around_every_run_and_are_read_after_all_of_them(monkeypatch):
@@ -274,17 +274,17 @@ def test_the_gpu_at_hand_is_known_by_its_name(monkeypatch, tmp_path, name, board
     gpu_called(monkeypatch, name)
     (tmp_path / "model").write_text(board + "\x00")
     monkeypatch.setattr(torch_cuda, "MODEL", tmp_path / "model")
-    found = torch_cuda.target_at_hand()
+    found = torch_cuda.local_target()
     assert (None if found is None else found.name) == target
-    here = [one for one in profiles.names() if torch_cuda.at_hand(profiles.load(one))]
+    here = [one for one in profiles.names() if torch_cuda.is_local_gpu(profiles.load(one))]
     assert here == ([] if target is None else [target])
 
 
 def test_without_a_gpu_no_gpu_target_is_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert torch_cuda.gpu() is None
-    assert torch_cuda.target_at_hand() is None
-    assert not torch_cuda.at_hand(profiles.load("h100"))
+    assert torch_cuda.local_target() is None
+    assert not torch_cuda.is_local_gpu(profiles.load("h100"))
 
 
 def test_conditions_are_the_drivers_without_the_name():

@@ -163,8 +163,10 @@ def test_a_precision_without_a_product_in_torch_is_refused():
 def test_a_rank_is_the_product_of_its_factors():
     left, right, bias, x = made(6, 3), made(3, 16, seed=1), made(6, seed=2), made(2, 5, 16, seed=3)
     expected = plain(x, left @ right, bias)
-    assert np.allclose(torch_kernels.ThinLinear(left, right, bias)(x), expected, atol=1e-5)
-    assert np.allclose(torch_kernels.ThinLinear(left, right, None)(x), expected - np.asarray(bias), atol=1e-5)
+    assert np.allclose(torch_kernels.LowRankLinear(left, right, bias)(x), expected, atol=1e-5)
+    assert np.allclose(
+        torch_kernels.LowRankLinear(left, right, None)(x), expected - np.asarray(bias), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 32, 33])
@@ -189,7 +191,7 @@ def test_block_rows_are_given_to_torchs_kernel_in_whole_tiles(monkeypatch, token
     assert {size for size, _ in seen} == {(32, 16)}
     assert {columns for _, columns in seen} == {-(-tokens // 32) * 32}
     assert isinstance(
-        torch_kernels.blocks_of(weight, bias, 32, 16), torch_kernels.BlockLinear
+        torch_kernels.block_layer(weight, bias, 32, 16), torch_kernels.BlockLinear
     )  # on a processor
 
 
@@ -239,7 +241,7 @@ class Net(nn.Module):
     [
         ("2:4", torch_kernels.SparseLinear, ["body.2", "head"]),
         ("int8-dynamic", torch_kernels.Int8Linear, ["head"]),
-        ("rank:8", torch_kernels.ThinLinear, []),
+        ("rank:8", torch_kernels.LowRankLinear, []),
         ("fp8", torch_kernels.Fp8Linear, ["head"]),
         ("block:32x32@0.5", torch_kernels.BlockLinear, ["head"]),
     ],

@@ -100,7 +100,7 @@ def inputs():
 
 
 def answers(path):
-    return fp16.answers(path, inputs())
+    return fp16.emulated_outputs(path, inputs())
 
 
 def exact(path):
@@ -196,7 +196,7 @@ def test_a_product_that_may_overflow_stays_and_so_does_its_weight(tmp_path, monk
     assert stored["down"].dtype == np.float32
     assert fp16.distance(answers(plain), answers(tmp_path / "half.onnx")) < fp16.TOLERANCE
     # Had nobody looked at the values, its answer would be infinite.
-    monkeypatch.setattr(fp16, "LIMIT", np.inf)
+    monkeypatch.setattr(fp16, "MAX_MAGNITUDE", np.inf)
     assert fp16.convert(plain, tmp_path / "wrong.onnx", inputs()).kept == ()
     assert fp16.distance(answers(plain), answers(tmp_path / "wrong.onnx")) > 0.5
 
@@ -278,7 +278,7 @@ def test_a_target_without_fp16_is_told_so(tmp_path, capfd):
 def test_a_file_whose_answers_are_lost_is_not_delivered(out, monkeypatch, capfd):
     monkeypatch.setattr(fp16, "TOLERANCE", 1e-9)
     assert main.perform(["export", str(out), "--to", "onnx-fp16"]) == 2
-    assert "of the largest one away from" in capfd.readouterr().err
+    assert "of the largest one (tolerance 1e-09)" in capfd.readouterr().err
     assert schema.read(out).half is None
     assert not (out / "onnx-fp16").exists()
 

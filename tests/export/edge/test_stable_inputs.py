@@ -39,26 +39,28 @@ def rounding(folder, *, digits=True):
 
 
 def test_only_files_with_bytes_made_while_they_run_round(tmp_path):
-    assert stable_inputs.rounds(rounding(tmp_path))
-    assert not stable_inputs.rounds(rounding(tmp_path, digits=False))
+    assert stable_inputs.quantizes(rounding(tmp_path))
+    assert not stable_inputs.quantizes(rounding(tmp_path, digits=False))
 
 
 def test_the_input_at_a_border_is_not_taken(tmp_path):
     path = rounding(tmp_path)
     border, inside = np.full((1, 2), 0.045, np.float32), np.full((1, 2), 0.041, np.float32)
-    with OrtRunner(path, 1) as runner, stable_inputs.changed(path, 1) as others:
-        assert len(others) == stable_inputs.COPIES
-        found, apart = stable_inputs.steadiest(runner, others, [{"x": border}, {"x": inside}, {"x": border}])
+    with OrtRunner(path, 1) as runner, stable_inputs.perturbed(path, 1) as others:
+        assert len(others) == stable_inputs.PERTURBED_COPIES
+        found, apart = stable_inputs.most_stable(
+            runner, others, [{"x": border}, {"x": inside}, {"x": border}]
+        )
         assert found["x"] is inside
         assert apart == pytest.approx(0.0, abs=1e-5)
-        _, moved = stable_inputs.steadiest(runner, others, [{"x": border}])
+        _, moved = stable_inputs.most_stable(runner, others, [{"x": border}])
     assert moved > 0.1  # a whole step of the answer, which the tolerance of no device covers
 
 
 def test_files_are_changed_by_what_float_sums_may_differ(tmp_path):
     path = rounding(tmp_path, digits=False)
     x = {"x": np.ones((1, 2), np.float32)}
-    with OrtRunner(path, 1) as runner, stable_inputs.changed(path, 1) as others:
+    with OrtRunner(path, 1) as runner, stable_inputs.perturbed(path, 1) as others:
         answers = [other.infer(x)["logits"] for other in others]
         expected = runner.infer(x)["logits"]
     assert all(np.allclose(answer, expected, rtol=2e-5) for answer in answers)
@@ -69,13 +71,13 @@ def test_files_are_changed_by_what_float_sums_may_differ(tmp_path):
 def test_a_file_that_rounds_is_bundled_with_its_steadiest_inputs(tmp_path, monkeypatch):
     path, plain = rounding(tmp_path), rounding(tmp_path, digits=False)
     asked = []
-    chosen = stable_inputs.steadiest
+    chosen = stable_inputs.most_stable
 
     def steadiest(runner, others, inputs):
         asked.append(len(inputs))
         return chosen(runner, others, inputs)
 
-    monkeypatch.setattr(stable_inputs, "steadiest", steadiest)
+    monkeypatch.setattr(stable_inputs, "most_stable", steadiest)
     with OrtRunner(path, 1) as runner, OrtRunner(plain, 1) as other:
         found = list(bundle.examples(path, runner, {"batch": 1, "tokens": 2}, runner))
         assert asked == [stable_inputs.DRAWS] * 3
