@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compress.calibration import activation_statistics
-from compress.calibration.activation_statistics import Moments
+from compress.calibration.moments import Moments
 from compress.errors import CompressError
 from compress.ir import Site
 from compress.tasks import pretrained

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.core import obs
+from compress.core import factorization, obs
 from compress.core.support import Layer, best, grid, prepare, quota, restricted
 from compress.errors import CompressError
 
@@ -81,7 +81,7 @@ def sweep(
     counts = sorted({quota(blocks, density) for density in densities})
     values = [torch.zeros_like(layer.original) for _ in counts]
     chosen: list[list[Tensor]] = [[] for _ in counts]
-    inverse = obs.invert(layer.damped)
+    inverse = factorization.invert(layer.damped)
     for group in range(groups):
         rows = slice(group * shape[0], (group + 1) * shape[0])
         part = layer.signal[rows]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.core import fakequant, obs
+from compress.core import factorization, fakequant
 from compress.core.fakequant import GRIDS, PAIR, Grid, Precision, Quantized
 from compress.errors import CompressError
 
@@ -62,7 +62,7 @@ def quantize(
         )
     full, second = weight.double(), second.double()
     centered = second if mean is None else second - torch.outer(mean.double(), mean.double())
-    damped = obs.damp(centered, damping, second.diagonal())
+    damped = factorization.damp(centered, damping, second.diagonal())
     step = fakequant.weight_step(full, GRIDS[precision], damped.matrix.diagonal())
     codes = round_codes(full, step, damped, GRIDS[precision])
     found = fakequant.packed(precision, codes, step, span)
@@ -74,7 +74,13 @@ def quantize(
 
 
 def round_codes(
-    weight: Tensor, step: Tensor, damped: obs.Damped, grid: Grid, *, block: int = BLOCK, passes: int = PASSES
+    weight: Tensor,
+    step: Tensor,
+    damped: factorization.Damped,
+    grid: Grid,
+    *,
+    block: int = BLOCK,
+    passes: int = PASSES,
 ) -> Tensor:
     """Codes [out, in], float64, never worse than the nearest ones in any row.
 
@@ -90,7 +96,7 @@ def round_codes(
     near = fakequant.weight_codes(weight, step, grid).T
     # Columns are rows in here: whatever is done to one of them is done to numbers that lie side by side.
     across, spread = weight.T.contiguous(), fakequant.spread(step, weight.shape[1], grid.block).T.contiguous()
-    upper = torch.linalg.cholesky(obs.invert(damped), upper=True)
+    upper = torch.linalg.cholesky(factorization.invert(damped), upper=True)
     passed = _Rounding(across, spread, grid).pass_on(upper, block)
     codes = torch.cat([passed, near], 1)
     both = _Rounding(torch.cat([across, across], 1), torch.cat([spread, spread], 1), grid)

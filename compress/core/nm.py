@@ -17,7 +17,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from compress.core import obs
+from compress.core import factorization
 from compress.core.support import NM, Free, Layer, affordable, restricted
 from compress.errors import CompressError
 
@@ -64,10 +64,10 @@ def wanda(layer: Layer, pattern: NM | Free) -> Sparse:
 # Sweeps with compensation
 
 
-def upper(damped: obs.Damped) -> Tensor:
+def upper(damped: factorization.Damped) -> Tensor:
     """U, upper triangular, with `U^T U` the inverse of the damped second moment [in, in]."""
     reverse: Tensor = torch.linalg.cholesky(damped.matrix.flip(0, 1))
-    return obs.invert_lower(reverse).flip(0, 1)
+    return factorization.invert_lower(reverse).flip(0, 1)
 
 
 def sparsegpt(layer: Layer, pattern: NM | Free) -> Sparse:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.core import obs
+from compress.core import factorization
 from compress.errors import CompressError
 
 STEPS = 10  # of conjugate gradients, where that replaces a factorization a row
@@ -40,7 +40,7 @@ class Layer:
     signal: Tensor
     mean: Tensor
     centered: Tensor
-    damped: obs.Damped
+    damped: factorization.Damped
     energy: float
 
     def error(self, values: Tensor) -> float:
@@ -71,7 +71,7 @@ def prepare(weight: Tensor, second: Tensor, mean: Tensor, damping: float = 1e-2)
         )
     full, mean = weight.double(), mean.double()
     centered = second.double() - torch.outer(mean, mean)
-    damped = obs.damp(centered, damping, second.double().diagonal())
+    damped = factorization.damp(centered, damping, second.double().diagonal())
     signal = torch.where(damped.live, full, 0.0)
     energy = float(((signal @ centered) * signal).sum())
     return Layer(full, signal, mean, centered, damped, energy)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration.activation_statistics import Statistics
-from compress.core import block, fakequant, gptq, lowrank, nm, obs
+from compress.core import block, factorization, fakequant, gptq, lowrank, nm, obs
 from compress.core.fakequant import PRECISIONS, Quantized
 from compress.core.support import Block, Layer, prepare
 from compress.errors import CompressError
@@ -168,7 +168,9 @@ def _ordered(
     if option.form != "2:4" or not site.channels:
         return plain, None
     layer = prepare(weight, second, mean, damping)
-    columns = permutation.find_order(site, layer.signal.square() / obs.invert(layer.damped).diagonal())
+    columns = permutation.find_order(
+        site, layer.signal.square() / factorization.invert(layer.damped).diagonal()
+    )
     moved = shape(option, weight[:, columns], second[columns][:, columns], mean[columns], damping)
     return (moved, columns) if moved.error < plain.error else (plain, None)
 

@@ -34,7 +34,8 @@ from compress.tasks.loading import Batch, Task
 from compress.tasks.loading import Run as Answering
 from compress.training import distillation, sltrain_layers, trainer, two_stage
 from compress.training.distillation import Teacher
-from compress.training.trainer import DistillationData, TrainingRun
+from compress.training.distillation_data import DistillationData
+from compress.training.trainer import TrainingRun
 
 DIVERGENCE_SAMPLES = (
     512  # inputs that judge a student by its divergence; the dense answers are held in memory

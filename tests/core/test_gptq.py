@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.core import fakequant, gptq, obs
+from compress.core import factorization, fakequant, gptq
 from compress.core.fakequant import GRIDS, Grid
 from compress.errors import CompressError
 
@@ -27,7 +27,7 @@ def problem(seed=0, inputs=48, out=12, samples=400, factors=6, mean=0.0):
 
 def damped(x, damping=1e-2):
     second = x.T @ x / len(x)
-    return obs.damp(second, damping, second.diagonal())
+    return factorization.damp(second, damping, second.diagonal())
 
 
 def row_errors(weight, codes, step, matrix, grid):
@@ -86,7 +86,7 @@ def test_tiny_problems_come_out_as_by_trying_everything():
 def test_a_pair_of_bytes_comes_out_nearly_as_by_trying_everything():
     weight = torch.tensor([[120.3, 44.9], [-90.2, -70.4], [100.0, -120.2]], dtype=torch.float64)
     grid = Grid(-127, 127, paired=True)
-    moment = obs.damp(torch.tensor([[2.0, -0.9], [-0.9, 1.0]], dtype=torch.float64), 0.0)
+    moment = factorization.damp(torch.tensor([[2.0, -0.9], [-0.9, 1.0]], dtype=torch.float64), 0.0)
     codes = gptq.round_codes(weight, torch.ones(3, 1), moment, grid, passes=20)
     everything = torch.tensor(list(allowed(grid, 2)), dtype=torch.float64)
     for row, found in zip(weight, codes, strict=True):
@@ -99,7 +99,7 @@ def test_a_pair_of_bytes_comes_out_nearly_as_by_trying_everything():
 
 def test_independent_inputs_are_rounded_to_the_nearest():
     _, weight = problem(3)
-    moment = obs.damp(torch.diag(torch.rand(48, dtype=torch.float64) + 0.1), 0.0)
+    moment = factorization.damp(torch.diag(torch.rand(48, dtype=torch.float64) + 0.1), 0.0)
     for grid in (Grid(-127, 127), Grid(-8, 7, block=16)):
         step = fakequant.weight_step(weight, grid)
         codes = gptq.round_codes(weight, step, moment, grid)
@@ -134,7 +134,7 @@ def test_the_first_stage_is_the_published_recursion():
         wrong = (left[:, j] - expected[:, j] * step[:, 0].double()) / inverse[j, j]
         left -= torch.outer(wrong, inverse[j])
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-    upper = torch.linalg.cholesky(obs.invert(moment), upper=True)
+    upper = torch.linalg.cholesky(factorization.invert(moment), upper=True)
     state = gptq._Rounding(weight.T, step.double().expand(4, 10).T, grid)
     assert torch.equal(state.pass_on(upper, 3).T, expected)
 

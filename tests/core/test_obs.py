@@ -5,43 +5,16 @@ import numpy as np
 import pytest
 import torch
 from support import oracles
+from support.linear_data import EXACT, data, moments, near, sound
 
-from compress.core import obs, scores
+from compress.core import factorization, obs, scores
 from compress.errors import CompressError
-
-EXACT = 1e-9  # float64 algebra, relative
-
-
-def data(seed=0, *, inputs=8, out=5, samples=64, factors=3, mean=2.0, outliers=0):
-    """Correlated inputs with a mean [samples, in] and a weight [out, in]; some inputs are loud."""
-    random = np.random.default_rng(seed)
-    x = random.standard_normal((samples, factors)) @ random.standard_normal((factors, inputs))
-    x += random.standard_normal((samples, inputs)) * random.uniform(0.2, 1.0, inputs)
-    x[:, :outliers] *= 20
-    return x + mean * random.standard_normal(inputs), random.standard_normal((out, inputs))
-
-
-def moments(x):
-    """`E[x x^T]` and `E[x]`."""
-    x = torch.from_numpy(x)
-    return x.T @ x / len(x), x.mean(0)
 
 
 def solve(x, weight, levels, **keywords):
     """The levels, by units kept."""
     found = obs.solve(torch.from_numpy(weight), *moments(x), levels, **{"group": 0.0, **keywords})
     return {len(level.kept): level for level in found}
-
-
-def sound(x, damping=0.0):
-    """The damped, centered moment of the data."""
-    second, mean = moments(x)
-    return obs.damp(second - torch.outer(mean, mean), damping, second.diagonal())
-
-
-def near(found, expected, tolerance=EXACT):
-    found, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (found, expected))
-    return bool((found - expected).norm() <= tolerance * max(1.0, float(expected.norm())))
 
 
 def variance(x, weight):
@@ -56,7 +29,7 @@ def variance(x, weight):
 def test_a_score_is_what_least_squares_loses_without_the_unit(width, damping):
     x, weight = data()
     damped = sound(x, damping)
-    found = obs.unit_scores(torch.from_numpy(weight), obs.invert(damped), width)
+    found = obs.unit_scores(torch.from_numpy(weight), factorization.invert(damped), width)
     units = range(8 // width)
     expected = [
         oracles.objective(
@@ -71,7 +44,7 @@ def test_a_score_is_what_least_squares_loses_without_the_unit(width, damping):
 def test_removal_is_the_least_squares_refit_and_leaves_the_inverse_of_what_stays(width):
     x, weight = data(1)
     damped = sound(x)
-    sweep = obs._Sweep(torch.from_numpy(weight), obs.invert(damped), width)
+    sweep = obs._Sweep(torch.from_numpy(weight), factorization.invert(damped), width)
     (gone,) = sweep.step(1).tolist()
     stay = oracles.owned([u for u in range(8 // width) if u != gone], width)
     cut = oracles.owned([gone], width)
@@ -106,7 +79,7 @@ def test_the_order_is_that_of_a_greedy_that_solves_every_subset_anew(seed, width
     damped = sound(x, 1e-2)
     units = 12 // width
     order = obs.removal_order(
-        torch.from_numpy(weight), obs.invert(damped), range(units), width=width, group=0.0
+        torch.from_numpy(weight), factorization.invert(damped), range(units), width=width, group=0.0
     )
     greedy = oracles.greedy_removals(x, weight, width, damped.added.numpy())
     assert order.flip(0).tolist() == greedy
@@ -253,7 +226,7 @@ def test_groups_lose_next_to_nothing_against_one_at_a_time(seed):
             assert many[level].error <= most * one[level].error
     # The control: all at once, by the scores of the dense model.
     damped = sound(x, 1e-2)
-    score = obs.unit_scores(torch.from_numpy(weight), obs.invert(damped), 1)
+    score = obs.unit_scores(torch.from_numpy(weight), factorization.invert(damped), 1)
     for level, least in ((96, 1.03), (24, 1.2)):
         kept = scores.best(score, level).tolist()
         assert oracles.refitted(x, weight, kept)[2] / variance(x, weight) > least * one[level].error
@@ -261,7 +234,7 @@ def test_groups_lose_next_to_nothing_against_one_at_a_time(seed):
 
 def test_a_group_never_crosses_a_level_and_takes_more_than_one():
     x, weight = data(0, inputs=64, samples=300, factors=20)
-    inverse = obs.invert(sound(x, 1e-2))
+    inverse = factorization.invert(sound(x, 1e-2))
     taken = []
     step = obs._Sweep.step
 
@@ -286,7 +259,7 @@ def test_a_group_never_crosses_a_level_and_takes_more_than_one():
 def test_the_choice_inside_a_group_is_exact_and_ends_at_the_bound(bound):
     x, weight = data(3)
     damped = sound(x)
-    inverse = obs.invert(damped)
+    inverse = factorization.invert(damped)
     pull = np.zeros(8)
     expected = oracles.greedy_removals(x, weight, 1, pull)[:5]
     lost = [
@@ -308,7 +281,7 @@ def test_the_choice_inside_a_group_is_exact_and_ends_at_the_bound(bound):
 @pytest.mark.parametrize("width", [1, 3])
 def test_compaction_changes_nothing(width, monkeypatch):
     x, weight = data(1, inputs=48, samples=300, factors=12)
-    inverse = obs.invert(sound(x, 1e-2))
+    inverse = factorization.invert(sound(x, 1e-2))
     orders, sizes = [], []
     compact = obs._Sweep._compact
 
@@ -340,81 +313,7 @@ def test_columns_follow_the_order_of_the_units():
     assert obs.columns(torch.tensor([], dtype=torch.int64), 4).tolist() == []
 
 
-# Factors and inverses
-
-
-@pytest.mark.parametrize("block", [1, 3, 256])
-def test_inverses_by_halves_are_inverses(block, monkeypatch):
-    monkeypatch.setattr(obs, "BLOCK", block)
-    x, _ = data(0, inputs=11)
-    damped = sound(x)
-    assert near(damped.factor @ damped.factor.T, damped.matrix)
-    inverse = obs.invert_lower(damped.factor)
-    assert near(inverse, torch.linalg.inv(damped.factor))
-    assert torch.equal(inverse, inverse.tril())
-    found = obs.invert(damped)
-    assert near(found, torch.linalg.inv(damped.matrix))
-    assert near(found, found.T, 1e-15)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_condition_number_is_estimated_within_the_bound_of_row_sums(seed):
-    random = np.random.default_rng(seed)
-    turn = np.linalg.qr(random.standard_normal((10, 10)))[0]
-    size = 10.0 ** random.uniform(-3, 3, 10)
-    matrix = (turn * np.logspace(0, -seed * 2 - 1, 10)) @ turn.T
-    diagonal = np.sqrt(np.diag(matrix))
-    true = np.linalg.cond(matrix / np.outer(diagonal, diagonal))
-    scaled = torch.from_numpy(matrix * np.outer(size, size))
-    found = obs._condition(scaled, torch.linalg.cholesky(scaled))
-    assert 0.5 * true <= found <= 10 * true
-
-
 # Moments that are nearly or quite singular
-
-
-def test_damping_is_relative_to_each_diagonal_entry():
-    x, _ = data(outliers=2)
-    damped = sound(x, 0.25)
-    spread = x.var(0)
-    assert near(damped.added, 0.25 * spread)
-    assert near(damped.matrix, np.cov(x.T, bias=True) + np.diag(0.25 * spread))
-    assert damped.live.all()
-
-
-@pytest.mark.parametrize(("noise", "steps"), [(1e-1, 0), (1e-6, 1), (0.0, 1)])
-def test_a_singular_moment_climbs_the_ladder_until_it_is_sound(noise, steps):
-    x, _ = data(0)
-    x[:, 7] = x[:, 0] + noise * np.random.default_rng(1).standard_normal(len(x))
-    damped = sound(x)
-    assert near(damped.added, np.full(8, obs.LADDER[steps] * x.var(0).mean()))
-    size = damped.matrix.diagonal().sqrt()
-    assert np.linalg.cond((damped.matrix / torch.outer(size, size)).numpy()) <= obs.CONDITION
-
-
-def test_the_ladder_has_further_rungs_and_an_end():
-    x, _ = data(0)
-    covariance = torch.from_numpy(np.cov(x.T, bias=True))
-    mean = float(covariance.diagonal().mean())
-    least = float(torch.linalg.eigvalsh(covariance)[0])
-    eye = torch.eye(8, dtype=torch.float64)
-    for rung in (1, 2, 3):
-        # Negative by half of what the rung adds: rounding in a sum of many, or not positive at all.
-        shifted = covariance - (least + 0.5 * obs.LADDER[rung] * mean) * eye
-        damped = obs.damp(shifted, 0.0)
-        assert near(damped.added, np.full(8, obs.LADDER[rung] * float(shifted.diagonal().mean())))
-    with pytest.raises(
-        CompressError, match=r"moments of 8 inputs are not positive semidefinite, even with 0\.1"
-    ):
-        obs.damp(covariance - (least + 0.3 * mean) * eye, 0.0)
-
-
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_moments_that_are_not_finite_are_refused(wrong):
-    moment = torch.eye(3, dtype=torch.float64)
-    moment[1, 2] = wrong
-    with pytest.raises(CompressError, match="NaN or infinity"):
-        obs.damp(moment, 0.1)
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-2])
@@ -456,13 +355,6 @@ def test_an_input_that_never_varies_goes_first_and_lives_on_in_the_bias():
     assert near(levels[6].shift, 3.0 * weight[:, 2])
     assert near(levels[8].weight[:, [2, 5]], np.zeros((5, 2)))
     assert near(levels[8].shift, 3.0 * weight[:, 2])
-
-
-def test_a_variance_that_is_rounding_of_a_large_mean_is_no_signal():
-    moment = torch.diag(torch.tensor([1e-14, 1e-10, 1.0], dtype=torch.float64))
-    scale = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
-    assert obs.damp(moment, 0.0, scale).live.tolist() == [False, True, True]
-    assert obs.damp(moment, 0.0).live.tolist() == [True, True, True]
 
 
 # Controls: what the method must beat

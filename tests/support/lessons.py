@@ -8,7 +8,7 @@ from compress.sites.prune import Removal
 from compress.tasks.loading import Batch
 from compress.training import distillation
 from compress.training.distillation import Teacher
-from compress.training.trainer import DistillationData
+from compress.training.distillation_data import DistillationData
 from support.classifier import padded
 
 SIZE = 8

@@ -12,7 +12,8 @@ from compress.recipe import Recovery
 from compress.tasks.loading import Batch
 from compress.tasks.sampler import shuffled
 from compress.training import distillation, trainer
-from compress.training.trainer import DistillationData, TrainingRun
+from compress.training.distillation_data import DistillationData
+from compress.training.trainer import TrainingRun
 
 
 class Killed(Exception):  # noqa: N818

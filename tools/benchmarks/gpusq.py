@@ -32,6 +32,7 @@ from compress.recipe import Recovery
 from compress.sites.discovery import find_sites
 from compress.tasks.task import Batch, Task, kl
 from compress.training import distillation, trainer, two_stage
+from compress.training.distillation_data import DistillationData
 
 Row = dict[str, object]
 DENSE_STEPS = 1500
@@ -183,12 +184,12 @@ class Stages:
         self.names = products(self.dense)
         self.at = distillation.hidden_states(self.dense, find_sites(self.dense, self.known[0].inputs).sites)
 
-    def lesson(self, teacher: nn.Module, wanted: Recovery, folder: Path) -> trainer.DistillationData:
+    def lesson(self, teacher: nn.Module, wanted: Recovery, folder: Path) -> DistillationData:
         """What one model teaches; its answers are kept in a folder, if at all."""
         folder.mkdir(parents=True, exist_ok=True)
         task = Pictures(teacher, self.known)
         told = distillation.Teacher(task, teacher, self.at, folder, wanted.cache_mb)
-        return trainer.DistillationData(task, told, lambda: self.known, len(self.known), wanted)
+        return DistillationData(task, told, lambda: self.known, len(self.known), wanted)
 
     def prune(self, sparse: nn.Module, wanted: Recovery) -> tuple[nn.Module, tuple[float, ...]]:
         """The 2:4 model taught by the dense one, and how much each late layer counts from now on."""
