@@ -346,7 +346,6 @@ def _assembled(
         dense_agreement=class_accuracy.agreement(before.classes, after.classes),
         command=provenance.command_line(),
         revision=provenance.revision(),
-        pooling=getattr(job.task, "pooling", None),
         environment=timing.environment()
         | ({} if job.backend is None else job.backend.environment())
         | {"compress": __version__},

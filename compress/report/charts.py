@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from compress.measure.intervals import quantile
-from compress.report.formatting import digits
+from compress.report.formatting import digits, score_text
 from compress.report.schema import Chosen, Report, SiteReport
-from compress.report.svg import PALETTE, WIDTH, Canvas, Chart, finish, ticks
+from compress.report.svg import CHARACTER, PALETTE, WIDTH, Canvas, Chart, finish, fit, gutter, ticks
 from compress.sites.kinds import KINDS
 
 ROW = 22
 BINS = 72
-LABEL = 22  # characters of a label; longer ones lose their middle
-CHARACTER = 7.7  # widest digit of the usual fonts at 12 pixels
+CUT = 3.0  # times what was asked: where the axis of a front ends
+SPREAD = 8.0  # from here on the largest over the smallest value asks for a logarithmic axis
 
 
 class Strip(NamedTuple):
@@ -62,13 +62,14 @@ class Bar(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One round of the closed loop, in milliseconds."""
+    """One iteration of the closed loop, in milliseconds."""
 
     label: str
     budget: float
     predicted: float
     measured: float | None
     text: str
+    shipped: bool = False
 
 
 def draw(report: Report) -> dict[str, Chart]:
@@ -117,8 +118,20 @@ def _front_charts(report: Report) -> list[Chart]:
     for name, gains, axis in drawn:
         points = [Point(*three) for three in zip(gains, worth, marks, strict=True)]
         best = next((point.gain for point in points if point.chosen), None)
-        charts.append(front(name, points, axis, damage, _chosen(best, axis.unit)))
+        chosen = _chosen(best, axis.unit)
+        if chosen and report.compressed.score is not None:
+            metric = report.score.metric
+            chosen += f", {metric} {score_text(metric, report.compressed.score)}"
+        charts.append(front(name, _within_reach(points, axis), axis, damage, chosen))
     return charts
+
+
+def _within_reach(points: Sequence[Point], axis: Axis) -> list[Point]:
+    """The points up to three times the speedup that was asked for, and the chosen one; all without one."""
+    if axis.unit != "x" or axis.asked is None:
+        return list(points)
+    near = [point for point in points if point.chosen or point.gain <= CUT * axis.asked]
+    return near if len(near) > 1 else list(points)
 
 
 def _chosen(gain: float | None, unit: str) -> str:
@@ -167,21 +180,17 @@ def _rounds_chart(report: Report) -> Chart:
         measured = "not measured" if turn.measured_ms is None else digits(turn.measured_ms)
         text = f"{digits(turn.predicted_ms)} → {measured}"
         place = (turn.budget_ms, turn.predicted_ms, turn.measured_ms)
-        rows.append(Turn(f"round {number}", *place, text))
+        rows.append(Turn(f"iteration {number}", *place, text, turn.shipped))
     return rounds(rows)
 
 
 def _stages_chart(report: Report) -> Chart:
-    rows = [
-        Bar(
-            stage.name,
-            0.0,
-            stage.seconds,
-            f"{digits(stage.seconds)} s{' (resumed)' if stage.resumed else ''}",
-            "dense" if stage.resumed else "now",
-        )
-        for stage in report.stages
-    ]
+    rows = []
+    for name, resumed in dict.fromkeys((stage.name, stage.resumed) for stage in report.stages):
+        own = [s.seconds for s in report.stages if (s.name, s.resumed) == (name, resumed)]
+        text = f"{digits(sum(own))} s{f' in {len(own)}' if len(own) > 1 else ''}"
+        color = "dense" if resumed else "now"
+        rows.append(Bar(name, 0.0, sum(own), f"{text}{' (resumed)' if resumed else ''}", color))
     return bars("stages", "Seconds per stage of the compilation", rows)
 
 
@@ -194,7 +203,7 @@ def latency(dense: Strip, now: Strip) -> Chart:
     """Two histograms over one axis of milliseconds, logarithmic when they lie far apart."""
     pooled = sorted((*dense.samples, *now.samples))
     low, high = pooled[0] * 0.95, quantile(pooled, 0.995) * 1.05
-    logarithmic = high / low > 8
+    logarithmic = high / low > SPREAD
     place = math.log if logarithmic else float
     height, row = 240, 84
     canvas = Canvas(height)
@@ -236,16 +245,21 @@ def front(name: str, points: Sequence[Point], axis: Axis, damage: str, chosen: s
     xs, ys = [point.gain for point in ordered], [point.damage for point in ordered]
     ends = xs if axis.asked is None else [*xs, axis.asked]
     right = max(ends) * 1.04
-    axes.set_xlim(min(ends) - 0.04 * right, right)
+    logarithmic = min(ends) > 0 and max(ends) > SPREAD * min(ends)
+    axes.set_xscale("log" if logarithmic else "linear")
+    axes.set_xlim(min(ends) / 1.04 if logarithmic else min(ends) - 0.04 * right, right)
     top = max(ys) * 1.08 or 1.0
     axes.set_ylim(-0.04 * top, top)
-    ticks(axes, "x", axes.get_xlim()[0], right, log=False, unit=axis.unit)
+    ticks(axes, "x", axes.get_xlim()[0], right, log=logarithmic, unit=axis.unit)
     ticks(axes, "y", 0, top, log=False)
     axes.grid(axis="y", color=PALETTE["line"], linewidth=1)
     if axis.asked is not None:
         axes.axvline(axis.asked, color=PALETTE["muted"], linewidth=1.2)
-        canvas.line((340, 11), (340, 27), "muted")
-        canvas.write(348, 23, f"asked {_amount(axis.asked, axis.unit)}")
+        asked = f"asked {_amount(axis.asked, axis.unit)}"
+        canvas.line(
+            (WIDTH - 20 - CHARACTER * len(asked), 11), (WIDTH - 20 - CHARACTER * len(asked), 27), "muted"
+        )
+        canvas.write(WIDTH - 12, 23, asked, align="right")
     axes.plot(xs, ys, color=PALETTE["now"], linewidth=1.8, marker="o", markersize=5)
     canvas.line((64, 19), (80, 19), "now")
     canvas.dot(72, 19, "now", size=5)
@@ -258,7 +272,12 @@ def front(name: str, points: Sequence[Point], axis: Axis, damage: str, chosen: s
             canvas.dot(180, 19, "worse", size=9, hollow=True)
             canvas.write(191, 23, chosen)
     middle = (64 + (WIDTH - 80) / 2, 40 + (height - 92) / 2)
-    canvas.write(middle[0], height - 12, f"{axis.words} (estimate)", align="center")
+    canvas.write(
+        middle[0],
+        height - 12,
+        f"{axis.words} (estimate{', log scale' if logarithmic else ''})",
+        align="center",
+    )
     canvas.write(14, middle[1], damage, align="center", turn=90)
     return finish(canvas, name, f"Pareto front: {damage} over {axis.words}")
 
@@ -271,9 +290,9 @@ def color_of(kind: str) -> str:
 def sites(kind: str, title: str, header: str, rows: Sequence[Share]) -> Chart:
     """One row per site: a bar for the share of units kept, the count, dense and present time."""
     canvas = Canvas(34 + ROW * len(rows))
-    labels = [_fit(row.label) for row in rows]
-    left, times = _gutter(labels), max(_gutter([row.times for row in rows]), 12 + 6.6 * len(header))
-    bar = WIDTH - left - times - _gutter([row.units for row in rows])
+    labels = [fit(row.label) for row in rows]
+    left, times = gutter(labels), max(gutter([row.times for row in rows]), 12 + 6.6 * len(header))
+    bar = WIDTH - left - times - gutter([row.units for row in rows])
     canvas.write(left, 16, "units kept", size=11)
     canvas.write(WIDTH - 12, 16, header, align="right", size=11)
     for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
@@ -289,8 +308,8 @@ def sites(kind: str, title: str, header: str, rows: Sequence[Share]) -> Chart:
 def bars(name: str, title: str, rows: Sequence[Bar]) -> Chart:
     """Labelled horizontal bars on one scale; a waterfall when each starts where the last ended."""
     canvas = Canvas(12 + ROW * len(rows))
-    labels = [_fit(row.label) for row in rows]
-    left, right = _gutter(labels), _gutter([row.text for row in rows])
+    labels = [fit(row.label) for row in rows]
+    left, right = gutter(labels), gutter([row.text for row in rows])
     ends = [end for row in rows for end in (row.start, row.end)]
     low, high = min(0.0, *ends), max(0.0, *ends)
     scale = (WIDTH - left - right) / ((high - low) or 1.0)
@@ -307,15 +326,25 @@ def bars(name: str, title: str, rows: Sequence[Bar]) -> Chart:
 
 
 def rounds(rows: Sequence[Turn]) -> Chart:
-    """The closed loop: per round the budget as a stroke, the prediction as a ring, the time as a dot."""
-    canvas = Canvas(40 + ROW * len(rows))
+    """The closed loop: per iteration the budget as a stroke, predicted as a ring, measured as a dot.
+
+    The plan that ships has a second ring; milliseconds stand on the axis below.
+    """
+    canvas = Canvas(84 + ROW * len(rows))
     values = [v for row in rows for v in (row.budget, row.predicted, row.measured) if v is not None]
     low, spread = min(values), (max(values) - min(values)) or 1.0
-    left, right = _gutter([row.label for row in rows]), _gutter([row.text for row in rows])
+    left, right = gutter([row.label for row in rows]), gutter([row.text for row in rows])
     wide = WIDTH - left - right
 
     def at(value: float) -> float:
         return left + (0.06 + 0.88 * (value - low) / spread) * wide
+
+    axes = canvas.axes(left, 32, wide, ROW * len(rows) + 6)
+    margin = 0.06 / 0.88 * spread
+    axes.set_xlim(low - margin, low - margin + spread / 0.88)
+    axes.set_yticks([])
+    ticks(axes, "x", *axes.get_xlim(), log=False)
+    canvas.write(left + wide / 2, canvas.height - 10, "milliseconds", align="center", size=11)
 
     canvas.line((18, 10), (18, 22), "ink")
     canvas.write(26, 20, "budget", size=11)
@@ -323,7 +352,10 @@ def rounds(rows: Sequence[Turn]) -> Chart:
     canvas.write(101, 20, "predicted (estimate)", size=11)
     canvas.dot(242, 16, "now")
     canvas.write(251, 20, "measured", size=11)
-    canvas.write(WIDTH - 12, 20, "predicted → measured, ms", align="right", size=11)
+    if any(row.shipped for row in rows):
+        canvas.dot(322, 16, "worse", size=9, hollow=True)
+        canvas.write(331, 20, "shipped", size=11)
+    canvas.write(WIDTH - 12, 20, "predicted → measured", align="right", size=11)
     for index, row in enumerate(rows):
         y = 43 + ROW * index
         canvas.write(left - 12, y + 4, row.label, align="right", color="ink")
@@ -332,8 +364,11 @@ def rounds(rows: Sequence[Turn]) -> Chart:
         canvas.dot(at(row.predicted), y, "muted", hollow=True)
         if row.measured is not None:
             canvas.dot(at(row.measured), y, "now")
+        if row.shipped:
+            spot = row.predicted if row.measured is None else row.measured
+            canvas.dot(at(spot), y, "worse", size=12, hollow=True)
         canvas.write(WIDTH - 12, y + 4, row.text, align="right", color="ink")
-    return finish(canvas, "rounds", "Closed loop, round by round")
+    return finish(canvas, "rounds", "Closed loop: budget, prediction and measurement by iteration")
 
 
 def short(names: Sequence[str]) -> list[str]:
@@ -356,15 +391,3 @@ def short(names: Sequence[str]) -> list[str]:
     if head and all(name.isdigit() for name in cut):
         return [f"{parts[0][head - 1]} {name}" for name in cut]
     return cut
-
-
-def _fit(text: str) -> str:
-    """A label of bounded length; the middle gives way, because both ends tell sites apart."""
-    if len(text) <= LABEL:
-        return text
-    return text[: LABEL - LABEL // 2 - 1] + "…" + text[-(LABEL // 2) :]
-
-
-def _gutter(texts: Sequence[str]) -> float:
-    """Pixels that the longest of some texts needs beside the bars."""
-    return CHARACTER * max(map(len, texts)) + 22

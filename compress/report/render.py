@@ -17,16 +17,17 @@ from markupsafe import Markup
 from compress.artifacts import write_text
 from compress.errors import CompressError
 from compress.ir import Engine
-from compress.report import charts, methods_table, metrics_table
-from compress.report.formatting import amount, digits, exact, lost, score_text
+from compress.report import charts, methods_table, metrics_table, snippets
+from compress.report.formatting import amount, digits, duration, exact, lost
 from compress.report.metrics_table import NONE
 from compress.report.next_steps import next_step, ruin
 from compress.report.schema import Fact, Report, found, precision
-from compress.report.summary import device, quality, verdict_line
+from compress.report.summary import device, latencies, quality, scores, shown_model, verdict_line
 from compress.report.svg import DARK_KINDS, PALETTE, Chart
 
 WORDS = {"met": "Met", "missed": "Missed", "not_measured": "Not measured"}
 MOST_NAMES = 6
+MOST_CLASSES = 12
 
 
 class Headline(NamedTuple):
@@ -122,6 +123,15 @@ def _view(report: Report) -> dict[str, object]:
     """What the templates print, in words."""
     return {
         "report": report,
+        "model": shown_model(report.model),
+        "classes": class_rows(report),
+        "heading": "Why not smaller" if report.verdict.asked.name == "size_mb" else "Why not faster",
+        "snippet": snippets.run_snippet(report),
+        "load_snippet": snippets.load_snippet(report),
+        "library_snippet": snippets.library_snippet(report),
+        "own_module": snippets.is_own_module(report),
+        "low_precision": _low_precision(report),
+        "tags": _tags(report),
         "line": verdict_line(report).replace("->", "→"),
         "status": WORDS[report.verdict.status],
         "device": device(report.target, precision(report.target, report.sites)),
@@ -135,6 +145,7 @@ def _view(report: Report) -> dict[str, object]:
         "limits": limits(report),
         "parity": _parity(report),
         "facts": {
+            "Run": _facts({name: value for name, value in _run_facts(report).items() if value is not None}),
             "Protocol": _facts(report.protocol),
             "Environment": _facts(report.environment),
             "Inputs": _facts(dict(report.inputs)),
@@ -156,19 +167,19 @@ def _headlines(report: Report) -> list[Headline]:
         if measured is not None:
             low, high = measured.interval95
             speed = "" if asked.name == "speedup" else f"{measured.speedup:.2f}x, "
-            note = f"{speed}95 % interval [{low:.2f}, {high:.2f}]"
+            note = f"{latencies(report).replace('->', '→')}, {speed}95 % interval [{low:.2f}, {high:.2f}]"
         result = Headline("Measured", exact(asked, value), note)
     else:
         guess = getattr(verdict.predicted, asked.name, None)
         words = "none" if guess is None else amount(asked.name, guess)
         result = Headline("Predicted (estimate)", words, f"{verdict.predicted.source}, {NONE}")
-    sides = (report.baseline.score, report.compressed.score)
-    scores = NONE if None in sides else " → ".join(score_text(metric, side) for side in sides)
+    unknown = None in (report.baseline.score, report.compressed.score)
+    quality_text = NONE if unknown else scores(report).replace("->", "→")
     size = next(row for row in metrics_table.rows(report) if row.label == "weights")
     return [
         Headline("Asked", amount(asked.name, asked.value), allowed),
         result,
-        Headline(metric.capitalize(), scores, metrics_table.score_change(report)),
+        Headline(metric.capitalize(), quality_text, metrics_table.score_change(report)),
         Headline("Weights", size.after, f"from {size.before}, {size.change}"),
     ]
 
@@ -204,6 +215,48 @@ def notes(report: Report) -> list[str]:
     if report.parity is not None and report.parity.max_abs_difference > report.parity.tolerance:
         found_notes.append("The exported file and PyTorch differ by more than the tolerance.")
     return [*found_notes, *report.warnings]
+
+
+def class_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
+    """Name, samples, dense, compressed and change in points of the classes that lose or gain most."""
+    changed = [one for one in report.classes if one.compressed != one.dense]
+    if len(changed) > MOST_CLASSES:
+        changed = [*changed[: MOST_CLASSES - 3], *changed[-3:]]
+    return [
+        (
+            one.name,
+            f"{one.samples:,}",
+            f"{one.dense:.1%}",
+            f"{one.compressed:.1%}",
+            f"{100 * (one.compressed - one.dense):+.1f} points",
+        )
+        for one in changed
+    ]
+
+
+def _run_facts(report: Report) -> dict[str, Fact]:
+    """How the run was started, by which program, and how long it took."""
+    took = None if report.wall_seconds is None else duration(report.wall_seconds)
+    return {"command": report.command, "compress": report.revision, "time": took}
+
+
+def _low_precision(report: Report) -> str | None:
+    """The number formats below the model's own in the file, e.g. `int8`; None where there are none."""
+    names = (report.compressed.precision or "").split(" + ")[1:]
+    return " and ".join(names) or None
+
+
+def _tags(report: Report) -> list[str]:
+    """The tags of a model card, by what was done to the model."""
+    options = [site.option for site in report.sites]
+    done = {
+        "structured-pruning": any(option.units < option.units_total for option in options),
+        "sparsity": any(option.pattern != "dense" for option in options),
+        "low-rank": any(option.rank for option in options),
+        "quantization": _low_precision(report) is not None,
+        "sentence-transformers": report.task == "feature-extraction",
+    }
+    return ["compress", *(name for name, holds in done.items() if holds), "onnx"]
 
 
 def limits(report: Report) -> list[str]:
@@ -278,6 +331,7 @@ def _environment(kind: str) -> Environment:
         keep_trailing_newline=True,
         finalize=None if kind == "html" else _markdown_text,
     )
+    environment.filters["code"] = Markup  # only our own snippets, which hold nothing from outside
     environment.filters["yaml"] = lambda value: Markup(json.dumps(value, ensure_ascii=False))
     return environment
 

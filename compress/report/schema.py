@@ -230,10 +230,8 @@ class Step(Document):
 class Report(Document):
     """The whole result of one compilation.
 
-    `warnings` are what a reader can act on, `notes` what the compilation decided on its way.
-    `dense_agreement` is the share of test inputs that both models give the same class. `wall_seconds` is
-    the time from the first stage to the report; `stages` add up to it. `command` is the command line,
-    `revision` the git revision or the version of the program that ran.
+    `warnings` are for the reader to act on, `notes` are decisions of the compilation. Of the test inputs both
+    models give the share `dense_agreement` the same class. `stages` add up to `wall_seconds`.
     """
 
     schema_version: int = Field(default=SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
@@ -267,7 +265,6 @@ class Report(Document):
     wall_seconds: float | None = Field(default=None, ge=0)
     command: str | None = None
     revision: str | None = None
-    pooling: str | None = None
     environment: dict[str, Fact] = Field(default_factory=dict)
     protocol: dict[str, Fact] = Field(default_factory=dict)
     inputs: dict[str, str] = Field(default_factory=dict)

@@ -10,6 +10,7 @@ import io
 import math
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from compress.sites.kinds import KINDS
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 560
+LABEL = 22  # characters of a label; longer ones lose their middle
+CHARACTER = 7.7  # widest digit of the usual fonts at 12 pixels
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 PALETTE = {
@@ -186,3 +189,15 @@ def _themed(style: str) -> str:
     for role, color in PALETTE.items():
         style = style.replace(color, f"var(--{role})")
     return style
+
+
+def fit(text: str) -> str:
+    """A label of bounded length; the middle gives way, because both ends tell sites apart."""
+    if len(text) <= LABEL:
+        return text
+    return text[: LABEL - LABEL // 2 - 1] + "…" + text[-(LABEL // 2) :]
+
+
+def gutter(texts: Sequence[str]) -> float:
+    """Pixels that the longest of some texts needs beside the bars."""
+    return CHARACTER * max(map(len, texts)) + 22

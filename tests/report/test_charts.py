@@ -8,6 +8,7 @@ from compress.recipe import Budget
 from compress.report import charts
 from compress.report.charts import Axis, Bar, Point, Share, Strip, Turn, short
 from compress.report.formatting import digits
+from compress.report.schema import Stage
 from compress.report.svg import PALETTE
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -154,7 +155,7 @@ def test_a_front_shows_losses_only_when_every_plan_was_judged():
     front = whole().front
     mixed = (front[0].model_copy(update={"loss": None}), *front[1:])
     assert "error over" in charts.draw(report(front=mixed))["front"].title
-    assert "chosen, 2.00x" in words(charts.draw(whole())["front"])
+    assert "chosen, 2.00x, accuracy 94.1" in words(charts.draw(whole())["front"])
     unchosen = tuple(point.model_copy(update={"chosen": False}) for point in front)
     assert not any("chosen" in text for text in words(charts.draw(report(front=unchosen))["front"]))
 
@@ -179,7 +180,7 @@ def test_energy_is_an_axis_where_every_plan_has_one():
     shown = words(drawn)
     assert "predicted energy of a run (estimate)" in shown
     chosen = next(point.energy_mj for point in points if point.chosen)
-    assert f"chosen, {digits(chosen)} mJ" in shown
+    assert f"chosen, {digits(chosen)} mJ, accuracy 94.1" in shown
     assert any(text.endswith(" mJ") and "chosen" not in text for text in shown)  # the ticks
     assert not any("asked" in text for text in shown)  # a speedup was
     some = (points[0].model_copy(update={"energy_mj": None}), *points[1:])
@@ -238,3 +239,31 @@ def test_a_long_label_keeps_both_ends():
     assert label.startswith("beginning.")
     assert label.endswith("s.long.end7")
     assert "…" in label
+
+
+def test_the_front_ends_at_three_times_what_was_asked():
+    points = [Point(1.0 + i, 10.0 * i, i == 1) for i in range(20)]
+    near = charts._within_reach(points, Axis("w", "x", 2.0))
+    assert [point.gain for point in near] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert charts._within_reach(points, Axis("w", "x")) == points
+    assert charts._within_reach(points, Axis("w", " mJ", 2.0)) == points
+    assert "w (estimate, log scale)" in words(charts.front("front", points, Axis("w", "x"), "loss", ""))
+
+
+def test_the_shipped_iteration_is_marked_over_an_axis_of_milliseconds():
+    first, second = whole().rounds
+    drawn = charts.draw(report(rounds=(first, second.model_copy(update={"shipped": True}))))["rounds"]
+    assert {"shipped", "milliseconds"} <= set(words(drawn))
+    assert clashes(drawn) == []
+    assert "shipped" not in words(charts.draw(report(rounds=(first, second)))["rounds"])
+
+
+def test_repeated_stages_share_a_bar():
+    stages = (
+        Stage(name="search", seconds=3),
+        Stage(name="build", seconds=1),
+        Stage(name="search", seconds=4),
+    )
+    drawn = words(charts.draw(report(stages=stages))["stages"])
+    assert "7.00 s in 2" in drawn
+    assert drawn.count("search") == 1

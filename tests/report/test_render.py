@@ -8,8 +8,18 @@ from support.reports import CPU, TIMED, latency, matches, report, whole
 
 from compress.errors import CompressError
 from compress.ir import Budget, Engine
-from compress.report import charts, metrics_table, render
-from compress.report.schema import Figures, Measured, Parity, Phases, PhaseTimes, Predicted, SiteReport, read
+from compress.report import charts, metrics_table, render, snippets
+from compress.report.schema import (
+    ClassScore,
+    Figures,
+    Measured,
+    Parity,
+    Phases,
+    PhaseTimes,
+    Predicted,
+    SiteReport,
+    read,
+)
 from compress.sites.kinds import KINDS
 
 AWAY = Predicted(speedup=3.17, latency_ms=77.7, baseline_latency_ms=246.3, energy_mj=88.8, power_w=66.6)
@@ -183,12 +193,12 @@ def test_the_verdict_is_at_the_top(made, status, mark):
 def test_the_headlines_hold_asked_found_quality_and_size():
     found = blocks(render.html(report(max_drop=0.02)))
     assert "Asked 2.00x losing at most 2.0 points" in found
-    assert "Measured 2.06x 95 % interval [2.03, 2.09]" in found
+    assert "Measured 2.06x 4.12 → 2.00 ms, 95 % interval [2.03, 2.09]" in found
     assert "Accuracy 95.4 → 94.1 lost 1.3 points" in found
     assert "Weights 22.4 MB from 43.2 MB, -48%" in found
     slow = blocks(render.html(report(Budget(latency_ms=5.0), scores=(0.9, 0.92))))
     assert "Asked 5.00 ms" in slow
-    assert "Measured 2.00 ms 2.06x, 95 % interval [2.03, 2.09]" in slow
+    assert "Measured 2.00 ms 4.12 → 2.00 ms, 2.06x, 95 % interval [2.03, 2.09]" in slow
     assert "Accuracy 90.0 → 92.0 gained 2.0 points" in slow
     there = blocks(render.html(report(measured=None, scores=(0.9, None))))
     assert "Predicted (estimate) 2.10x roofline, not measured" in there
@@ -249,7 +259,11 @@ def test_the_notes_say_what_weakens_a_verdict():
     wide = report(measured=Measured(speedup=2.01, interval95=(1.97, 2.05)))
     assert render.notes(wide) == ["The median is above 2.00x, the interval reaches down to 1.97x."]
     assert render.notes(report()) == []
-    assert render.notes(report(Budget(speedup=2.2))) == ["6.36% short of what was asked."]
+    assert render.notes(report(Budget(speedup=2.2))) == [
+        "6.36% short of what was asked.",
+        "To reach 2.2x, add techniques with `--moves` (`compress plan` shows which pay off on this target); "
+        "`--speedup 2.03x` is met by this result.",
+    ]
     torn = Parity(max_abs_difference=0.2, tolerance=0.1, agreement=0.5, inputs=2)
     assert render.notes(report(parity=torn)) == [
         "The exported file and PyTorch differ by more than the tolerance."
@@ -285,7 +299,7 @@ def test_parity_and_facts_are_in_words():
     assert "PyTorch against the exported file: not measured." in render.markdown(report())
     for fact in ("avx2yes", "vnnino", "clocksunknown", "block ms60.0", "calibration99ab"):
         assert fact in text
-    assert "34.2 seconds in all." in text
+    assert "34.2 seconds in all, loading and reporting included." in text
 
 
 def test_everything_is_written_and_reads_back(tmp_path):
@@ -337,3 +351,73 @@ def test_every_kind_of_site_has_a_color_on_a_light_and_on_a_dark_page():
     for name, kind in KINDS.items():
         assert f"--{name}: {kind.color};" in light
         assert f"--{name}: {kind.dark_color};" in dark
+
+
+@pytest.mark.parametrize("model", ["/home/me/models/minilm", "../models/minilm", "~/models/minilm"])
+def test_title_and_card_never_show_a_local_path(model):
+    made = report(model=model)
+    assert "<title>Met: minilm on cpu</title>" in render.html(made)
+    for text in (render.html(made), render.card(made, name="minilm"), render.markdown(made)):
+        assert model not in text
+        assert "models/" not in text
+    assert "Met: owner/name on cpu" in render.html(report(model="owner/name"))
+
+
+def test_cards_suit_the_task_and_the_plan():
+    own = render.card(report(task="own-module"), name="x")
+    assert "library_name: pytorch" in own
+    assert "pipeline_tag" not in own
+    assert 'load(".", factory=make_model)' in own
+    embeddings = render.card(report(task="feature-extraction"), name="x")
+    assert "SentenceTransformer" in embeddings
+    assert "mean pooling" in embeddings
+    assert 'tags: ["compress", "structured-pruning", "sentence-transformers", "onnx"]' in embeddings
+    assert "model.generate(" in render.card(report(task="text-generation"), name="x")
+    int8 = report()
+    sites = tuple(
+        s.model_copy(update={"option": s.option.model_copy(update={"precision": "int8-dynamic"})})
+        for s in int8.sites
+    )
+    now = int8.compressed.model_copy(update={"precision": "fp32 + int8"})
+    low = render.card(int8.model_copy(update={"sites": sites, "compressed": now}), name="x")
+    assert '"quantization"' in low
+    assert "matrix products of `model.onnx` run in int8" in low
+
+
+def test_every_snippet_is_a_program():
+    for task in (None, "own-module", "text-classification", "image-classification", "feature-extraction"):
+        made = report(task=task)
+        for code in (snippets.run_snippet(made), snippets.load_snippet(made)):
+            assert compile(code, "snippet", "exec").co_names
+
+
+def test_notes_classes_and_how_it_was_run_stand_on_the_page():
+    made = report(
+        notes=("Sequential refit was used.",),
+        classes=(
+            ClassScore(name="refund", samples=30, dense=0.9, compressed=0.8),
+            ClassScore(name="same", samples=30, dense=0.9, compressed=0.9),
+        ),
+        dense_agreement=0.981,
+        command="compress --speedup 2x",
+        revision="git 0123456789ab",
+        wall_seconds=65.0,
+    )
+    text = " ".join(blocks(render.html(made)))
+    for words in (
+        "1 note of the compilation",
+        "-10.0 points",
+        "98.1%",
+        "compress --speedup 2x",
+        "git 0123456789ab",
+    ):
+        assert words in text
+    assert "same class as dense" in text
+    assert [row[0] for row in render.class_rows(made)] == ["refund"]
+    assert "Sequential refit was used." not in render.notes(made)
+
+
+def test_a_size_budget_explains_why_it_is_not_smaller():
+    page = render.html(report(Budget(size_mb=30.0), fixed_ms=0.4))
+    assert "<h2>Why not smaller</h2>" in page
+    assert "<h2>Why not faster</h2>" in render.html(report(fixed_ms=0.4))
