@@ -1,5 +1,6 @@
 """A task made of an `nn.Module`, example inputs and a data loader, for models without a task of their own."""
 
+import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ class ModuleTask(Task):
         """Read the loader once and split its rows in their order: half, a quarter and a quarter.
 
         Args:
-            model: takes the inputs as arguments; a copy in float32 is not made, it is set to evaluation mode.
+            model: takes the inputs as arguments; it is copied to float32 and evaluation mode.
             example_inputs: one batch, as a tensor, a sequence in the order of `forward`, or by argument name.
             data_loader: gives batches of inputs, or pairs of inputs and labels.
 
@@ -40,7 +41,7 @@ class ModuleTask(Task):
             CompressError: inputs do not fit `forward`, or the loader holds too few rows.
         """
         check_finite(model, type(model).__name__)
-        self.model = model.float().eval()
+        self.model = copy.deepcopy(model).cpu().float().eval()
         self._example = _by_name(model, example_inputs)
         inputs, labels = self._read(data_loader)
         self.labelled = labels is not None
@@ -118,7 +119,7 @@ class ModuleTask(Task):
         for item in loader:
             given, label = _with_label(item, len(self._example))
             for name, value in _by_name(self.model, given).items():
-                inputs.setdefault(name, []).append(value.detach().cpu())
+                inputs.setdefault(name, []).append(value)
             if label is not None:
                 labels.append(label.detach().cpu())
         if inputs.keys() != self._example.keys():
@@ -165,7 +166,7 @@ def _with_label(item: object, arguments: int) -> tuple[object, Tensor | None]:
 
 
 def _by_name(model: nn.Module, inputs: object) -> dict[str, Tensor]:
-    """A batch of inputs by the names of `forward`'s arguments."""
+    """A batch of inputs by the names of `forward`'s arguments, on the processor, real numbers in float32."""
     names = _argument_names(model)
     if isinstance(inputs, Mapping):
         unknown = [str(name) for name in inputs if name not in names]
@@ -188,7 +189,10 @@ def _by_name(model: nn.Module, inputs: object) -> dict[str, Tensor]:
         raise CompressError(
             f"input {wrong[0]!r} is a {type(found[wrong[0]]).__name__}; give tensors with a batch dimension"
         )
-    return found
+    return {
+        name: value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
+        for name, value in found.items()
+    }
 
 
 def _repeated(example: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:

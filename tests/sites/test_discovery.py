@@ -478,6 +478,13 @@ def test_a_trial_that_proves_nothing_is_a_failed_one():
         verify(idle, Call((), example), site)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_unit_that_is_zero_for_the_one_input_does_not_hide_the_site(seed):
+    torch.manual_seed(seed)  # behind a ReLU, the middle unit is zero for about half of all inputs
+    found = find_sites(Pair(nn.ReLU()).eval(), {"input_ids": torch.tensor([[7]])})
+    assert [site.kind for site in found.sites] == ["ffn"]
+
+
 def test_the_innermost_common_module_is_found_by_whole_steps():
     assert common_module(["a.b.x.weight", "a.b.y.weight"]) == "a.b"
     assert common_module(["a.b1.weight", "a.b2.weight"]) == "a"
