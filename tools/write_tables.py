@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from compress import profiles
+from compress.cli import recipe_reference
 from compress.cost import published_latencies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,9 +77,20 @@ def roofline() -> str:
     return markdown(header, rows)
 
 
+def recipe() -> str:
+    """One row for each key of a recipe: its table, type, default and meaning."""
+    header = ("table", "key", "type", "default", "meaning")
+    rows = [
+        (f"`[{key.table}]`" if key.table else "top level", f"`{key.key}`", key.type, key.default, key.meaning)
+        for key in recipe_reference.list_keys()
+    ]
+    return markdown(header, rows)
+
+
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "devices": (ROOT / "profiles" / "README.md", devices),
     "roofline": (ROOT / "profiles" / "README.md", roofline),
+    "recipe": (ROOT / "compress" / "README.md", recipe),
 }
 
 

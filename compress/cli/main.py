@@ -286,7 +286,8 @@ def targets(session: "Session", words: Words) -> int:
 def recipe(session: "Session", words: Words) -> int:
     """Check a recipe and show it with all defaults filled in."""
     from compress import recipe as recipes
-    from compress import recipe_reference, request
+    from compress import request
+    from compress.cli import recipe_reference
 
     if words["reference"]:
         keys = [key.model_dump(mode="json") for key in recipe_reference.list_keys()]

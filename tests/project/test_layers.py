@@ -18,7 +18,7 @@ FLOORS = (
     "ir profiles",
     "sites.kinds validation",
     "artifacts recipe",
-    "request recipe_reference",
+    "request",
     "core measure",
     "cost report sites demo",
     "tasks export.onnx progress",
@@ -245,7 +245,10 @@ def test_test_files_stand_where_their_module_stands():
         "sites.kinds.toy_kind",
         "export.backends.toy_backend",
         "export.backends.tensorrt_api",
-        *(f"project.{name}" for name in ("layers", "packaging", "seams", "doctests", "readme", "guides")),
+        *(
+            f"project.{name}"
+            for name in ("layers", "packaging", "seams", "doctests", "readme", "guides", "examples")
+        ),
         *(f"tools.{name}" for name in ("check", "benchmark", "draw_rooms", "write_tables", "gpu")),
     }
     packages = {"profiles.profiles": "profiles"}

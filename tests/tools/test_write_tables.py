@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from compress import profiles
+from compress.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -19,7 +20,7 @@ def tool():
 
 
 def test_every_block_is_up_to_date(tool):
-    assert set(tool.TABLES) >= {"devices", "roofline"}
+    assert set(tool.TABLES) == {"devices", "roofline", "recipe"}
     for name, (path, make) in tool.TABLES.items():
         guide = path.read_text(encoding="utf-8")
         assert tool.replaced(guide, name, make()) == guide, f"{name}: run python tools/write_tables.py"
@@ -30,6 +31,14 @@ def test_devices_are_those_that_have_a_profile(tool):
     assert len(lines) == 2 + len(profiles.names()) - 1
     assert sum(line.startswith("| `a100` | NVIDIA A100") for line in lines) == 1
     assert all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+def test_every_key_of_a_recipe_has_a_row(tool):
+    lines = tool.recipe().splitlines()
+    assert all(line.count(" | ") == lines[0].count(" | ") for line in lines)
+    for name, field in Recipe.model_fields.items():
+        for key in getattr(field.annotation, "model_fields", {}):
+            assert any(line.startswith(f"| `[{name}]` | `{key}` |") for line in lines)
 
 
 def test_only_what_stands_between_the_marks_changes(tool):

@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from compress import recipe_reference
+from compress.cli import recipe_reference
 from compress.ir import Document
 from compress.recipe import Recipe
 
