@@ -149,7 +149,7 @@ def compiled(monkeypatch, folder, moves, speedup, **more):
     backend = TorchCuda(H100, 1, device="cpu", graphs=False)
     monkeypatch.setattr(job, "backend_for", lambda profile, threads: backend)
     recipe = {
-        "model": "classifier:wider",
+        "model": "support.classifier:wider",
         "target": "h100",
         "budget": {"speedup": speedup},
         "out": str(folder / "out"),

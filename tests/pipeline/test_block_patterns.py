@@ -43,7 +43,7 @@ def job(folder, *own, moves=("block",), backend=None):
         yield lambda done, work: None
 
     return SimpleNamespace(
-        sites=own, folder=folder, stages=stages,
+        sites=own, folder=folder, work=folder, stages=stages,
         recipe=SimpleNamespace(options=SimpleNamespace(moves=moves)),
         profile=profiles.load("cpu"),
         backend=backend or OnnxRuntimeCpu(profiles.load("cpu"), 1),
@@ -203,7 +203,7 @@ def test_the_price_and_the_file_take_the_layouts_of_the_job(monkeypatch, tmp_pat
 
 def test_a_plan_prints_what_blocks_gain(timed, tmp_path):
     found = block_patterns.find_patterns(job(tmp_path, site(), site(1536)))
-    rows = inspection._blocks(found)
+    rows = [row.model_dump() for row in inspection._blocks(found)]
     assert len(rows) == 4 * len(block_patterns.BLOCK_SHAPES) * len(block_patterns.DENSITIES)
     (row,) = [r for r in rows if r["product"] == "768x3072" and r["pattern"] == "block:64x32@0.25"]
     assert row == {

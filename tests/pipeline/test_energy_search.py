@@ -160,7 +160,7 @@ def test_out_of_reach_says_what_can_be_had():
 def request(out, target, budget):
     return Recipe.model_validate(
         {
-            "model": "classifier:Padded",
+            "model": "support.classifier:Padded",
             "target": target,
             "budget": budget,
             "out": str(out),

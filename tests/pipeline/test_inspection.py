@@ -84,7 +84,7 @@ def test_the_gpu_here_is_measured_unless_the_processor_is_named(tmp_path, monkey
             module, "backend_for", lambda profile, threads: backend if profile == v100 else None
         )
     monkeypatch.setattr("compress.export.microbench.site_timing.CYCLE_LIMITS", (3, 3))
-    found = inspection.measure_target(Quiet(), None, "classifier:Padded", Shapes(tokens=9))
+    found = inspection.measure_target(Quiet(), None, "support.classifier:Padded", Shapes(tokens=9))
     assert (found["target"], found["runtime"], found["precision"]) == ("v100", "torch-cpu", "fp32")
     assert len(found["rows"]) == 2
     with pytest.raises(CompressError, match="--target cpu cannot be measured here"):
