@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +53,31 @@ def test_a_decoder_is_compiled_and_both_of_its_phases_are_told(tmp_path):
         assert any(name.startswith(PAST) for name in runner.inputs())
         ids = np.ones((2, 5), dtype=np.int64)
         assert np.isfinite(runner.infer({"input_ids": ids, MASK: ids})["logits"]).all()
+
+
+@pytest.mark.slow
+def test_the_seconds_of_all_stages_add_up_to_the_wall_clock(tmp_path):
+    began = time.perf_counter()
+    found = compilation.run(
+        request(tmp_path, words=3000, size_mb=0.12, shapes=Shapes(batch=1, tokens=16)), Quiet()
+    )
+    took = time.perf_counter() - began
+    assert sum(stage.seconds for stage in found.stages) == pytest.approx(found.wall_seconds, rel=0.05)
+    assert found.wall_seconds == pytest.approx(took, rel=0.25)
+    assert {"load", "plan", "build", "check and report"} <= {stage.name for stage in found.stages}
+
+
+def test_the_time_of_a_stage_inside_another_is_counted_once():
+    stages = Stages(Quiet())
+    with stages("outer"):
+        with stages("inner"):
+            time.sleep(0.05)
+        time.sleep(0.02)
+    inner, outer = stages.seconds
+    assert (inner.name, outer.name) == ("inner", "outer")
+    assert inner.seconds >= 0.05
+    assert outer.seconds >= 0.02
+    assert inner.seconds + outer.seconds <= stages.wall_seconds() + 0.002  # each rounds to milliseconds
 
 
 @pytest.mark.slow
