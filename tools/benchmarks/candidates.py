@@ -1,4 +1,4 @@
-"""What a compilation rests on: seconds and memory of all candidates, and how good predicted times are."""
+"""Time and memory of all candidates, and the error of predicted speedups."""
 
 import argparse
 import resource

@@ -1,4 +1,4 @@
-"""Compilations from nothing: asked against measured, ways to rank, to recover, and to make a site cheaper."""
+"""Whole compilations: asked against measured speedup, scores of units, recovery, and moves."""
 
 import argparse
 import sys

@@ -188,8 +188,8 @@ class Stages:
         """What one model teaches; its answers are kept in a folder, if at all."""
         folder.mkdir(parents=True, exist_ok=True)
         task = Pictures(teacher, self.known)
-        told = distillation.Teacher(task, teacher, self.at, folder, wanted.cache_mb)
-        return DistillationData(task, told, lambda: self.known, len(self.known), wanted)
+        answers = distillation.Teacher(task, teacher, self.at, folder, wanted.cache_mb)
+        return DistillationData(task, answers, lambda: self.known, len(self.known), wanted)
 
     def prune(self, sparse: nn.Module, wanted: Recovery) -> tuple[nn.Module, tuple[float, ...]]:
         """The 2:4 model taught by the dense one, and how much each late layer counts from now on."""

@@ -45,13 +45,13 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     export(task.model, example, files["float32"], outputs=task.outputs, tensors=task.output_tensors)
     batches = list(task.batches("calibration", INPUTS, 512))
     files |= _ours(task, batches, files["float32"], out, words="")
-    calm = copy.copy(task)
-    calm.model = copy.deepcopy(task.model)
+    smoothed = copy.copy(task)
+    smoothed.model = copy.deepcopy(task.model)
     for spot in smoothquant.find_pairs(task, discovery.find_sites(task.model, example).sites, batches):
-        smoothquant.apply(calm.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
-    path = out / "calm.onnx"
-    export(calm.model, example, path, outputs=task.outputs, tensors=task.output_tensors)
-    files |= _ours(calm, batches, path, out, words=", smoothed")
+        smoothquant.apply(smoothed.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
+    path = out / "smoothed.onnx"
+    export(smoothed.model, example, path, outputs=task.outputs, tensors=task.output_tensors)
+    files |= _ours(smoothed, batches, path, out, words=", smoothed")
     files |= _theirs(task, batches, files["float32"], out)
     runners = {name: OrtRunner(path, 1) for name, path in files.items()}
     inputs = {name: tensor.numpy() for name, tensor in example.items()}

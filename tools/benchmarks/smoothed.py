@@ -1,4 +1,4 @@
-"""Loud channels left where they are or moved: a small pretrained decoder on integers, by perplexity."""
+"""The benchmark `smoothing`: perplexity of a quantized pretrained decoder, with and without SmoothQuant."""
 
 import argparse
 import copy
@@ -27,7 +27,7 @@ WAYS = {"plain": None, "smoothed for 8 bits": smooth.LEVELS, "smoothed for 4 bit
 
 
 class Stories(TextGeneration):
-    """A pretrained decoder and text that it knows: blocks to calibrate on, and as many to be judged by."""
+    """A pretrained decoder and blocks of text: half to calibrate on, as many again to score."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -50,12 +50,12 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
         {"what": "float32", "perplexity": round(task.scored(dense), 4), "n": int(dense[:, 1].sum())}
     ]
     for way, levels in WAYS.items():
-        calm = copy.copy(task)
-        calm.model = copy.deepcopy(task.model)
+        smoothed = copy.copy(task)
+        smoothed.model = copy.deepcopy(task.model)
         for spot in smoothquant.find_pairs(task, sites, seen, levels) if levels else ():
-            smoothquant.apply(calm.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
+            smoothquant.apply(smoothed.model, spot, torch.tensor(spot.divide, dtype=torch.float64))
         for kind in KINDS:
-            model = _rounded(calm, names, seen, kind)
+            model = _rounded(smoothed, names, seen, kind)
             found = task.outcomes(_run(task, model))
             low, high = lost_between(task, dense, found)
             rows.append(
