@@ -200,8 +200,8 @@ def megabytes(net: nn.Module, optimizer: torch.optim.Optimizer, windows: Tensor)
 
     optimizer.zero_grad(set_to_none=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        value = loss(net, windows)
-    value.backward()
+        objective = loss(net, windows)
+    objective.backward()
     states = [value for held in optimizer.state.values() for value in held.values()]
     found = {
         "weights": _bytes(net.parameters()),
