@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compress import artifacts
 from compress.calibration.activation_statistics import real_rows
 from compress.core import smooth
+from compress.formats import TECHNIQUES
 from compress.ir import Document, Site, Slice
 from compress.pipeline.job import Job
 from compress.sites.equivalence import distance
@@ -26,7 +27,6 @@ from compress.sites.modeling import owner
 from compress.sites.residual_stream import normalizes
 from compress.tasks.loading import Batch, Task
 
-INTEGERS = ("int8", "int8-static")  # moves that read all channels in one step
 STATISTICS_BATCHES = 16  # batches that say how loud channels are
 EQUIVALENCE_SAMPLES = 4  # inputs of a trial
 MAX_TEST_FACTOR = 2.0  # factor of a trial, and its inverse
@@ -80,13 +80,14 @@ def smooth_model(job: Job) -> tuple[Job, list[str]]:
 
     It is the same job where nothing is to gain, and without a move to int8.
     """
-    if not set(INTEGERS) & set(job.recipe.options.moves):
+    techniques = [TECHNIQUES[move] for move in job.recipe.options.moves]
+    if not any(one.per_tensor_input for one in techniques):
         return job, []
 
     def find() -> Smoothing:
         with job.stages("smooth"):
             # Weights that may end on 4 bits cannot take what those on 8 bits can.
-            levels = smooth.FEW if "int4" in job.recipe.options.moves else smooth.LEVELS
+            levels = smooth.FEW if any(one.few_bits for one in techniques) else smooth.LEVELS
             spots = find_pairs(job.task, job.sites, job.calibration[:STATISTICS_BATCHES], levels)
         return Smoothing(spots=tuple(spots))
 
