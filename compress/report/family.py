@@ -13,7 +13,7 @@ from compress.errors import CompressError
 from compress.ir import SCHEMA_VERSION, Document
 from compress.report.formatting import digits, lost, score_text
 from compress.report.schema import EXIT_CODES, Report, Status, Target
-from compress.report.summary import device
+from compress.report.summary import device, shown_model
 from compress.report.svg import PALETTE, WIDTH, Canvas, Chart, finish, ticks
 
 FILE = "family.json"
@@ -154,7 +154,7 @@ def markdown(family: Family) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return (
         f"# {title(family)}\n\nDense {family.metric}: {score_text(family.metric, family.dense_score)}. "
-        "Every directory holds a model and the proof of its row.\n\n"
+        "Every directory holds a model and its own report.\n\n"
         f"{table}\n"
     )
 
@@ -164,7 +164,8 @@ def title(family: Family) -> str:
     runs = dict.fromkeys(
         part for one in family.members for part in (one.precision or "").split(" + ") if part
     )
-    return f"{family.model}: {len(family.members)} models for {device(family.target, ' + '.join(runs))}"
+    where = device(family.target, " + ".join(runs))
+    return f"{shown_model(family.model)}: {len(family.members)} models for {where}"
 
 
 def html(family: Family) -> str:
@@ -207,6 +208,16 @@ def front(family: Family) -> Chart | None:
     ticks(axes, "y", *axes.get_ylim(), log=False)
     axes.grid(axis="y", color=PALETTE["line"], linewidth=1)
     axes.plot(xs, ys, color=PALETTE["now"], linewidth=1.8, marker="o", markersize=6)
+    for one in family.members:
+        speed = one.measured or one.predicted
+        if speed is None or one.score is None:
+            continue
+        if one.interval95 is not None:
+            axes.hlines(one.score, *one.interval95, color=PALETTE["now"], linewidth=4, alpha=0.35)
+        axes.annotate(
+            one.directory, (speed, one.score), (0, 8), textcoords="offset points", ha="right",
+            fontsize=12, color=PALETTE["ink"], parse_math=False,
+        )  # fmt: skip
     measured = all(one.measured is not None for one in family.members)
     words = "measured speedup" if measured else "speedup (estimate where it was not measured)"
     canvas.write(64 + (WIDTH - 80) / 2, height - 12, words, align="center")

@@ -92,3 +92,15 @@ def test_the_front_starts_at_the_dense_model_and_needs_scores():
     bare = made(one(1.5, 1.52)).model_copy(update={"dense_score": None})
     assert family.front(bare) is None
     assert "<svg" not in family.html(bare)
+
+
+def test_the_page_shows_verdicts_intervals_and_labels():
+    found = made(one(1.5, 1.52, 0.95), one(3.0, 2.9, 0.9), one(4.0, None, 0.8))
+    page = family.html(found)
+    for status, words in (("met", "met"), ("missed", "missed"), ("not_measured", "not measured")):
+        assert f'<span class="verdict {status}">{words}</span>' in page
+    assert 'data-label="measured">1.52x [1.47, 1.57]' in page
+    drawn = family.front(found)
+    texts = {node.text for node in ET.fromstring(drawn.file).iter("{http://www.w3.org/2000/svg}text")}
+    assert {"1.5x", "3x", "4x"} <= texts
+    assert "/home/" not in family.html(made(one(1.5, 1.52, model="/home/me/minilm")))
