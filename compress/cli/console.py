@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import locale
 import os
+import re
 import sys
 import tempfile
 import textwrap
@@ -16,6 +17,7 @@ from typing import IO, Any, TextIO
 WIDE = 80  # columns of a terminal, the gap behind a table's last column in place of the indent before it
 LEAST_WIDE = 16  # columns that a cell of words needs to be read
 GAP = 2
+COLORS = {"met": 32, "missed": 31, "not_measured": 33}  # green, red, yellow
 
 
 def plain(document: Mapping[str, Any]) -> str:
@@ -114,6 +116,29 @@ def _cell(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_cell, value)) or "none"
     return str(value)
+
+
+def verdict_text(line: str, status: str, stream: TextIO) -> str:
+    """The verdict for a stream: in color and broken between words on a terminal, one plain line elsewhere.
+
+    NO_COLOR in the environment and a terminal without control sequences turn the color off.
+
+    Args:
+        line: the verdict line.
+        status: met, missed or not_measured, whose words in capitals get the color.
+        stream: where it will be written.
+    """
+    if not stream.isatty():
+        return line
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        columns = WIDE
+    text = textwrap.fill(line, columns or WIDE, break_long_words=False, break_on_hyphens=False)
+    words = status.upper().replace("_", r"\s")
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return re.sub(rf"\b{words}\b", lambda found: f"\x1b[1;{COLORS[status]}m{found[0]}\x1b[0m", text, count=1)
 
 
 @dataclass(frozen=True)

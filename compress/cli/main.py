@@ -129,7 +129,9 @@ def run(session: "Session", words: Words) -> int:
         session.print_result(result.family.model_dump(mode="json"), family.text(result.family))
         return result.exit_code
     page = str(session.out / "compression" / "report.html")
-    session.print_result(result.report.model_dump(mode="json"), summary.verdict_line(result.report, page))
+    verdict = summary.verdict_line(result.report, page)
+    text = console.verdict_text(verdict, result.report.verdict.status, session.streams.out)
+    session.print_result(result.report.model_dump(mode="json"), text)
     for line in (next_steps.next_step(result.report, asked.out), next_steps.ruin(result.report)):
         if line is not None:
             session.progress.say(line)
@@ -224,6 +226,7 @@ def export(session: "Session", words: Words) -> int:
 def report(session: "Session", words: Words) -> int:
     """Write the report of a run again, and repeat its verdict."""
     from compress import api
+    from compress.cli import console
     from compress.report import family, schema, summary
 
     directory, vouched = words["directory"], words["device_is_target"]
@@ -232,7 +235,9 @@ def report(session: "Session", words: Words) -> int:
         session.print_result(found.model_dump(mode="json"), family.text(found))
         return family.exit_code(found)
     page = str(schema.folder_of(directory) / "report.html")
-    session.print_result(found.model_dump(mode="json"), summary.verdict_line(found, page))
+    verdict = summary.verdict_line(found, page)
+    text = console.verdict_text(verdict, found.verdict.status, session.streams.out)
+    session.print_result(found.model_dump(mode="json"), text)
     return schema.exit_code(found)
 
 

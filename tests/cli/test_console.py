@@ -1,4 +1,6 @@
+import io
 import os
+import re
 import subprocess
 import sys
 
@@ -159,3 +161,27 @@ def test_a_table_that_fits_is_left_alone_and_a_number_is_never_folded():
     numbers = {"rows": [{f"a_{name}": 123456 for name in "bcdefghijklmn"}]}
     head, tail, line = console.plain(numbers).splitlines()[1:]
     assert (head.split(), tail.split(), line.split()) == (["a"] * 13, list("bcdefghijklmn"), ["123,456"] * 13)
+
+
+class Terminal(io.StringIO):
+    """A stream that calls itself a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_verdict_has_color_on_a_terminal_only(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    line = (
+        "asked 2.00x · " + "measured 2.06x [2.03, 2.09] on this CPU · " * 3 + "NOT MEASURED · out/report.html"
+    )
+    assert console.verdict_text(line, "not_measured", io.StringIO()) == line
+    shown = console.verdict_text(line, "not_measured", Terminal())
+    assert re.search("\x1b\\[1;33mNOT\\sMEASURED\x1b\\[0m", shown)
+    bare = re.sub("\x1b\\[[0-9;]*m", "", shown)
+    assert bare.split() == line.split()
+    assert max(map(len, bare.splitlines())) <= console.WIDE
+    assert "\x1b[1;32mMET\x1b[0m" in console.verdict_text("a · MET · b", "met", Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in console.verdict_text(line, "not_measured", Terminal())
