@@ -192,11 +192,12 @@ def _row(job: Job, costs: Costs, menus: CandidateTable, choices: tuple[int, ...]
         units = sum(_kept(site, chosen[site.name]) for site in own)
         kept[kind] = round(units / sum(site.units for site in own), 3)
     counted = Counter(option.form for option in chosen.values())
-    error = knapsack.totals(menus.prior, choices)[1] / len(choices)
+    untouched = all(option == Option() for option in chosen.values())  # no error was computed for it
+    error = None if untouched else knapsack.totals(menus.prior, choices)[1] / len(choices)
     return PlanRow(
         speedup_estimate=round(costs.dense_ms / menus.latency_ms(choices), 3),
         latency_ms_estimate=round(menus.latency_ms(choices), 4),
-        mean_layer_error=float(f"{error:.3g}"),
+        mean_layer_error=None if error is None else float(f"{error:.3g}"),
         kept=kept,
         forms=", ".join(f"{count} x {form}" for form, count in sorted(counted.items())),
     )

@@ -16,7 +16,7 @@ import pytest
 
 import compress
 from compress import recipe
-from compress.cli import main
+from compress.cli import command, main
 from compress.errors import CompressError
 from compress.ir import Budget, Latency
 from compress.report import family, schema, summary
@@ -371,6 +371,8 @@ def failure(capfd, words):
         ([*ASK, "--recipe", "absent.toml"], "absent.toml cannot be read"),
         (["targets", "a101"], "target 'a101' is not known. Did you mean a100"),
         (["report", "nowhere"], "report.json cannot be read"),
+        (["recipe"], "no recipe was given; name a TOML file, or list the keys with --reference"),
+        (["clean", "nowhere"], "nowhere is not an output of compress; give the --out directory of a run"),
         (["m", "n", *ASK], r"unexpected extra argument \(n\)"),
     ],
 )
@@ -621,6 +623,58 @@ def test_help_lists_the_verbs_in_the_order_of_need(capsys):
     assert listed == VERBS
     assert not re.search(r"\w\.\.\.\n", text)  # click cuts what does not fit
     assert "compress --target cpu --speedup 2x" in text
+
+
+def test_help_lists_options_by_group_and_general_ones_last(capsys):
+    assert main.perform(["run", "--help"]) == 0
+    text = capsys.readouterr().out
+    titles = re.findall(r"^([A-Z][\w ]+):$", text, re.MULTILINE)
+    assert titles == ["Target and budget", "Data", "Compression", "What is timed", "General"]
+    sections = dict(zip(titles, re.split(r"^[A-Z][\w ]+:$", text, flags=re.MULTILINE)[1:], strict=True))
+    for title, flag in zip(titles, ("--speedup", "--label", "--recover", "--phase", "--out"), strict=True):
+        assert flag in sections[title]
+
+
+def test_help_states_every_exit_code(capsys):
+    assert main.perform(["--help"]) == 0
+    stated = re.findall(r"^ +(\d+) +\w", capsys.readouterr().out.split("Exit codes:")[1], re.MULTILINE)
+    known = {*schema.EXIT_CODES.values(), command.BAD_REQUEST, command.CRASHED, command.INTERRUPTED}
+    assert set(map(int, stated)) == known
+
+
+def test_recipe_lists_its_keys_or_fills_in_the_defaults(tmp_path, capfd):
+    assert main.perform(["recipe", "--reference"]) == 0
+    assert (
+        "\n[shapes]\nbatch: integer (at least 1); default 1. Inputs in one run.\n" in capfd.readouterr().out
+    )
+    assert main.perform(["recipe", "--reference", "--json"]) == 0
+    keys = json.loads(capfd.readouterr().out)["keys"]
+    assert {"table": "search", "key": "seed", "type": "integer", "default": "default 0"}.items() <= next(
+        key.items() for key in keys if (key["table"], key["key"]) == ("search", "seed")
+    )
+    path = tmp_path / "r.toml"
+    path.write_text('target = "cpu"\nbudget = { speedup = 2.0 }\n')
+    assert main.perform(["recipe", str(path)]) == 0
+    text = capfd.readouterr().out
+    (tmp_path / "full.toml").write_text(text)
+    assert recipe.read(tmp_path / "full.toml", {}) == recipe.read(path, {})
+    assert "generations = 24" in text
+
+
+def test_clean_says_how_much_was_removed_and_what_remains(tmp_path, capfd):
+    work = tmp_path / "compression" / "work"
+    work.mkdir(parents=True)
+    (work / "statistics.safetensors").write_bytes(b"0" * 3_000_000)
+    (tmp_path / "model.onnx").write_bytes(b"0" * 2_000_000)
+    assert main.perform(["clean", str(tmp_path)]) == 0
+    assert capfd.readouterr().out == f"3 MB removed, 2 MB remain in {tmp_path}\n"
+    assert not work.exists()
+    assert main.perform(["clean", str(tmp_path), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == {
+        "directory": str(tmp_path),
+        "freed_mb": 0.0,
+        "remaining_mb": 2.0,
+    }
 
 
 def test_the_options_of_each_verb_are_frozen():
