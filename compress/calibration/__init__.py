@@ -1,1 +1,5 @@
-"""Statistics of activations and saliencies, collected on calibration data."""
+"""Statistics on calibration data: moments, ranges and saliency, also for models larger than memory.
+
+It imports `core`, `distributed`, `sites` and `tasks`. A new statistic is a module with `collect`,
+which writes one file per site, and `read`, which returns its content.
+"""

@@ -1,4 +1,4 @@
-"""Moving loud channels out of an input and into the weight that reads it, the function unchanged.
+"""SmoothQuant: shift activation outliers into the weights that read them, the function unchanged.
 
 A channel of an input that is much larger than the others makes the step of all of them coarse. Where
 whatever writes a channel is linear in it, such as the scale and shift of a norm or the rows of another

@@ -1,10 +1,10 @@
-"""One process among several: its share of the data, and sums over all of them.
+"""Collective operations of several processes: commands, shares of batches, reductions and broadcasts.
 
-The first process leads. It calls the others to a piece of work (`call`, `called`), which all of them then
-do inside of `working`: the same code over shares of the data, with sums exchanged. Every exchange begins by
-asking whether all are well, so an error in any process ends that piece of work in all of them, with its
-message. Between two pieces of work the others wait without computing. Alone, every function here gives back
-what it was given.
+The first process leads. It sends a command (`send_command`, `receive_command`), which all processes execute
+inside `synchronized`: the same code on shares of the data, with reduced sums. Before every exchange the
+processes agree that none has failed, so an error in one of them ends the command in all, with its message.
+Between commands the other processes wait without computing. In a single process every function returns its
+input.
 """
 
 import json
@@ -24,8 +24,8 @@ from compress.distributed.process_env import process_info
 from compress.errors import CompressError
 from compress.tasks.task import Batch
 
-TIMEOUT = timedelta(days=20)  # the first process may measure and search for days before it calls
-BUCKET_ELEMENTS = 2**24  # numbers that are added up in one exchange
+TIMEOUT = timedelta(days=20)  # the first process may measure and search for days between commands
+BUCKET_ELEMENTS = 2**24  # per reduction
 END = "end"
 
 Arguments = dict[str, Any]
@@ -33,20 +33,20 @@ T = TypeVar("T")
 
 
 class RemoteError(Exception):
-    """Something that every process knows of already."""
+    """An error of another process, which is known in every process."""
 
 
 class RemoteRequestError(RemoteError, CompressError):
-    """A request that another process, or all of them together, cannot carry out."""
+    """A CompressError of another process, or of all of them together."""
 
 
 class RemoteFailureError(RemoteError, RuntimeError):
-    """A bug in another process, with its trace."""
+    """An unexpected error in another process, with its traceback."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A piece of work: its name, what it is about, and tensors by name."""
+    """A command with JSON arguments and named tensors."""
 
     act: str
     words: Arguments
@@ -55,10 +55,10 @@ class Command:
 
 @dataclass(frozen=True)
 class BatchShare:
-    """What share of a batch a process has: of its samples, of its tokens, and of what looks at all pairs.
+    """The share of a batch that this process has: of samples, of tokens, and of losses over all pairs.
 
-    Losses are means; a mean over this process's part, times its share, adds up over all processes to the
-    mean over the batch. `before` and `after` count the samples that other processes have.
+    Losses are means; the mean over this part times its share sums over all processes to the mean over the
+    batch. `before` and `after` count the samples of lower and of higher ranks.
     """
 
     samples: float = 1.0
@@ -81,10 +81,10 @@ WHOLE = BatchShare()
 
 
 def join() -> None:
-    """Meet the other processes that were launched with this one, if there are any.
+    """Initialize the process group, if several processes were launched.
 
     Raises:
-        CompressError: they do not meet.
+        CompressError: the group cannot be initialized.
     """
     if process_info().size == 1:
         return
@@ -93,23 +93,23 @@ def join() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise CompressError(
-            f"the {process_info().size} processes that were launched do not find each other ({error}); "
-            "check the addresses and ports that torchrun was given"
+            f"the {process_info().size} launched processes cannot connect ({error}); "
+            "check the master address and port given to torchrun"
         ) from error
 
 
 def stop_followers(code: int) -> None:
-    """The first process's last word: the others may end, with this exit code."""
+    """As the first process: end the others with this exit code."""
     try:
         send_command(END, {"code": code})
     except RemoteError:
-        return  # they ended before it was said
+        return  # they have ended already
     if _joined():
         dist.destroy_process_group()
 
 
 def size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if _joined() else 1
 
 
@@ -123,23 +123,23 @@ def _joined() -> bool:
 
 
 def send_command(act: str, words: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
-    """As the first process: have the others begin a piece of work; as another one: nothing."""
+    """Send a command from the first process to all others; does nothing in those."""
     if size() > 1 and not rank():
         _send(Command(act, dict(words), dict(tensors or {})))
 
 
 def receive_command() -> Command:
-    """As another process: wait for the next piece of work."""
+    """Wait for the next command of the first process."""
     return _receive()
 
 
 @contextmanager
 def synchronized() -> Iterator[None]:
-    """What all processes do together; an error in one of them is raised in every one.
+    """Run the same block in all processes; an error in one of them is raised in every one.
 
     Raises:
         RefusedElsewhereError: a CompressError of another process, or one has ended.
-        BrokenElsewhereError: any other error there.
+        BrokenElsewhereError: any other error in another process.
     """
     try:
         yield
@@ -152,14 +152,15 @@ def synchronized() -> Iterator[None]:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """Every n-th item, from this process's number on."""
+    """Every n-th item from the rank of this process on, with n processes."""
     return items[rank() :: size()]
 
 
 def split(batch: Batch) -> tuple[Batch, BatchShare]:
-    """This process's samples of a batch; a batch of fewer samples than processes is done by each of them.
+    """The samples of a batch that belong to this process.
 
-    Inputs are split where their first dimension is the batch's, and given whole where it is not.
+    A batch with fewer samples than processes goes to each of them. Inputs are split along a first
+    dimension equal to the batch size; others are returned whole.
     """
     if size() == 1:
         return batch, WHOLE
@@ -180,14 +181,14 @@ def split(batch: Batch) -> tuple[Batch, BatchShare]:
 
 
 def batch_bytes(batches: Iterable[Batch]) -> Iterator[bytes]:
-    """Everything in the batches, for `alike`."""
+    """The bytes of all tensors in the batches, for `check_identical`."""
     for batch in batches:
         for value in (*batch.inputs.values(), batch.labels, batch.real):
             yield b"" if value is None else value.cpu().contiguous().numpy().tobytes()
 
 
 def all_reduce(tensors: Sequence[Tensor]) -> None:
-    """Put the sum over all processes into each tensor; they have the same shapes everywhere."""
+    """Sum every tensor over all processes, in place; shapes must be equal everywhere."""
     if size() == 1:
         return
     _check_errors()
@@ -199,7 +200,7 @@ def all_reduce(tensors: Sequence[Tensor]) -> None:
 
 
 def all_reduce_gradients(values: Sequence[Tensor]) -> None:
-    """Sum the gradients of parameters; one that has none in any process stays without."""
+    """Sum gradients over all processes; a parameter without a gradient in any process stays without."""
     if size() == 1 or not values:
         return
     used = torch.tensor([value.grad is not None for value in values], dtype=torch.float32)
@@ -211,21 +212,21 @@ def all_reduce_gradients(values: Sequence[Tensor]) -> None:
 
 
 def all_gather(whole: Tensor, own: Tensor) -> None:
-    """Put the processes' vectors, which are equally long, into `whole` one after the other."""
+    """Concatenate the equally long vectors of all processes into `whole`."""
     _check_errors()
     with _connection_errors():
         (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(whole, own)
 
 
 def reduce_scatter(own: Tensor, whole: Tensor) -> None:
-    """Put into `own` this process's stretch of the sum of all `whole`, which is as long as all of them."""
+    """Sum `whole` over all processes and store the part of this process in `own`."""
     _check_errors()
     with _connection_errors():
         (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(own, whole)
 
 
 def broadcast(words: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Command:
-    """What the first process says here, in all of them; what the others give is not looked at."""
+    """Return the first process's arguments and tensors in every process; those of others are ignored."""
     own = Command("", dict(words), dict(tensors or {}))
     if size() == 1:
         return own
@@ -237,9 +238,9 @@ def broadcast(words: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = N
 
 
 def broadcast_model(model: nn.Module) -> None:
-    """Give the tensors of the first process's model to the others, whose models were made alike.
+    """Copy the first process's tensors into the models of the others, which must have the same structure.
 
-    Only a bias may be there in one and not in another: writers gain one when they are pruned.
+    Only biases may differ: a writer gains one when it is pruned.
     """
     if size() == 1:
         return
@@ -259,10 +260,10 @@ def broadcast_model(model: nn.Module) -> None:
 
 
 def check_identical(what: str, parts: Iterable[str | bytes]) -> None:
-    """Make sure that all processes have the same `parts`, which are hashed.
+    """Check by a hash that all processes have the same `parts`.
 
     Raises:
-        RefusedElsewhereError: one has something else than the first, in every process.
+        RefusedElsewhereError: a process differs from the first; raised in every process.
     """
     if size() == 1:
         return
@@ -271,13 +272,13 @@ def check_identical(what: str, parts: Iterable[str | bytes]) -> None:
     for number, text in enumerate(found):
         if text != found[0]:
             raise RemoteRequestError(
-                f"process {number} of {size()} has another {what} than the first; give all of them the same "
-                "files, and fix the seed of whatever a factory draws"
+                f"process {number} of {size()} has another {what} than the first; give all processes the "
+                "same files, and fix the seed of whatever a factory draws"
             )
 
 
 def _check_errors(own: BaseException | None = None) -> None:
-    """Ask whether all are well; one that is not tells why instead."""
+    """Exchange errors: raise the error of another process here, or send this process's own."""
     if size() == 1:
         return
     failed = torch.tensor([own is not None], dtype=torch.int64)
@@ -295,7 +296,7 @@ def _check_errors(own: BaseException | None = None) -> None:
 
 
 def _trace(error: BaseException | None) -> str:
-    """The message of a refusal, all that is known of anything else."""
+    """The message of a CompressError, the traceback of any other error."""
     if error is None or isinstance(error, CompressError):
         return str(error)
     last = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -303,7 +304,7 @@ def _trace(error: BaseException | None) -> str:
 
 
 def _all_texts(own: str) -> list[str]:
-    """One text of every process."""
+    """The texts of all processes, by rank."""
     data = own.encode()
     longest = torch.tensor([len(data)])
     _all_reduce(longest, dist.ReduceOp.MAX)
@@ -315,7 +316,7 @@ def _all_texts(own: str) -> list[str]:
 
 
 def _send(message: Command) -> None:
-    """Give every other process a message: its length, its words, its tensors one by one."""
+    """Broadcast a command: its length, its JSON, and its tensors one by one."""
     listed = [[name, str(value.dtype), list(value.shape)] for name, value in message.tensors.items()]
     data = json.dumps({"act": message.act, "words": message.words, "tensors": listed}).encode()
     _broadcast_tensor(torch.tensor([len(data)]))
@@ -342,7 +343,7 @@ def _bytes(data: bytes) -> Tensor:
 
 
 def _broadcast_tensor(tensor: Tensor) -> None:
-    """Overwrite a contiguous tensor by the first process's, whatever its type."""
+    """Overwrite a contiguous tensor of any dtype with the first process's."""
     if tensor.numel():
         with _connection_errors():
             dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)
@@ -355,18 +356,18 @@ def _all_reduce(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> None:
 
 @contextmanager
 def _connection_errors() -> Iterator[None]:
-    """The libraries' word for a process that has ended, in ours."""
+    """Turn connection errors of torch.distributed into RemoteRequestError."""
     try:
         yield
     except RuntimeError as error:
         raise RemoteRequestError(
-            f"one of the {size()} processes has ended, or cannot be reached any more ({error}); finished "
-            "stages are kept, and the same command goes on from there"
+            f"one of the {size()} processes has ended or cannot be reached ({error}); finished "
+            "stages are kept, run the same command again to continue"
         ) from error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Tensors of one type in a row as one vector each time, so that small ones travel together."""
+    """Concatenate consecutive tensors of one dtype, so that small ones are reduced together."""
     group: list[Tensor] = []
     for tensor in tensors:
         held = sum(one.numel() for one in group)

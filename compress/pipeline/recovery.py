@@ -1,8 +1,8 @@
-"""Winning quality back after pruning: the shrunk model is tuned on the job's data, judged on unseen inputs.
+"""Recovery after pruning: the shrunk model is trained on the job's data and validated on unseen inputs.
 
-The graph is final before this begins, so the measured time stays what it was. Products learn in the forms
-in which they run: integers through their rounding, thin factors as factors, zeros of a pattern as zeros.
-A plan that both removes something and runs on integers learns in two stages (`two_stage`).
+The graph is fixed before this begins, so the measured latency does not change. Quantized, block-sparse and
+low-rank layers are trained in their deployed format: with fake quantization, masked zeros, and separate
+factors. A plan that both prunes and quantizes is trained in two stages (`two_stage`).
 """
 
 import copy
@@ -33,28 +33,26 @@ from compress.sites.prune import Removal
 from compress.tasks.loading import Batch, Task
 from compress.tasks.loading import Run as Answering
 from compress.training import distillation, sltrain_layers, trainer, two_stage
-from compress.training.distillation import Teacher
+from compress.training.distillation import HiddenState, Teacher
 from compress.training.distillation_data import DistillationData
 from compress.training.trainer import TrainingRun
 
-DIVERGENCE_SAMPLES = (
-    512  # inputs that judge a student by its divergence; the dense answers are held in memory
-)
+DIVERGENCE_SAMPLES = 512  # validation samples without labels; their dense logits are held in memory
 TEACHER_CACHE = "answers"
 CHECKPOINT = "recovery.safetensors"
-FLOAT_STAGE_CHECKPOINT = "recovery-floats.safetensors"  # of the first stage, where there are two
+FLOAT_STAGE_CHECKPOINT = "recovery-floats.safetensors"  # of the first of two stages
 
 
 def recover(
     job: Job, model: nn.Module, removals: Mapping[str, Removal]
 ) -> tuple[dict[str, Removal], list[str]]:
-    """Tune a shrunk model in place, as the recipe's `[recovery]` says.
+    """Train a shrunk model in place with the settings in `[recovery]`.
 
-    Gives the removals with the codes and factors that were learned, and what is worth a note.
+    Returns the removals with the learned codes and factors, and notes for the report.
 
     Args:
-        job: gives the dense model, the data and the settings.
-        model: what `prune.shrink` gave for `removals`.
+        job: the dense model, the data and the settings.
+        model: the result of `prune.shrink` for `removals`.
         removals: by site name.
     """
     wanted = job.recipe.recovery
@@ -64,19 +62,15 @@ def recover(
         _start_followers(job, removals)
     with collectives.synchronized():
         data = artifacts.digest(job.key, *map(_batch_hash, training_batches(job.task, wanted)))
-        alone = wanted.model_copy(update={"shard": False})  # where numbers are does not change them
+        alone = wanted.model_copy(update={"shard": False})  # sharding does not change the numbers
         judge = Validator(job)
         desk = RecoveryContext(
-            job.task,
-            job.sites,
-            judge,
+            job.task, job.sites, judge,
             lambda words: job.stages(f"recover ({wanted.mode}){words}"),
-            job.stages.progress.say,
-            job.work / TEACHER_CACHE,
-            job.work,
+            job.stages.progress.say, job.work / TEACHER_CACHE, job.work,
             artifacts.digest(data, alone, *fingerprint(model), *training_layers.fingerprint(removals)),
             artifacts.digest(data, collectives.size()),
-        )
+        )  # fmt: skip
         down = None if job.narrowed is None else job.narrowed.down
         found = train_student(desk, wanted, model, removals, dense=job.baseline.task.model, down=down)
     shutil.rmtree(job.work / TEACHER_CACHE)
@@ -87,18 +81,18 @@ def recover(
 
 @dataclass(frozen=True)
 class RecoveryContext:
-    """Where and before whom students are tuned, whatever they are.
+    """What the training of a student needs besides the model: data, validation, progress and folders.
 
     Attributes:
-        task: gives the data.
+        task: the data.
         sites: of the dense model.
-        judge: larger is better.
-        stage: begins a piece of work under a name that is added to the usual one.
-        say: takes how long it will last.
-        answers: a folder in which this process keeps what teachers say.
-        checkpoints: a folder for files that are written now and then, or None.
-        made_from: a hash of student, teacher, data and settings; such a checkpoint is taken up.
-        data: a hash of the dense teacher, the data, and the number of processes that share it.
+        judge: the validation score of a model, larger is better.
+        stage: opens a progress stage; its argument is appended to the name.
+        say: prints a line, such as the expected duration.
+        answers: a folder where this process caches outputs of teachers.
+        checkpoints: a folder for checkpoints, or None.
+        made_from: a hash of student, teacher, data and settings; only such a checkpoint is resumed.
+        data: a hash of the dense teacher, the data, and the number of processes.
     """
 
     task: Task
@@ -112,14 +106,9 @@ class RecoveryContext:
     data: str = ""
 
     def teacher(
-        self,
-        model: nn.Module,
-        at: Sequence[distillation.HiddenState],
-        wanted: Recovery,
-        place: Path,
-        data: str,
+        self, model: nn.Module, at: Sequence[HiddenState], wanted: Recovery, place: Path, data: str
     ) -> Teacher:
-        """A model that teaches; what it says is kept in `place`, where it belongs to `data`."""
+        """A teacher whose outputs are cached in `place` under the hash `data`."""
         room = wanted.cache_mb / collectives.size()
         return Teacher(self.task, model, at, artifacts.folder(place, data), room)
 
@@ -132,34 +121,34 @@ class RecoveryContext:
         made_from: str,
         factors: tuple[float, ...] = (),
     ) -> TrainingRun:
-        """A student in the forms of its removals, at the beginning or where a checkpoint left it."""
+        """Start the training of a student, or resume it from a checkpoint."""
         zeros = self.wrap(model, removals, lesson.wanted)
         path = None if self.checkpoints is None else self.checkpoints / file
         return TrainingRun(model, lesson, zeros=zeros, checkpoint=path, made_from=made_from, factors=factors)
 
     def wrap(self, model: nn.Module, removals: Mapping[str, Removal], wanted: Recovery) -> dict[str, Tensor]:
-        """Let a model learn in the forms of its removals, and as updates where that is wanted; its zeros."""
+        """Insert trainable layers and configured adapters; return the masks of zeros."""
         zeros = training_layers.insert(model, self.sites, removals)
         if wanted.adapter == "none":
             return zeros
         return sltrain_layers.adapt(model, zeros, rank=wanted.rank, density=wanted.density, seed=wanted.seed)
 
-    def settled(self, model: nn.Module, removals: Mapping[str, Removal]) -> dict[str, Removal]:
-        """The removals as learned; the model is plain again."""
+    def finalize(self, model: nn.Module, removals: Mapping[str, Removal]) -> dict[str, Removal]:
+        """Remove the trainable layers from the model; return the learned removals."""
         sltrain_layers.merge_updates(model)
         return training_layers.settle(model, self.sites, removals)
 
-    def judged(self, model: nn.Module) -> float:
-        """The first process's score of a model, in all of them."""
+    def validate(self, model: nn.Module) -> float:
+        """The score of a model, computed by the first process and broadcast to all."""
         score = 0.0 if collectives.rank() else self.judge(model)
         return float(collectives.broadcast({"score": score}).words["score"])
 
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """What tuning left: removals with learned codes and factors, and the scores before and after it.
+    """Learned removals, the validation scores before and after training, and the epochs of each stage.
 
-    `epochs` are those of each stage. Where not `used`, model and removals are what they were.
+    If not `used`, model and removals are unchanged.
     """
 
     removals: dict[str, Removal]
@@ -178,18 +167,18 @@ def train_student(
     dense: nn.Module,
     down: Tensor | None = None,
 ) -> RecoveryResult:
-    """Tune a shrunk model in place, in two stages where its plan both removes and runs on integers.
+    """Train a shrunk model in place, in two stages if its plan both prunes and quantizes.
 
-    Of several processes each calls this with the same model and data; the first one's judge, progress and
-    checkpoints count.
+    All processes call this with the same model and data; validation, progress and checkpoints are those of
+    the first.
 
     Args:
-        desk: where.
+        desk: data, validation, progress and folders.
         wanted: the settings.
-        model: what `prune.shrink` gave for `removals`.
+        model: the result of `prune.shrink` for `removals`.
         removals: by site name.
         dense: the teacher.
-        down: what of the teacher's hidden states a narrower student can have.
+        down: [n, d] projection of the teacher's hidden states to a narrower student's.
     """
     collectives.check_identical("training data", collectives.batch_bytes(training_batches(desk.task, wanted)))
     collectives.broadcast_model(dense)
@@ -207,14 +196,14 @@ def train_student(
         if not run.finished:
             desk.say(f"recovery: {_course_estimate(lesson, _forecast_s(run))}; {_memory_use(run)}")
         scores = trainer.train(run, desk.judge, tick)
-        found = desk.settled(model, removals)
+        found = desk.finalize(model, removals)
     return RecoveryResult(found, scores[0], max(scores), (run.state.epochs,))
 
 
 def _train_two_stages(
     desk: RecoveryContext, lesson: DistillationData, model: nn.Module, removals: Mapping[str, Removal]
 ) -> RecoveryResult:
-    """The dense model teaches the plan in floats, which teaches it on integers; kept if it is no worse."""
+    """Distill the dense model into the float plan, then that into the quantized one; keep it if no worse."""
     sparse = prune.shrink(desk.task.model, desk.sites, two_stage.float_stage(removals))
     collectives.broadcast_model(sparse)
     with desk.stage(", floats") as tick:
@@ -224,11 +213,11 @@ def _train_two_stages(
             desk.say(f"{_two_stage_estimate(desk, run, model, removals)}; {_memory_use(run)}")
         trainer.train(run, desk.judge, tick)
         epochs, factors = run.state.epochs, lesson.factors(sparse)
-        plain = desk.settled(sparse, plain)
+        plain = desk.finalize(sparse, plain)
         lesson.teacher.clear()
     with desk.stage(", integers") as tick:
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        first = desk.judged(quantized_layers.emulated(model, desk.sites, removals))
+        first = desk.validate(quantized_layers.emulated(model, desk.sites, removals))
         model.load_state_dict(sparse.state_dict())
         plan = {name: replace(one, factors=plain[name].factors) for name, one in removals.items()}
         codes = _round_weights(desk, lesson, model, plan)
@@ -243,7 +232,7 @@ def _train_two_stages(
                 f"recovery on integers: {_course_estimate(taught, _forecast_s(run))}; {_memory_use(run)}"
             )
         last = max(trainer.train(run, desk.judge, tick))
-        found = desk.settled(model, codes)
+        found = desk.finalize(model, codes)
     if last < first:
         model.load_state_dict(before)
         found = dict(removals)
@@ -253,7 +242,7 @@ def _train_two_stages(
 def _round_weights(
     desk: RecoveryContext, lesson: DistillationData, model: nn.Module, plan: Mapping[str, Removal]
 ) -> dict[str, Removal]:
-    """What the first process rounds, in all of them."""
+    """Quantize the model in the first process and broadcast the result."""
     made = dict(plan)
     if not collectives.rank():
         seen = list(itertools.islice(lesson.batches(), two_stage.STATISTICS_BATCHES))
@@ -269,19 +258,19 @@ def _round_weights(
 def _second_stage(
     desk: RecoveryContext, lesson: DistillationData, sparse: nn.Module, place: Path, data: str
 ) -> DistillationData:
-    """What the float model teaches the one on integers, which is no narrower."""
+    """The data of the second stage, with the float model as the teacher of equal width."""
     wanted = two_stage.second_stage_settings(lesson.wanted)
     teacher = desk.teacher(sparse, lesson.teacher.at, wanted, place, data)
     return replace(lesson, teacher=teacher, wanted=wanted, down=None)
 
 
 def training_batches(task: Task, wanted: Recovery) -> Iterator[Batch]:
-    """The inputs that are learned from, the same every time."""
+    """The training batches, equal at every call."""
     return task.batches("calibration", wanted.batch, wanted.samples)
 
 
 def _start_followers(job: Job, removals: Mapping[str, Removal]) -> None:
-    """Tell the other processes what is to be tuned; they hold the dense model."""
+    """Send sites, forms and settings to the other processes, which hold the dense model."""
     words = {
         "recovery": job.recipe.recovery.model_dump(mode="json"),
         "sites": [site.model_dump(mode="json") for site in job.sites],
@@ -291,7 +280,7 @@ def _start_followers(job: Job, removals: Mapping[str, Removal]) -> None:
 
 
 def _tensors(removals: Mapping[str, Removal]) -> dict[str, Tensor]:
-    """Everything that removals hold, by site and part."""
+    """All tensors of removals, by site and part."""
     return {
         f"{name}/{part}": value
         for name, one in removals.items()
@@ -306,20 +295,20 @@ def _batch_hash(batch: Batch) -> str:
 
 
 def _course_estimate(lesson: DistillationData, seconds: float) -> str:
-    """How long a course will take, before it begins."""
+    """The expected duration of a course."""
     wanted, steps = lesson.wanted, lesson.wanted.epochs * lesson.count
     course = f"{wanted.epochs} epochs, {steps:,} steps, about {duration(seconds)} (estimate)"
     if wanted.mode == "fast":
-        return f"{course}; as much again, more calmly, if that makes it worse"
-    return f"at most {wanted.courses} courses of {course}; it ends when the score stops rising"
+        return f"{course}; one more course at a lower rate if the score falls"
+    return f"at most {wanted.courses} courses of {course}; it stops when the score stops rising"
 
 
 def _two_stage_estimate(
     desk: RecoveryContext, run: TrainingRun, model: nn.Module, removals: Mapping[str, Removal]
 ) -> str:
-    """How long both stages will take; the second is tried with the student and the teacher of now.
+    """The expected duration of both stages, the second timed with the present student and teacher.
 
-    In shards the second is not tried, because it would be whole: it is announced when it begins.
+    A sharded second stage is not timed, since it would need the whole model: it is announced when it starts.
     """
     lesson, first = run.lesson, _forecast_s(run)
     if run.held.apart:
@@ -335,12 +324,12 @@ def _two_stage_estimate(
 
 
 def _forecast_s(run: TrainingRun) -> float:
-    """Seconds that a course of a run will take."""
+    """Expected seconds of a course."""
     return trainer.forecast_s(run.held.model, run.lesson)
 
 
 def _memory_use(run: TrainingRun) -> str:
-    """What a run holds in memory from step to step."""
+    """The memory of weights, gradients and moments, as text."""
     where = f" in each of {collectives.size()} processes" if run.held.apart else ""
     return f"weights, gradients and moments take {digits(run.held_bytes / 1e6)} MB{where}"
 
@@ -355,14 +344,13 @@ def _summary(found: RecoveryResult, judge: "Validator", mode: str, forms: Sequen
 
 
 class Validator:
-    """How good a student is on the validation split: the task's score, or nearness to the dense model.
+    """The validation score of a model, larger is better.
 
-    Larger is better. Without labels the divergence from the dense model stands in for the score;
-    without a validation split every student is as good as any other.
+    Without labels it is the negative divergence from the dense model; without a validation split it is 0.
     """
 
     def __init__(self, job: Job) -> None:
-        """Look at what the validation split holds."""
+        """Read the validation split and, without labels, the dense logits on it."""
         self._task, self._limit = job.task, job.recipe.recovery.validation
         self._batches: list[Batch] = []
         self._dense: list[Tensor] = []
@@ -377,17 +365,17 @@ class Validator:
 
     @property
     def name(self) -> str:
-        """What is judged, in words."""
+        """The name of the score."""
         if self.empty:
-            return "not judged, for want of validation data"
+            return "not validated (no validation data)"
         return f"validation {self._task.metric if self.scored else 'divergence from dense'}"
 
     def format_score(self, score: float) -> str:
-        """A score as it is usually written: not negated."""
+        """A score as text, without the sign that makes larger better."""
         return f"{score if self.scored and self._task.higher_is_better else abs(score):.4g}"
 
     def __call__(self, model: nn.Module) -> float:
-        """Larger is better; weights that learn through rounding are rounded once for all inputs."""
+        """Evaluate a model; fake-quantized weights are rounded once for all inputs."""
         if self.empty:
             return 0.0
         with quantized_layers.held(model):
@@ -397,7 +385,7 @@ class Validator:
         return found if self._task.higher_is_better else -found
 
     def _run(self, model: nn.Module) -> Answering:
-        """The model as scores are asked of it."""
+        """The model as a function from arrays to logits."""
 
         @torch.inference_mode()
         def run(inputs: dict[str, NDArray[Any]]) -> NDArray[Any]:

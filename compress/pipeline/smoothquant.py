@@ -1,10 +1,10 @@
-"""Before integers are tried, loud channels move from what products read into the weights that read it.
+"""SmoothQuant before quantization: shift activation outliers into the weights that read them.
 
-Two places can take a factor for every channel: what a normalization writes, where linear layers alone
-read it, and what a site's writer reads, where the rows that make it are linear in it (values of attention,
-the ungated half of a gated pair, neurons behind a ReLU). Which these are no graph is asked: every place is
-tried with random factors, and the model must answer as before. So a norm of BERT, which the residual sum
-reads as well, and neurons behind a GELU stay as they are.
+Channels can be scaled in two places: at the output of a normalization that only linear layers read, and at
+the input of a site's writer, if the rows that produce it are linear in it (values of attention, the ungated
+half of a gated pair, neurons behind a ReLU). Candidates are verified numerically: every pair is scaled by
+random factors, and the outputs of the model must not change. So a norm of BERT that the residual sum reads as
+well, and neurons behind a GELU, are left out.
 
 Reference: Xiao et al., "SmoothQuant", arXiv 2211.10438; the mathematics is in `core.smooth`.
 """
@@ -27,21 +27,19 @@ from compress.sites.modeling import owner
 from compress.sites.residual_stream import normalizes
 from compress.tasks.loading import Batch, Task
 
-STATISTICS_BATCHES = 16  # batches that say how loud channels are
-EQUIVALENCE_SAMPLES = 4  # inputs of a trial
-MAX_TEST_FACTOR = 2.0  # factor of a trial, and its inverse
-MAX_RESIDUAL_SHARE = (
-    1e-3  # of what dividing channels does to the answers, that may be left when readers multiply them
-)
-SUMMATION_TOLERANCE = 2e-6  # of the largest answer: sums in another order
+STATISTICS_BATCHES = 16  # batches for the channel statistics
+EQUIVALENCE_SAMPLES = 4  # samples of the equivalence test
+MAX_TEST_FACTOR = 2.0  # largest factor of the equivalence test; the smallest is its inverse
+MAX_RESIDUAL_SHARE = 1e-3  # of the change by dividing alone, after readers multiply
+SUMMATION_TOLERANCE = 2e-6  # of the largest output: summation order
 
 
 class SmoothQuantPair(Document):
-    """Channels that may be divided where they are made, if those who read them multiply.
+    """Channels that can be divided at their producers if their readers multiply by the same factors.
 
     Attributes:
-        made: the slices of the tensors that make them, along the channel.
-        readers: the weights whose input they are.
+        made: the slices of the producing tensors, along the channel.
+        readers: the weights that read them.
         across: the readers hold their inputs along dimension 0.
         units: of the slices.
         repeats: how often each unit's channels lie side by side in the readers' input (grouped queries).
@@ -57,28 +55,28 @@ class SmoothQuantPair(Document):
 
     @property
     def channels(self) -> int:
-        """How many there are, each counted once."""
+        """The number of channels, without repeats."""
         return self.units * self.made[0].width
 
     def spread(self, divide: Tensor) -> Tensor:
-        """Factors of channels as those of the readers' inputs."""
+        """Expand factors [channels] to the inputs of the readers."""
         return divide.reshape(self.units, 1, -1).expand(-1, self.repeats, -1).flatten()
 
     def gathered(self, values: Tensor) -> Tensor:
-        """[repeats, channels] of one value for every input of the readers."""
+        """Reshape values of the readers' inputs to [repeats, channels]."""
         return values.reshape(self.units, self.repeats, -1).movedim(1, 0).flatten(1)
 
 
 class Smoothing(Document):
-    """All channels that were moved."""
+    """All pairs that were scaled (smoothing.json)."""
 
     spots: tuple[SmoothQuantPair, ...]
 
 
 def smooth_model(job: Job) -> tuple[Job, list[str]]:
-    """The job on a model that computes the same and is easier to round, and what is worth a note.
+    """The job on an equivalent model with smaller activation outliers, and notes for the report.
 
-    It is the same job where nothing is to gain, and without a move to int8.
+    Without an int8 move, or if no channel gains, the job is returned unchanged.
     """
     techniques = [TECHNIQUES[move] for move in job.recipe.options.moves]
     if not any(one.per_tensor_input for one in techniques):
@@ -86,55 +84,56 @@ def smooth_model(job: Job) -> tuple[Job, list[str]]:
 
     def find() -> Smoothing:
         with job.stages("smooth"):
-            # Weights that may end on 4 bits cannot take what those on 8 bits can.
+            # Weights of few bits leave less room for outliers, so the migration strength is smaller.
             levels = smooth.FEW if any(one.few_bits for one in techniques) else smooth.LEVELS
-            spots = find_pairs(job.task, job.sites, job.calibration[:STATISTICS_BATCHES], levels)
-        return Smoothing(spots=tuple(spots))
+            pairs = find_pairs(job.task, job.sites, job.calibration[:STATISTICS_BATCHES], levels)
+        return Smoothing(spots=tuple(pairs))
 
     found = artifacts.saved(job.work / "smoothing.json", Smoothing, job.key, find)
     if not found.spots:
-        return job, ["Smoothing: no channel is so loud that moving it would help integers"]
+        return job, ["SmoothQuant: no activation outliers that scaling would reduce"]
     model = copy.deepcopy(job.task.model)
-    for spot in found.spots:
-        apply(model, spot, torch.tensor(spot.divide, dtype=torch.float64))
-    inside = sum(spot.readers == (site.writer,) for spot in found.spots for site in job.sites)
+    for pair in found.spots:
+        apply(model, pair, torch.tensor(pair.divide, dtype=torch.float64))
+    inside = sum(pair.readers == (site.writer,) for pair in found.spots for site in job.sites)
     counts = {"normalizations": len(found.spots) - inside, "sites": inside}
     places = " and ".join(f"{count} {name}" for name, count in counts.items() if count)
     return job.on(model), [
-        f"Smoothing: for integers, loud channels of {places} moved into the weights that read them; the "
-        "model computes the same"
+        f"SmoothQuant: activation outliers of {places} were shifted into the weights that read them; the "
+        "model computes the same function"
     ]
 
 
 def find_pairs(
     task: Task, sites: Sequence[Site], batches: Sequence[Batch], levels: int = smooth.LEVELS
 ) -> list[SmoothQuantPair]:
-    """What gains by being moved into weights of so many levels, with its factors; the model is as before.
+    """The pairs that gain by scaling, with their factors, for weights of so many levels.
 
-    Values go first: their rows are among what reads a norm.
+    Writer inputs come first, since the rows that produce them are among the readers of a norm. The task's
+    model is not changed.
     """
     model = copy.deepcopy(task.model)
     few = {name: value[:EQUIVALENCE_SAMPLES] for name, value in batches[0].inputs.items()}
     candidates = [*writer_input_pairs(sites), *normalization_pairs(model, sites, few)]
     generator = torch.Generator().manual_seed(0)
-    proven = []
-    for spot in candidates:
-        random = torch.rand(spot.channels, generator=generator, dtype=torch.float64)
-        if is_equivalent(model, spot, MAX_TEST_FACTOR ** (2 * random - 1), few):
-            proven.append(spot)
-    seen = _channel_statistics(model, proven, batches)
+    verified = []
+    for pair in candidates:
+        random = torch.rand(pair.channels, generator=generator, dtype=torch.float64)
+        if is_equivalent(model, pair, MAX_TEST_FACTOR ** (2 * random - 1), few):
+            verified.append(pair)
+    seen = _channel_statistics(model, verified, batches)
     found = []
-    for spot, (largest, second) in zip(proven, seen, strict=True):
-        readers = [part for name in spot.readers for part in _columns(model, spot, name)]
+    for pair, (largest, second) in zip(verified, seen, strict=True):
+        readers = [part for name in pair.readers for part in _columns(model, pair, name)]
         divide = smooth.factors(largest, second, readers, levels)
-        if not bool((divide == 1).all()) and is_equivalent(model, spot, divide, few):
-            apply(model, spot, divide)
-            found.append(spot.model_copy(update={"divide": tuple(divide.tolist())}))
+        if not bool((divide == 1).all()) and is_equivalent(model, pair, divide, few):
+            apply(model, pair, divide)
+            found.append(pair.model_copy(update={"divide": tuple(divide.tolist())}))
     return found
 
 
 def writer_input_pairs(sites: Sequence[Site]) -> Iterator[SmoothQuantPair]:
-    """What writers read, for every set of rows that may make it alone."""
+    """Candidate pairs at the inputs of writers, one for every set of rows that may produce them alone."""
     for site in sites:
         sets: dict[tuple[str, int, int], list[Slice]] = {}
         for part in site.channels:
@@ -153,7 +152,7 @@ def writer_input_pairs(sites: Sequence[Site]) -> Iterator[SmoothQuantPair]:
 def normalization_pairs(
     model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Tensor]
 ) -> Iterator[SmoothQuantPair]:
-    """What normalizations write and linear layers of sites read, the very tensor."""
+    """Candidate pairs at normalizations whose output tensor is read by linear layers of sites."""
     written: dict[str, Tensor] = {}
     readers: dict[str, list[str]] = {}
 
@@ -196,45 +195,45 @@ def normalization_pairs(
 
 @torch.no_grad()
 def is_equivalent(
-    model: nn.Module, spot: SmoothQuantPair, divide: Tensor, inputs: Mapping[str, Tensor]
+    model: nn.Module, pair: SmoothQuantPair, divide: Tensor, inputs: Mapping[str, Tensor]
 ) -> bool:
-    """Whether readers make up for channels that are divided; the model is left as it was.
+    """Whether the outputs stay equal if producers divide and readers multiply; the model is restored.
 
-    Answers may differ by what float sums in another order do, and by a small part of what the division
-    alone does to them: behind a GELU that reads small numbers, only that part tells.
+    Allowed are rounding by summation order and a small part of the change that division alone causes:
+    behind a GELU with small inputs only the latter shows the difference.
     """
     before = model(**inputs)
-    with _restored(model, spot):
-        divide_producers(model, spot, divide)
+    with _restored(model, pair):
+        divide_producers(model, pair, divide)
         alone = distance(model(**inputs), before)
-        multiply_readers(model, spot, divide)
+        multiply_readers(model, pair, divide)
         return distance(model(**inputs), before) <= MAX_RESIDUAL_SHARE * alone + SUMMATION_TOLERANCE
 
 
 @torch.no_grad()
-def divide_producers(model: nn.Module, spot: SmoothQuantPair, divide: Tensor) -> None:
-    """Divide channels where they are made, in place."""
-    for part in spot.made:
-        value = model.get_parameter(part.tensor).narrow(part.dim, part.start, spot.channels)
+def divide_producers(model: nn.Module, pair: SmoothQuantPair, divide: Tensor) -> None:
+    """Divide channels at their producers, in place."""
+    for part in pair.made:
+        value = model.get_parameter(part.tensor).narrow(part.dim, part.start, pair.channels)
         smooth.move(divide, [value.movedim(part.dim, 0)], [])
 
 
 @torch.no_grad()
-def multiply_readers(model: nn.Module, spot: SmoothQuantPair, divide: Tensor) -> None:
-    """Multiply channels where they are read, in place."""
-    smooth.move(spot.spread(divide), [], [_reader(model, spot, name) for name in spot.readers])
+def multiply_readers(model: nn.Module, pair: SmoothQuantPair, divide: Tensor) -> None:
+    """Multiply channels at their readers, in place."""
+    smooth.move(pair.spread(divide), [], [_reader(model, pair, name) for name in pair.readers])
 
 
-def apply(model: nn.Module, spot: SmoothQuantPair, divide: Tensor) -> None:
-    """Move channels, in place."""
-    divide_producers(model, spot, divide)
-    multiply_readers(model, spot, divide)
+def apply(model: nn.Module, pair: SmoothQuantPair, divide: Tensor) -> None:
+    """Scale producers and readers, in place."""
+    divide_producers(model, pair, divide)
+    multiply_readers(model, pair, divide)
 
 
 @contextmanager
-def _restored(model: nn.Module, spot: SmoothQuantPair) -> Iterator[None]:
-    """The tensors of a spot come out as they went in."""
-    names = [*(part.tensor for part in spot.made), *spot.readers]
+def _restored(model: nn.Module, pair: SmoothQuantPair) -> Iterator[None]:
+    """Restore the tensors of a pair on exit."""
+    names = [*(part.tensor for part in pair.made), *pair.readers]
     before = {name: model.get_parameter(name).detach().clone() for name in names}
     try:
         yield
@@ -244,10 +243,10 @@ def _restored(model: nn.Module, spot: SmoothQuantPair) -> Iterator[None]:
 
 
 def _channel_statistics(
-    model: nn.Module, spots: Sequence[SmoothQuantPair], batches: Sequence[Batch]
+    model: nn.Module, pairs: Sequence[SmoothQuantPair], batches: Sequence[Batch]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Largest magnitude and mean square of every spot's channels, over all real rows."""
-    sums: list[list[Tensor]] = [[] for _ in spots]
+    """Largest magnitude and mean square of the channels of every pair, over all real rows."""
+    sums: list[list[Tensor]] = [[] for _ in pairs]
     current: list[Batch] = []
 
     def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -258,8 +257,8 @@ def _channel_statistics(
         return before
 
     handles = [
-        model.get_submodule(owner(spot.readers[0])).register_forward_pre_hook(hook(index))
-        for index, spot in enumerate(spots)
+        model.get_submodule(owner(pair.readers[0])).register_forward_pre_hook(hook(index))
+        for index, pair in enumerate(pairs)
     ]
     try:
         with torch.no_grad():
@@ -270,22 +269,22 @@ def _channel_statistics(
         for handle in handles:
             handle.remove()
     found = []
-    for spot, parts in zip(spots, sums, strict=True):
+    for pair, parts in zip(pairs, sums, strict=True):
         each = torch.stack(parts)
         largest, second = each[:, 0].amax(0), each[:, 1].mean(0)
-        found.append((spot.gathered(largest).amax(0), spot.gathered(second).mean(0)))
+        found.append((pair.gathered(largest).amax(0), pair.gathered(second).mean(0)))
     return found
 
 
-def _reader(model: nn.Module, spot: SmoothQuantPair, name: str) -> Tensor:
+def _reader(model: nn.Module, pair: SmoothQuantPair, name: str) -> Tensor:
     """A reader's weight as [out, in], a view of what is stored."""
     weight = model.get_parameter(name)
-    return weight.T if spot.across else weight
+    return weight.T if pair.across else weight
 
 
-def _columns(model: nn.Module, spot: SmoothQuantPair, name: str) -> Iterator[Tensor]:
+def _columns(model: nn.Module, pair: SmoothQuantPair, name: str) -> Iterator[Tensor]:
     """A reader's weight as matrices [out, channels], one for each repeat of them."""
-    weight = _reader(model, spot, name).detach()
-    apart = weight.reshape(len(weight), spot.units, spot.repeats, -1)
-    for repeat in range(spot.repeats):
+    weight = _reader(model, pair, name).detach()
+    apart = weight.reshape(len(weight), pair.units, pair.repeats, -1)
+    for repeat in range(pair.repeats):
         yield apart[:, :, repeat].flatten(1)

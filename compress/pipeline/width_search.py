@@ -92,11 +92,7 @@ def requested_stream(job: Job) -> Stream | None:
 
 
 def find_stream(job: Job) -> Stream:
-    """The residual stream of the job's model.
-
-    Raises:
-        CompressError: the model has none whose width can be pruned.
-    """
+    """The residual stream of the job's model; raises CompressError if its width cannot be pruned."""
     example = job.task.example(job.recipe.shapes.batch, job.recipe.shapes.tokens)
     with job.stages("find residual stream"):
         return artifacts.saved(
@@ -182,13 +178,12 @@ def narrow(job: Job, directions: Directions, units: int) -> Job:
 
 
 def from_previous(job: Job, last: Job, model: nn.Module) -> Job:
-    """A job that starts from the compressed model of the previous member of a family.
+    """A job that starts from the previous member of a family; only narrower widths remain.
 
     Args:
         job: of the member to build, on the dense model.
         last: the job of the previous member's plan.
-        model: the previous member's model, expanded to the shapes of `last`'s model; if that is narrow, the
-            result is narrow too, and only narrower widths remain.
+        model: the previous member's model, expanded to the shapes of `last`'s model.
     """
     if last.narrowed is None:
         return job.on(model)

@@ -94,7 +94,7 @@ def test_a_budget_of_bytes_is_met_with_few_bits_that_have_learned(tmp_path, move
     assert found.compressed.precision == f"fp32 + {name}" != found.baseline.precision == "fp32"
     assert any(f"learning in {form}" in note for note in found.notes)
     assert any(line.startswith(f"{form}: ") for line in found.attribution)
-    smoothed = any(note.startswith("Smoothing: for integers") for note in found.notes)
+    smoothed = any(note.startswith("SmoothQuant: activation outliers") for note in found.notes)
     assert smoothed == (move == "int8")
     # Codes that had not learned with the model would not give its answers.
     assert found.parity.max_abs_difference <= found.parity.tolerance

@@ -56,7 +56,7 @@ def test_fast_brings_the_student_nearer_with_labels_without_and_unjudged(tmp_pat
     one = job(tmp_path / "out", task)
     _, notes = recovery.recover(one, model, {})
     assert away(task, model) < 0.7 * before
-    words = {Padded: "validation accuracy", Bare: "divergence from dense", Unjudged: "not judged"}
+    words = {Padded: "validation accuracy", Bare: "divergence from dense", Unjudged: "not validated"}
     assert words[kind] in notes[0]
     assert any(
         "3 epochs, 18 steps, about" in line and "estimate" in line for line in one.stages.progress.lines

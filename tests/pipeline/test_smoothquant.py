@@ -142,8 +142,8 @@ def test_a_job_is_smoothed_once_and_its_baseline_stays(request_of, monkeypatch):
     assert calm.baseline is job
     assert calm.key != job.key
     assert notes == [
-        "Smoothing: for integers, loud channels of 2 normalizations and 2 sites moved into the weights that "
-        "read them; the model computes the same"
+        "SmoothQuant: activation outliers of 2 normalizations and 2 sites were shifted into the weights that "
+        "read them; the model computes the same function"
     ]
     inputs = job.calibration[0].inputs
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_less_is_moved_into_weights_that_may_end_on_4_bits(request_of):
     def most(*moves):
         job = prepare(request_of(*moves), Quiet())
         smoothquant.smooth_model(job)
-        found = artifacts.stored_at(job.folder / "smoothing.json", smoothquant.Smoothing, job.key)
+        found = artifacts.stored_at(job.work / "smoothing.json", smoothquant.Smoothing, job.key)
         return sum(max(spot.divide) / min(spot.divide) for spot in found.spots)
 
     assert most("structure", "int8", "int4") < most("structure", "int8")
