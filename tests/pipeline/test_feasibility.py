@@ -50,7 +50,7 @@ class Heard:
 def job(moves=("structure",), profile=CPU, backend=HERE, folder=None, **budget):
     return SimpleNamespace(
         profile=profile, backend=backend, runtime=backend or OnnxFile(profile),
-        folder=folder, sites=SITES, stages=Stages(Heard()),
+        folder=folder, work=folder, sites=SITES, stages=Stages(Heard()),
         task=SimpleNamespace(model="dense"),
         recipe=SimpleNamespace(
             budget=Budget(**(budget or {"speedup": 2.0})), bench=Bench(),
