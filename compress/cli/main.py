@@ -1,4 +1,4 @@
-"""Words on the command line -> a `Recipe`; a `Report` -> one line and an exit code.
+"""The verbs of the command line: options become calls of `compress.api`, results text and exit codes.
 
 Nothing heavy is imported before a verb needs it: `compress --help` does not wait for torch.
 """
@@ -156,7 +156,7 @@ def inspect(session: "Session", words: Words) -> int:
 @REQUEST
 @_verb
 def plan(session: "Session", words: Words) -> int:
-    """Say what is reachable, and by which move; builds nothing."""
+    """Estimate what is reachable, and by which moves; build nothing."""
     from compress import api
     from compress.cli import console
 
@@ -184,7 +184,7 @@ def plan(session: "Session", words: Words) -> int:
 @COMMON
 @_verb
 def bench(session: "Session", words: Words) -> int:
-    """Time files in turn here; ratios are to the first."""
+    """Time files on this machine; speedups are over the first."""
     from compress import api
 
     given = {name: words[name] for name in ("batch", "tokens", "phase", "blocks")}
@@ -207,7 +207,7 @@ def bench(session: "Session", words: Words) -> int:
 @COMMON
 @_verb
 def export(session: "Session", words: Words) -> int:
-    """Write what a run made as files for a runtime or a device."""
+    """Write a run's result as files for a runtime or a device."""
     from compress import api
 
     directory, to, archive = words["directory"], words["to"], words["archive"]
@@ -224,7 +224,7 @@ def export(session: "Session", words: Words) -> int:
 @COMMON
 @_verb
 def report(session: "Session", words: Words) -> int:
-    """Write the report of a run again, and repeat its verdict."""
+    """Write a run's report again, and print its verdict."""
     from compress import api
     from compress.cli import console
     from compress.report import family, schema, summary
@@ -309,7 +309,7 @@ def recipe(session: "Session", words: Words) -> int:
 @COMMON
 @_verb
 def doctor(session: "Session", words: Words) -> int:
-    """Say what this environment can do, and what to install."""
+    """Check this environment, and name what to install."""
     from compress.cli import doctor as checks
 
     found = checks.examine()

@@ -1,1 +1,5 @@
-"""The stages of a compilation, each a function of a `Job`."""
+"""A compilation as one readable function (`compilation`), and its stages: whatever takes a `Job`.
+
+It may import every room but `api` and `cli`. What works without a `Job` belongs in a library room; a new
+stage is a module here that `compilation` calls, with its seconds counted by `Job.stages`.
+"""

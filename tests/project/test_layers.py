@@ -41,7 +41,8 @@ NO_TORCH = (
     "report.metrics_table tasks.readers tasks.datasets search.knapsack search.closed_loop "
     "measure.timing measure.intervals measure.verify_on_device cost.energy cost.roofline "
     "cost.published_latencies "
-    "cost.latency_table cli.main cli.console cli.device_facts cli.doctor cli.command "
+    "cost.latency_table cli.main cli.console cli.options cost.device_facts cli.doctor cli.command "
+    "validation request recipe_reference "
     "export.edge.bundle_schema export.edge.merge distributed.process_env"
 )
 MOST_LINES = 430
