@@ -1,16 +1,16 @@
-"""The tuning loop: a smaller model learns to answer like the dense one, and its zeros stay exact zeros.
+"""The training loop of recovery: distillation with AdamW, while pruned weights stay exactly zero.
 
-Work is cut into *courses*: AdamW with a linear warm-up and a linear decay to nothing. After every epoch
-the model is judged, and the best weights so far are kept, the untuned ones among them. A further course
-starts from the best weights with fresh moments. After one that left no epoch as good as what was before
-it the next has a fifth of the rate; two such courses in a row are the last. Layers run as in evaluation
-(no dropout): the teacher speaks without noise, and a student that equals it must have nothing to learn.
+Training is divided into *courses*: AdamW with a linear warm-up and a linear decay to zero. The model is
+validated after every epoch, and the best weights so far are kept, the initial ones among them. A further
+course starts from the best weights with fresh moments. After a course in which no epoch reached the previous
+best score, the next has a fifth of the learning rate; two such courses in a row end the training. Layers run
+in evaluation mode (no dropout): a student that equals the teacher must have a loss of zero.
 
-Everything random follows from the seed and the number of the step or epoch, and a checkpoint holds
-weights, best weights and moments; a run that was killed and resumed gives the same bits as one that
-was not. Several processes take a part of every batch each and add up their gradients, so that they make
-the steps that one alone makes; the first of them judges, and keeps the checkpoint. Each of them holds all
-that is tuned, or a part (`fsdp`); the checkpoint is the same.
+All randomness follows from the seed and the number of the step or epoch, and a checkpoint holds weights, best
+weights and moments: an interrupted and resumed run gives the same bits as an uninterrupted one. Several
+processes take a share of every batch and sum their gradients, so that their steps equal those of a single
+process; the first validates and writes the checkpoint. Parameters are replicated or sharded (`fsdp`); the
+checkpoint is the same.
 """
 
 import itertools
@@ -36,15 +36,15 @@ from compress.training.distillation_data import DistillationData
 from compress.training.sltrain_layers import Updated
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-RETRY_RATE_FACTOR = 0.2  # of the rate, after a course that made the model worse
+RETRY_RATE_FACTOR = 0.2  # of the rate, after a course that lowered the best score
 
 Progress = Callable[[int, int], None]
 
 
 class TrainingState(Document):
-    """How far a run is: steps taken, and the score before the first and after every epoch.
+    """The progress of a run: steps, and the scores before the first and after every epoch.
 
-    `factors` weigh the features of late layers: those that were given, and since the last course its own.
+    `factors` are the weights of the features of late layers in the current course.
     """
 
     made_from: str = ""
@@ -54,7 +54,7 @@ class TrainingState(Document):
 
     @property
     def epochs(self) -> int:
-        """Epochs that were finished and judged."""
+        """The number of epochs that were finished and validated."""
         return len(self.scores) - 1
 
     def worse_courses(self, epochs: int) -> list[bool]:
@@ -69,7 +69,7 @@ class TrainingState(Document):
 def train(
     run: "TrainingRun", judge: Callable[[nn.Module], float], progress: Progress | None = None
 ) -> tuple[float, ...]:
-    """Take a run to its end and its model to the best weights; the scores before and after each epoch.
+    """Train to the end and load the best weights; return the scores before and after each epoch.
 
     Args:
         run: a student with what it learns from, at the beginning or taken up from a checkpoint.
@@ -104,7 +104,7 @@ def train(
 
 
 class TrainingRun:
-    """One student on its way: weights, moments, the best weights, and how far it is."""
+    """The training of one student: weights, moments, best weights and progress."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class TrainingRun:
         made_from: str = "",
         factors: tuple[float, ...] = (),
     ) -> None:
-        """Freeze what is not tuned, set the zeros, and take up a checkpoint that fits.
+        """Freeze parameters that are not trained, apply the masks, and resume from a matching checkpoint.
 
         Args:
             model: the shrunk student, tuned in place; embedding tables and what an update is learned of
@@ -168,7 +168,7 @@ class TrainingRun:
         return max(scores[-wanted.epochs :]) <= max(scores[: -wanted.epochs])
 
     def advance(self, number: int, batch: Batch) -> None:
-        """One step of the optimizer, and zeros again wherever they belong."""
+        """Take one optimizer step and reapply the masks of zeros."""
         wanted, course = self.lesson.wanted, self.lesson.wanted.epochs * self.lesson.count
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(
@@ -199,7 +199,7 @@ class TrainingRun:
             self._save()
 
     def judge(self, judge: Callable[[nn.Module], float]) -> None:
-        """Add a score; weights that are as good as the best so far become the best."""
+        """Validate the model; weights at least as good as the best so far become the best."""
         with self.held.materialized():
             own = 0.0 if collectives.rank() else judge(self.model)
             score = float(collectives.broadcast({"score": own}).words["score"])
@@ -209,20 +209,20 @@ class TrainingRun:
         self._save()
 
     def restart(self) -> None:
-        """Begin another course: the best weights, no moments, late layers weighed by how near they came."""
+        """Start another course from the best weights with fresh moments and new feature weights."""
         self._take(self.best)
         self.optimizer = self._fresh()
         self.state = self.state.model_copy(update={"factors": self.lesson.factors(self.held.model)})
 
     def release(self) -> None:
-        """Leave the best weights in the model, and its gradients as they were asked for before."""
+        """Load the best weights into the model and restore `requires_grad`."""
         self._take(self.best)
         self.held.release()
         for value, flag in self._flags.items():
             value.requires_grad_(flag)
 
     def abandon(self) -> None:
-        """The same after an error, but without the other processes, which may be anywhere."""
+        """Release after an error, without communication: other processes may be at another step."""
         if not self.held.apart:
             self.release()
 
@@ -264,7 +264,7 @@ class TrainingRun:
             value.detach().copy_(tensors[name])
 
     def _save(self) -> None:
-        """Have the first process write the checkpoint, whole or not at all."""
+        """Write the checkpoint in the first process, atomically."""
         self._saved = time.monotonic()
         if not self._keeps:
             return
@@ -286,7 +286,7 @@ class TrainingRun:
         return tensors
 
     def _take_up(self) -> None:
-        """Stand where the first process's checkpoint stands, when it is whole and made from the same."""
+        """Resume in all processes from the first one's checkpoint, if it is complete and matches."""
         with ExitStack() as stack:
             stored = self._stored(stack)
             words = {
@@ -301,7 +301,7 @@ class TrainingRun:
                 self._put(name, collectives.broadcast({}, own).tensors[name])
 
     def _stored(self, stack: ExitStack) -> tuple[TrainingState, checkpoint.Checkpoint] | None:
-        """The first process's checkpoint where there is one of the same."""
+        """The checkpoint, None if there is none that matches."""
         found = None if self._checkpoint is None else checkpoint.open_checkpoint(self._checkpoint, stack)
         if found is None:
             return None
@@ -314,7 +314,7 @@ class TrainingRun:
         return (state, found) if same else None
 
     def _put(self, key: str, whole: Tensor) -> None:
-        """Take up one tensor that `_contents` named."""
+        """Restore one tensor that `_contents` named."""
         kind, _, name = key.partition(".")
         part = self.held.part(name, whole)
         if kind == "now":
@@ -326,7 +326,7 @@ class TrainingRun:
 
 
 def _check_mask(values: Mapping[str, Tensor], name: str, mask: Tensor) -> bool:
-    """True, or the reason why a mask cannot be held."""
+    """True if a mask fits its parameter, else raise CompressError."""
     if name not in values or mask.shape != values[name].shape or mask.dtype != torch.bool:
         own = list(values[name].shape) if name in values else "not a tuned parameter"
         raise CompressError(
@@ -336,7 +336,7 @@ def _check_mask(values: Mapping[str, Tensor], name: str, mask: Tensor) -> bool:
 
 
 def rate_at(step: int, steps: int, wanted: Recovery) -> float:
-    """The learning rate: up along a line for a share of the course, then down along one.
+    """The learning rate: linear warm-up for a share of the course, then linear decay.
 
     >>> [rate_at(step, 5, Recovery(rate=1.0, warmup=0.4)) for step in range(5)]
     [0.5, 1.0, 1.0, 0.6666666666666666, 0.3333333333333333]
@@ -346,7 +346,7 @@ def rate_at(step: int, steps: int, wanted: Recovery) -> float:
 
 
 def forecast_s(model: nn.Module, lesson: DistillationData, batches: int = 6) -> float:
-    """Seconds that one course will take, from a few batches; neither weights nor moments move."""
+    """Estimated seconds of one course, timed on a few batches without changing the model."""
     asked, learned = [], []
     for number, batch in lesson.spread(batches):
         began = time.perf_counter()
