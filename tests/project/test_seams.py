@@ -89,7 +89,7 @@ def test_intervals_and_quantiles_of_samples_are_computed_in_measure_alone():
 
 
 def test_nobody_branches_on_the_name_of_a_format_or_move_outside_of_methods():
-    names = {*FORMATS, *TECHNIQUES, "int8"} - {"fp32", "tf32", "fp16", "bf16", "structure", "width", "block"}
+    names = {*FORMATS, *TECHNIQUES, "int8"} - {"fp32", "tf32", "fp16", "bf16", "structure", "block"}
     assert {"int8-static", "int4", "fp8", "2:4", "lowrank"} <= names
     # Tables of what has a kernel, a node or a grid of codes; the device script travels without the package.
     tables = {
