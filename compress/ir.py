@@ -187,24 +187,7 @@ class Option(Document):
         """
         if self.pattern == "dense":
             return 1.0
-        if self.nm is not None:
-            return self.nm[0] / self.nm[1]
-        return float(self.pattern.rpartition("@")[2])
-
-    @property
-    def nm(self) -> tuple[int, int] | None:
-        """N and M of a pattern that keeps N of every M weights of a row; None for others.
-
-        >>> Option(pattern="2:4").nm, Option(pattern="block:32x32@0.25").nm
-        ((2, 4), None)
-        """
-        kept, _, group = self.pattern.partition(":")
-        return (int(kept), int(group)) if kept.isdigit() and group.isdigit() else None
-
-    @property
-    def has_blocks(self) -> bool:
-        """Whether the pattern is one of blocks."""
-        return self.pattern != "dense" and self.nm is None
+        return 0.5 if self.pattern == "2:4" else float(self.pattern.rpartition("@")[2])
 
     @property
     def block(self) -> tuple[int, int]:
@@ -227,7 +210,7 @@ class Option(Document):
         for part in form.split("+"):
             if part.startswith("rank:"):
                 found["rank"] = int(part.removeprefix("rank:"))
-            elif ":" in part or part == "dense":
+            elif part.startswith("block:") or part in ("2:4", "dense"):
                 found["pattern"] = part
             else:
                 found["precision"] = part

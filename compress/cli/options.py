@@ -6,8 +6,6 @@ from typing import Any
 
 import click
 
-from compress.recipe import MOVES
-
 Command = Callable[..., int]
 Decorator = Callable[[Command], Command]
 
@@ -115,7 +113,8 @@ REQUEST = combined(
         "--moves",
         group=METHOD,
         metavar="LIST",
-        help=f"Techniques to search, comma-separated: structure (default), {', '.join(MOVES[1:])}.",
+        help="Techniques to search, comma-separated: structure (default), width, int8, int8-static, int4, "
+        "fp8, block, lowrank, 2:4.",
     ),
     option(
         "--recover",

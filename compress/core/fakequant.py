@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.formats import FORMATS
 
 Precision = Literal["int8-dynamic", "int8-static", "int4", "fp8"]
 PAIR = 128  # two neighbors of one sign, together
@@ -258,7 +257,7 @@ def packed(precision: Precision, codes: Tensor, step: Tensor, span: tuple[float,
     Raises:
         CompressError: a range is missing, or not wanted.
     """
-    if (FORMATS[precision].input_range != "none") != (span is not None):
+    if (precision in ("int8-static", "fp8")) != (span is not None):
         raise CompressError(
             f"{precision} with an input range of {span}: int8-static and fp8 need one, others none"
         )

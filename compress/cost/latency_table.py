@@ -13,12 +13,12 @@ from pathlib import Path
 from pydantic import Field
 
 from compress import artifacts
-from compress.cost.roofline import DEFAULT, Constants, above_idle_w, estimate_latency_ms
-from compress.formats import FORMATS, FULL, bytes_of
+from compress.cost.roofline import BYTES, DEFAULT, Constants, above_idle_w, estimate_latency_ms
 from compress.ir import SCHEMA_VERSION, Candidate, Document, Option, Site
 from compress.profiles import Profile
 from compress.sites.kinds import kind_of
 
+SCALE_GROUP_COLUMNS = {"int4": 32}  # columns of a row with one scale, where that is not the whole row
 FORM_SEPARATOR = " in form "  # between a shape and a form in the name of a row
 
 Rows = dict[str, dict[int, float]]
@@ -168,16 +168,19 @@ def price(
 def weight_bytes(site: Site, option: Option, precision: str) -> int:
     """Bytes of the weights that an option leaves: values kept, their scales and indices, thin factors."""
     units = site.units if option.units is None else option.units
-    number = FORMATS[option.precision]
-    width_bytes = bytes_of(precision.split()[0]) if number.name == FULL else number.bytes
+    width_bytes = BYTES[
+        (precision if option.precision == "fp32" else option.precision).split()[0].split("-")[0]
+    ]
     total = units * site.parameters_per_unit * option.density * width_bytes
-    if option.nm is not None:  # the position of each of the values kept
-        total += units * site.parameters_per_unit * option.density * math.log2(option.nm[1]) / 8
+    if option.pattern == "2:4":  # two bits for each of the values kept
+        total += units * site.parameters_per_unit * option.density / 4
     for matmul in site.matmuls:
         out, inner = matmul.features(units)
         total += option.rank * (out + inner) * width_bytes if units else 0
-        if units:
-            total += number.scale_bytes * out * math.ceil(inner / (number.group or inner))
+        if option.precision.startswith("int"):
+            total += (
+                4 * out * math.ceil(inner / SCALE_GROUP_COLUMNS.get(option.precision, inner)) if units else 0
+            )
     return round(total)
 
 

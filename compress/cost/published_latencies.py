@@ -14,8 +14,7 @@ from importlib import resources
 from pydantic import Field
 
 from compress import profiles
-from compress.cost.roofline import estimate_latency_ms, kernel_ms
-from compress.formats import FORMATS, FULL, bytes_of
+from compress.cost.roofline import BYTES, estimate_latency_ms, kernel_ms
 from compress.ir import Document, Matmul, Option, Site
 from compress.profiles import Profile
 from compress.sites.kinds.kernel import Kernel
@@ -45,8 +44,7 @@ class Latency(Document):
     @property
     def option(self) -> Option:
         """What the linear layers run in."""
-        quantized = {one.unit: one.name for one in FORMATS.values() if one.input_range == "calibrated"}
-        precision = quantized.get(self.precision, FULL)
+        precision = "int8-static" if self.precision == "int8" else "fp32"
         return Option(pattern=self.pattern, precision=precision)
 
     @property
@@ -101,7 +99,7 @@ def _check(name: str, rows: Sequence[Latency], profile: Profile) -> Check:
 def predict_ms(row: Latency, profile: Profile) -> float:
     """The roofline's latency of a published encoder, in milliseconds."""
     layers, hidden, heads = ENCODERS[row.model]
-    norm = Kernel(NORM_PASSES * row.batch * row.tokens * hidden * bytes_of(BASELINE))
+    norm = Kernel(NORM_PASSES * row.batch * row.tokens * hidden * BYTES[BASELINE])
     return layers * sum(
         estimate_latency_ms(site, site.units, profile, BASELINE, fused=True, option=row.option)
         + kernel_ms(norm, profile, BASELINE)

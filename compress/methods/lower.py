@@ -36,7 +36,7 @@ def lower(
             continue
         option = Option.of(removal.form, None)
         codes |= removal.codes
-        if option.has_blocks or option.rank:
+        if option.pattern.startswith("block:") or option.rank:
             for name in (site.writer, *readers(site)):
                 products[name] = _lowering(graph, name, option, removal, written(site))
     if products:

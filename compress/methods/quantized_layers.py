@@ -27,7 +27,6 @@ from compress.core.fakequant import GRIDS, Precision, Quantized
 from compress.core.ranges import Histogram
 from compress.core.units import index_of
 from compress.errors import CompressError
-from compress.formats import FORMATS
 from compress.ir import Site
 from compress.sites.modeling import owner
 from compress.sites.prune import Removal, kept_positions
@@ -150,7 +149,7 @@ class QuantizedLinear(nn.Linear):
         step = self.steps().float()
         codes = fakequant.weight_codes(weight, step, self.grid)
         codes = codes.to(torch.float8_e4m3fn if self.grid.floating else torch.int8)
-        if FORMATS[self.precision].input_range == "none":
+        if self.precision in ("int8-dynamic", "int4"):
             return Quantized(self.precision, codes, step)
         return Quantized(self.precision, codes, step, float(self.input_steps()), int(self.input_zero))
 

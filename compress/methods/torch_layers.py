@@ -40,7 +40,7 @@ class Formed(nn.Linear):
         if self.factors is not None:
             left, right = (part.to(self.weight) for part in self.factors)
             return torch_kernels.LowRankLinear(left, right, self.bias)
-        if self.option.nm == (2, 4):
+        if self.option.pattern == "2:4":
             return torch_kernels.SparseLinear(self.weight, self.bias)
         return torch_kernels.block_layer(self.weight.detach(), self.bias, *self.option.block)
 

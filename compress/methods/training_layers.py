@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.core import lowrank
-from compress.formats import FORMATS
 from compress.ir import Option, Site
 from compress.methods import quantized_layers
 from compress.sites.modeling import owner
 from compress.sites.prune import Removal, readers
+
+STILL = ("fp8",)  # one step for a whole weight is not trained; everything around it is
 
 
 class FactoredLinear(nn.Module):
@@ -90,8 +91,8 @@ def insert(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Remov
             continue
         option = Option.of(removal.form, None)
         found = quantized_layers.places(model, site, removal, masked=False)
-        quantized_layers.insert(model, found, learn=FORMATS[option.precision].trainable)
-        if FORMATS[option.precision].input_range == "calibrated":
+        quantized_layers.insert(model, found, learn=option.precision not in STILL)
+        if option.precision == "int8-static":
             quantized_layers.share_input(model, readers(site))
         patterned = option.pattern != "dense"
         for name, factors in removal.factors.items():

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from compress.formats import TECHNIQUES
 from compress.ir import Offer, Option, Site
 from compress.pipeline import energy_budget
 from compress.pipeline.energy_budget import Prices
@@ -16,6 +15,7 @@ from compress.search import knapsack
 from compress.search.closed_loop import CandidateTable, Iteration
 
 EQUAL = 1e-9  # by which two times differ in rounding only
+ROUNDED = {"int8": "int8-dynamic", "int8-static": "int8-static", "int4": "int4", "fp8": "fp8"}  # by move
 
 
 def untouched(job: Job, costs: Costs) -> list[str]:
@@ -29,13 +29,11 @@ def untouched(job: Job, costs: Costs) -> list[str]:
     lines += [f"{skip.place}: not a site, because {skip.reason}" for skip in job.found.skipped]
     if job.found.fallback:
         lines.append(f"Sites come from names, not from the program: {job.found.fallback}")
-    moves = job.recipe.options.moves
-    for name in (one.pattern for one in TECHNIQUES.values() if one.pattern):
-        if name not in (*job.profile.patterns, *moves):
-            lines.append(f"{name} sparsity was not considered: {job.profile.name} gains no time from it.")
+    if "2:4" not in (*job.profile.patterns, *job.recipe.options.moves):
+        lines.append(f"2:4 sparsity was not considered: {job.profile.name} gains no time from it.")
     looked = {form for row in costs.gains.values() for form in (*row, *costs.untimed)}
-    for move in moves:
-        if TECHNIQUES[move].format not in (None, *looked):
+    for move, form in ROUNDED.items():
+        if move in job.recipe.options.moves and form not in looked:
             lines.append(
                 f"{move} was not considered: no site is multiplied in it on {job.profile.name} here."
             )

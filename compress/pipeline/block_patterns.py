@@ -16,7 +16,6 @@ from compress.export.backends import block_layouts
 from compress.export.backends.backend import Backend, Capabilities
 from compress.export.backends.block_layouts import Shape
 from compress.export.microbench.onnx_chain import LayoutChooser
-from compress.formats import TECHNIQUES
 from compress.ir import Document, Option, Site
 from compress.methods import apply
 from compress.pipeline.job import Job
@@ -71,20 +70,17 @@ class Patterns(Document):
 def find_patterns(job: Job) -> Patterns:
     """The patterns of a job: timed once on a machine, then read from its table."""
     backend = job.backend
-    moves = [move for move in job.recipe.options.moves if TECHNIQUES[move].block_shapes]
-    if backend is None or not backend.times_block_layouts or not moves:
+    if backend is None or not backend.times_block_layouts or "block" not in job.recipe.options.moves:
         return Patterns()
     made_from = artifacts.digest(
         backend.fingerprint, backend.threads, sorted({site.shape for site in job.sites})
     )
-    return artifacts.saved(
-        job.work / "patterns.json", Patterns, made_from, lambda: _measure(job, backend, moves)
-    )
+    return artifacts.saved(job.work / "patterns.json", Patterns, made_from, lambda: _measure(job, backend))
 
 
-def _measure(job: Job, backend: Backend, moves: Sequence[str]) -> Patterns:
+def _measure(job: Job, backend: Backend) -> Patterns:
     """Every product of every site in every pattern that fits it."""
-    able = [site for site in job.sites if apply.of(site, moves, backend)]
+    able = [site for site in job.sites if apply.of(site, ("block",), backend)]
     wanted = {site.shape: fitting_patterns(site, backend) for site in able}
     shapes = {shape for found in wanted.values() for own in found.values() for shape in own}
     with job.stages("time blocks") as tick:

@@ -10,9 +10,9 @@ import numpy as np
 from compress import artifacts
 from compress.calibration import activation_statistics, block_saliency
 from compress.cost import latency_table
-from compress.formats import FORMATS
 from compress.ir import Document, Option, Plan
 from compress.methods import candidate_store
+from compress.methods.apply import STATIC
 from compress.methods.candidate_store import Errors
 from compress.pipeline.job import Job
 from compress.pipeline.pricing import Costs
@@ -53,11 +53,7 @@ def build_candidates(job: Job, costs: Costs) -> Errors:
             memory_mb=wanted.memory_mb,
             taylor=job.recipe.options.score == "taylor",
             readers=any(len(costs.rows[site.name]) > 1 for site in job.sites),
-            spans=any(
-                FORMATS[Option.of(form, None).precision].input_range == "calibrated"
-                for site in job.sites
-                for form in costs.rows[site.name]
-            ),
+            spans=any(form.endswith(STATIC) for site in job.sites for form in costs.rows[site.name]),
             progress=tick,
         )
     wanted_options = {
@@ -82,7 +78,7 @@ def build_candidates(job: Job, costs: Costs) -> Errors:
 def _collect_saliency(job: Job, costs: Costs) -> Path | None:
     """The directory with the saliency of all tiles, None if no option ranks blocks by it."""
     options = [Option.of(form, None) for site in job.sites for form in costs.rows[site.name]]
-    shapes = [one.block for one in options if one.has_blocks and not one.rank]
+    shapes = [one.block for one in options if one.pattern.startswith("block:") and not one.rank]
     if job.recipe.options.blocks != "fisher" or not shapes:
         return None
     tile = math.gcd(*(rows for rows, _ in shapes)), math.gcd(*(columns for _, columns in shapes))

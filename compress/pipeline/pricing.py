@@ -15,7 +15,6 @@ from compress.export.backends import onnxruntime
 from compress.export.backends.backend import Backend
 from compress.export.backends.select import table_origins
 from compress.export.microbench import site_timing
-from compress.formats import bytes_of
 from compress.ir import Document, Option, Site, Source, Whole
 from compress.measure import timing
 from compress.methods import apply
@@ -218,11 +217,11 @@ def _select_costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Who
 
 
 def _is_smaller(site: Site, form: str, units: int) -> bool:
-    """Whether a form takes fewer bytes in a file; zeros of N:M patterns are written out like any number."""
+    """Whether a form takes fewer bytes in a file; zeros of 2:4 are written out like any number."""
     option = Option.of(form, units)
     plain = latency_table.weight_bytes(site, Option(units=units), STORED_PRECISION)
     return (
-        option.nm is None
+        option.pattern != "2:4"
         and latency_table.weight_bytes(site, option, STORED_PRECISION) < MAX_COST_SHARE * plain
     )
 
@@ -280,7 +279,7 @@ def _estimate_outside_ms(job: Job) -> float:
     for name, value in job.task.model.named_parameters():
         if value.ndim == 2 and name not in inside and id(value) not in tables:
             flops += 2 * rows * value.numel()
-            weight_bytes += value.numel() * bytes_of(job.profile.baseline_precision)
+            weight_bytes += value.numel() * roofline.BYTES[job.profile.baseline_precision]
     profile = job.profile
     peak = profile.peak_tflops[profile.baseline_precision]
     busy_ms = max(flops / (peak * 1e9), weight_bytes / (profile.bandwidth_gb_s * 1e6))

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from compress import artifacts
 from compress.calibration.activation_statistics import real_rows
 from compress.core import smooth
-from compress.formats import TECHNIQUES
 from compress.ir import Document, Site, Slice
 from compress.pipeline.job import Job
 from compress.sites.equivalence import distance
@@ -27,11 +26,14 @@ from compress.sites.modeling import owner
 from compress.sites.residual_stream import normalizes
 from compress.tasks.loading import Batch, Task
 
-STATISTICS_BATCHES = 16  # batches for the channel statistics
-EQUIVALENCE_SAMPLES = 4  # samples of the equivalence test
-MAX_TEST_FACTOR = 2.0  # largest factor of the equivalence test; the smallest is its inverse
-MAX_RESIDUAL_SHARE = 1e-3  # of the change by dividing alone, after readers multiply
-SUMMATION_TOLERANCE = 2e-6  # of the largest output: summation order
+INTEGERS = ("int8", "int8-static")  # moves that read all channels in one step
+STATISTICS_BATCHES = 16  # batches that say how loud channels are
+EQUIVALENCE_SAMPLES = 4  # inputs of a trial
+MAX_TEST_FACTOR = 2.0  # factor of a trial, and its inverse
+MAX_RESIDUAL_SHARE = (
+    1e-3  # of what dividing channels does to the answers, that may be left when readers multiply them
+)
+SUMMATION_TOLERANCE = 2e-6  # of the largest answer: sums in another order
 
 
 class SmoothQuantPair(Document):
@@ -78,16 +80,15 @@ def smooth_model(job: Job) -> tuple[Job, list[str]]:
 
     Without an int8 move, or if no channel gains, the job is returned unchanged.
     """
-    techniques = [TECHNIQUES[move] for move in job.recipe.options.moves]
-    if not any(one.per_tensor_input for one in techniques):
+    if not set(INTEGERS) & set(job.recipe.options.moves):
         return job, []
 
     def find() -> Smoothing:
         with job.stages("smooth"):
-            # Weights of few bits leave less room for outliers, so the migration strength is smaller.
-            levels = smooth.FEW if any(one.few_bits for one in techniques) else smooth.LEVELS
-            pairs = find_pairs(job.task, job.sites, job.calibration[:STATISTICS_BATCHES], levels)
-        return Smoothing(spots=tuple(pairs))
+            # Weights that may end on 4 bits cannot take what those on 8 bits can.
+            levels = smooth.FEW if "int4" in job.recipe.options.moves else smooth.LEVELS
+            spots = find_pairs(job.task, job.sites, job.calibration[:STATISTICS_BATCHES], levels)
+        return Smoothing(spots=tuple(spots))
 
     found = artifacts.saved(job.work / "smoothing.json", Smoothing, job.key, find)
     if not found.spots:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 
-from compress.formats import FORMATS, FULL
 from compress.ir import Budget
 from compress.recipe import UNITS
 
@@ -91,7 +90,7 @@ def runs_in(model: str, products: Iterable[str]) -> str:
     >>> runs_in("fp32", ["fp32", "int8-dynamic", "int4", "int8-static"])
     'fp32 + int8 + int4'
     """
-    own = [FORMATS[name].unit for name in products if name != FULL]  # which says: as the model
+    own = [name.partition("-")[0] for name in products if name != "fp32"]  # which says: as the model
     return " + ".join(dict.fromkeys([model, *own]))
 
 

@@ -19,7 +19,6 @@ from torch import nn
 
 from compress.core import ranges
 from compress.core.fakequant import PRECISIONS, Quantized
-from compress.formats import FORMATS
 from compress.ir import Option, Site
 from compress.methods import quantized_layers
 from compress.recipe import Recovery
@@ -27,6 +26,7 @@ from compress.sites.modeling import owner
 from compress.sites.prune import Removal
 from compress.tasks.loading import Batch, Task
 
+INTEGERS = ("int8-dynamic", "int8-static", "int4")
 EPOCHS_SHARE, RATE_SHARE = 0.5, 0.4  # of the second stage, as shares of the first
 MAX_MOMENT_BYTES = 2**30  # bytes of moments that are held at a time
 STATISTICS_BATCHES = 32  # batches that say what products on integers read
@@ -101,9 +101,7 @@ def quantize_model(
     for group in _groups(model, list(names)):
         for weight, seen in quantized_layers.observe(seeing, group, batches).items():
             name, precision = names[weight]
-            span = (
-                ranges.span(seen.histogram, "mse") if FORMATS[precision].input_range == "calibrated" else None
-            )
+            span = ranges.span(seen.histogram, "mse") if precision == "int8-static" else None
             layer = model.get_submodule(owner(weight))
             assert isinstance(layer, nn.Linear)
             place, _ = quantized_layers.round_linear(
@@ -121,7 +119,7 @@ def quantize_model(
 
 
 def _is_quantized(removal: Removal) -> bool:
-    return bool(removal.codes) and FORMATS[Option.of(removal.form, None).precision].trainable
+    return bool(removal.codes) and Option.of(removal.form, None).precision in INTEGERS
 
 
 def _float_form(form: str) -> str:

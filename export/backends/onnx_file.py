@@ -28,7 +28,6 @@ from compress.export.backends.backend import (
 from compress.export.backends.onnxruntime import OrtRunner
 from compress.export.microbench.onnx_chain import SiteLayouts, default_layouts
 from compress.export.microbench.site_timing import ChainRuntime
-from compress.formats import FORMATS, FULL, TECHNIQUES
 from compress.ir import Option
 from compress.measure import timing
 from compress.measure.verify_on_device import TOLERANCES, Nvml
@@ -43,22 +42,20 @@ class OnnxFile(Capabilities):
 
     def executes(self, option: Option, *, transposed: bool = False) -> bool:
         """Only number formats and patterns that the profile lists; codes need weights `[out, in]`."""
-        if transposed and option.precision != FULL:
+        if transposed and option.precision != "fp32":
             return False
-        if option.pattern not in self.profile.patterns or FORMATS[option.precision].integer_inputs:
-            return False
-        return option.precision in (FULL, *self.profile.precisions)
+        known = ("fp32", "fp8") if "fp8" in self.profile.precisions else ("fp32",)
+        return option.pattern in self.profile.patterns and option.precision in known
 
     def multiples(self, option: Option) -> tuple[int, int]:
-        """N:M is stored two groups of inputs at a time; blocks must divide the weight."""
-        if option.nm is not None:
-            return 1, 2 * option.nm[1]
+        """2:4 is stored eight inputs at a time; blocks must divide the weight."""
+        if option.pattern == "2:4":
+            return 1, 8
         return (1, 1) if option.pattern == "dense" else option.block
 
     def explain_refusal(self, move: str) -> str:
         """Why no site can take a move on the target."""
-        number = FORMATS[TECHNIQUES[move].format or FULL]
-        if number.integer_inputs:
+        if move in ("int8", "int8-static", "int4"):
             return "what integers gain there is not known before they are timed there"
         patterns = (pattern for pattern in self.profile.patterns if pattern != "dense")
         return f"its profile knows {', '.join([*patterns, *self.profile.precisions])}"
@@ -111,15 +108,11 @@ class OnnxRuntimeCpu(OnnxRuntime):
 
     def executes(self, option: Option, *, transposed: bool = False) -> bool:
         """Everything but fp8, of which a processor has no product; codes need weights `[out, in]`."""
-        number = FORMATS[option.precision]
-        return number.name == FULL or (number.integer_inputs and not transposed)
+        return option.precision != "fp8" and not (transposed and option.precision != "fp32")
 
     def explain_refusal(self, move: str) -> str:
         """Why no site can take a move on this processor."""
-        name = TECHNIQUES[move].format
-        if name is not None and not FORMATS[name].integer_inputs:
-            return "a processor has no product of it"
-        return "no matrix of this model fits it"
+        return "a processor has no product of it" if move == "fp8" else "no matrix of this model fits it"
 
     def rig(self, written: SiteLayouts = default_layouts) -> ChainRuntime:
         """ONNX chains on this processor."""

@@ -72,7 +72,7 @@ def onnxruntime_chains(
 def _formed(site: Site, units: int, copies: int, form: str, written: SiteLayouts) -> bytes:
     """A chain whose products run in a form; zeros that onnxruntime multiplies like any number need none."""
     option = Option.of(form, units)
-    if form == "dense" or option.nm is not None:
+    if form in ("dense", "2:4"):
         return chain(site, units, copies)
     if option.precision == "fp32":
         return chain(site, units, copies, pattern=option.pattern, rank=option.rank, choose=written(site))

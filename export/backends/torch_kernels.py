@@ -18,7 +18,6 @@ from compress.core import fakequant
 from compress.core.fakequant import Precision, Quantized
 from compress.core.support import quota
 from compress.errors import CompressError
-from compress.formats import FORMATS
 from compress.ir import Option
 
 MIDDLE = 128.0  # between bytes and signed bytes
@@ -260,10 +259,9 @@ def quantized(found: Quantized, layer: nn.Linear) -> nn.Module:
         CompressError: no kernel of torch multiplies in that precision.
     """
     codes, step = found.codes.to(layer.weight.device), found.step.to(layer.weight.device)
-    number = FORMATS[found.precision]
-    if found.precision in FORMS and number.integer_inputs:
+    if found.precision == "int8-dynamic":
         return Int8Linear(codes, step[:, 0], layer.bias)
-    if found.precision in FORMS and found.input_step is not None:
+    if found.precision == "fp8" and found.input_step is not None:
         return Fp8Linear(codes, float(found.step[0, 0]), found.input_step, layer.bias)
     raise CompressError(f"torch has no product of {found.precision} on a GPU; it has int8-dynamic and fp8")
 
@@ -310,7 +308,7 @@ def _rounded(precision: Precision) -> Make:
     """A layer rounded to the nearest, for timing only: the range of its input is made up."""
 
     def make(layer: nn.Linear) -> nn.Module:
-        span = None if FORMATS[precision].input_range == "none" else TIMED_SPAN
+        span = TIMED_SPAN if precision == "fp8" else None
         return quantized(fakequant.nearest(layer.weight.detach().float(), precision, span), layer)
 
     return make

@@ -31,7 +31,6 @@ from compress.export.backends.torch_cuda import CudaRunner
 from compress.export.microbench import torch_chain
 from compress.export.microbench.onnx_chain import SiteLayouts, default_layouts
 from compress.export.microbench.site_timing import ChainRuntime
-from compress.formats import FORMATS, FULL, TECHNIQUES
 from compress.ir import Option, Site
 from compress.measure import timing
 from compress.measure.verify_on_device import TOLERANCES, Nvml
@@ -66,10 +65,10 @@ class TorchCuda(Backend):
         """What torch has a kernel for, in formats that the GPU multiplies; weights are `[out, in]`."""
         if transposed:
             return False
-        if option.precision != FULL:
+        if option.precision != "fp32":
             known = option.precision in torch_kernels.FORMS
-            return known and FORMATS[option.precision].unit in self.profile.precisions
-        return option.nm is None or option.pattern in self.profile.patterns
+            return known and option.precision.split("-")[0] in self.profile.precisions
+        return option.pattern != "2:4" or "2:4" in self.profile.patterns
 
     def multiples(self, option: Option) -> tuple[int, int]:
         """As torch's kernels ask."""
@@ -77,8 +76,7 @@ class TorchCuda(Backend):
 
     def explain_refusal(self, move: str) -> str:
         """Why no site can take a move on this GPU."""
-        name = TECHNIQUES[move].format
-        if name is not None and name not in torch_kernels.FORMS:
+        if move in ("int8-static", "int4"):
             return "torch has no product of it there"
         patterns = (pattern for pattern in self.profile.patterns if pattern != "dense")
         return f"its profile knows {', '.join([*patterns, *self.profile.precisions])}"

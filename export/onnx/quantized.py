@@ -30,7 +30,6 @@ from compress.core.fakequant import GRIDS, Precision, Quantized, blocks
 from compress.core.fakequant import PRECISIONS as PRECISIONS  # part of this module's face
 from compress.errors import CompressError
 from compress.export.onnx.block_sparse import Array
-from compress.formats import FORMATS
 
 MICROSOFT = "com.microsoft"
 INT8_INPUTS = 4  # MatMulNBits reads its input as signed bytes
@@ -89,7 +88,7 @@ def _made_up(precision: Precision, out: int, inner: int, random: np.random.Gener
     if grid.floating:
         floats = torch.from_numpy(codes).float().to(torch.float8_e4m3fn)
         return Quantized(precision, floats, step, CHAIN_SPAN[0])
-    static = (None, 0) if FORMATS[precision].input_range == "none" else CHAIN_SPAN
+    static = CHAIN_SPAN if precision == "int8-static" else (None, 0)
     return Quantized(precision, torch.from_numpy(codes), step, *static)
 
 

@@ -4,7 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-from compress.formats import FORMATS, TECHNIQUES
 from compress.sites.kinds import KINDS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -86,22 +85,3 @@ def test_intervals_and_quantiles_of_samples_are_computed_in_measure_alone():
     assert len(charts) == 3  # the import and two uses
     assert found == {}
     assert sorted(named(ast.parse("x = np.quantile(y, 0.5)\nRESAMPLES = 3"), pattern)) == [1, 2]
-
-
-def test_nobody_branches_on_the_name_of_a_format_or_move_outside_of_methods():
-    names = {*FORMATS, *TECHNIQUES, "int8"} - {"fp32", "tf32", "fp16", "bf16", "structure", "block"}
-    assert {"int8-static", "int4", "fp8", "2:4", "lowrank"} <= names
-    # Tables of what has a kernel, a node or a grid of codes; the device script travels without the package.
-    tables = {
-        "compress/core/fakequant.py",
-        "compress/measure/verify_on_device.py",
-        "export/backends/torch_kernels.py",
-        "export/onnx/quantized.py",
-    }
-    found = {}
-    for path, tree in shipped():
-        if path != "compress/formats.py" and not path.startswith("compress/methods/"):
-            lines = list(branches(tree, names))
-            if lines:
-                found[path] = len(lines)
-    assert found == dict.fromkeys(tables, 1)
