@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from compress import formats
+
 SCHEMA_VERSION = 1
 
 Source = Literal["measured", "estimated"]
@@ -151,9 +153,9 @@ class Option(Document):
     """
 
     units: int | None = Field(default=None, ge=0)
-    pattern: str = "dense"
+    pattern: str = formats.DENSE
     rank: int = Field(default=0, ge=0)
-    precision: str = "fp32"
+    precision: str = formats.FLOAT
 
     @property
     def form(self) -> str:
@@ -163,11 +165,11 @@ class Option(Document):
         'block:32x32@0.5+rank:8'
         """
         parts = [
-            *([self.pattern] if self.pattern != "dense" else []),
+            *([self.pattern] if self.patterned else []),
             *([f"rank:{self.rank}"] if self.rank else []),
-            *([self.precision] if self.precision != "fp32" else []),
+            *([self.precision] if self.precision != formats.FLOAT else []),
         ]
-        return "+".join(parts) or "dense"
+        return "+".join(parts) or formats.DENSE
 
     @property
     def key(self) -> str:
@@ -185,9 +187,30 @@ class Option(Document):
         >>> Option(pattern="2:4").density, Option(pattern="block:32x32@0.25").density
         (0.5, 0.25)
         """
-        if self.pattern == "dense":
-            return 1.0
-        return 0.5 if self.pattern == "2:4" else float(self.pattern.rpartition("@")[2])
+        if self.nm is not None:
+            return self.nm[0] / self.nm[1]
+        found = formats.block_of(self.pattern)
+        return 1.0 if found is None else found[2]
+
+    @property
+    def nm(self) -> tuple[int, int] | None:
+        """Weights kept and weights in a group where the pattern is N:M, else None."""
+        return formats.nm_of(self.pattern)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the pattern is one of blocks."""
+        return formats.block_of(self.pattern) is not None
+
+    @property
+    def patterned(self) -> bool:
+        """Whether the pattern has zeros."""
+        return self.pattern != formats.DENSE
+
+    @property
+    def number_format(self) -> formats.NumberFormat | None:
+        """The number format of the products; None where they run in that of the model."""
+        return None if self.precision == formats.FLOAT else formats.number_format(self.precision)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -196,8 +219,10 @@ class Option(Document):
         >>> Option(pattern="block:32x128@0.25").block
         (32, 128)
         """
-        rows, _, columns = self.pattern.removeprefix("block:").partition("@")[0].partition("x")
-        return int(rows), int(columns)
+        found = formats.block_of(self.pattern)
+        if found is None:
+            raise ValueError(f"pattern {self.pattern!r} has no blocks")
+        return found[:2]
 
     @classmethod
     def of(cls, form: str, units: int | None) -> "Option":
@@ -210,7 +235,7 @@ class Option(Document):
         for part in form.split("+"):
             if part.startswith("rank:"):
                 found["rank"] = int(part.removeprefix("rank:"))
-            elif part.startswith("block:") or part in ("2:4", "dense"):
+            elif formats.is_pattern(part):
                 found["pattern"] = part
             else:
                 found["precision"] = part

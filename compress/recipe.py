@@ -9,11 +9,11 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from compress.errors import CompressError
+from compress.formats import MOVES, STRUCTURE
 from compress.ir import Budget, Document
 from compress.sites.kinds import searched
 from compress.validation import explain
 
-Move = Literal["structure", "width", "int8", "int8-static", "int4", "fp8", "block", "lowrank", "2:4"]
 TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
 Phase = Literal["prefill", "decode"]
 UNITS = {"speedup": "x", "latency_ms": "ms", "energy_mj": "mJ", "power_w": "W", "size_mb": "MB"}
@@ -27,6 +27,15 @@ def _searched(name: str) -> str:
     return name
 
 
+def _move(name: str) -> str:
+    """`name` of a move, after making sure that there is one."""
+    if name not in MOVES:
+        expected = ", ".join(f"'{move}'" for move in MOVES)
+        raise PydanticCustomError("literal_error", "must be one of {expected}", {"expected": expected})
+    return name
+
+
+Move = Annotated[str, AfterValidator(_move)]
 SearchedKind = Annotated[str, AfterValidator(_searched)]
 
 
@@ -60,7 +69,7 @@ class Options(Document):
     """
 
     moves: tuple[Move, ...] = Field(
-        default=("structure",), min_length=1, description="Techniques that the search may use."
+        default=(STRUCTURE,), min_length=1, description="Techniques that the search may use."
     )
     widths: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         default=(0.875, 0.75, 0.625, 0.5),

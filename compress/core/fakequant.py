@@ -26,16 +26,14 @@ References: ONNX DynamicQuantizeLinear; Esser et al., "Learned Step Size Quantiz
 Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.formats import number_format
 
-Precision = Literal["int8-dynamic", "int8-static", "int4", "fp8"]
 PAIR = 128  # two neighbors of one sign, together
 BYTE = 255
 SHRINK = 0.4  # how far below the largest weight a step may aim
@@ -57,13 +55,10 @@ class Grid:
     floating: bool = False
 
 
-GRIDS: Mapping[Precision, Grid] = {
-    "int8-dynamic": Grid(-127, 127, paired=True),
-    "int8-static": Grid(-127, 127, paired=True),
-    "int4": Grid(-8, 7, block=32),
-    "fp8": Grid(-448, 448, floating=True),
-}
-PRECISIONS: Mapping[str, Precision] = {name: name for name in GRIDS}
+def grid_of(precision: str) -> Grid:
+    """The codes of a number format, by its name."""
+    found = number_format(precision)
+    return Grid(found.low, found.high, found.group, paired=found.paired, floating=found.floating)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class Quantized:
     `input_step` and `input_zero` say which bytes its input becomes, for int8-static and fp8 alone.
     """
 
-    precision: Precision
+    precision: str
     codes: Tensor
     step: Tensor
     input_step: float | None = None
@@ -82,7 +77,7 @@ class Quantized:
     @property
     def block(self) -> int:
         """Columns that share a step, 0 for all."""
-        return GRIDS[self.precision].block
+        return grid_of(self.precision).block
 
     def weight(self) -> Tensor:
         """The float32 weight that the codes stand for, [out, in]."""
@@ -91,7 +86,7 @@ class Quantized:
     def weight_bytes(self) -> int:
         """Bytes of codes and steps in a file; 4-bit codes lie two to a byte, in whole blocks."""
         out, inner = self.codes.shape
-        steps = 4 if GRIDS[self.precision].floating else 4 * self.step.numel()
+        steps = 4 if grid_of(self.precision).floating else 4 * self.step.numel()
         return (
             out * inner + steps
             if not self.block
@@ -240,18 +235,18 @@ def _largest_pair(*parts: Tensor) -> Tensor:
     return torch.stack(sums).amax((0, 2))
 
 
-def nearest(weight: Tensor, precision: Precision, span: tuple[float, float] | None = None) -> Quantized:
+def nearest(weight: Tensor, precision: str, span: tuple[float, float] | None = None) -> Quantized:
     """A weight by rounding to the nearest, with the steps of least error.
 
     Raises:
         CompressError: int8-static or fp8 without the range of the input.
     """
-    grid = GRIDS[precision]
+    grid = grid_of(precision)
     step = weight_step(weight, grid)
     return packed(precision, weight_codes(weight.detach(), step, grid), step, span)
 
 
-def packed(precision: Precision, codes: Tensor, step: Tensor, span: tuple[float, float] | None) -> Quantized:
+def packed(precision: str, codes: Tensor, step: Tensor, span: tuple[float, float] | None) -> Quantized:
     """Codes and steps with the bytes of the input, whose range `span` int8-static and fp8 alone have.
 
     Raises:
@@ -261,9 +256,9 @@ def packed(precision: Precision, codes: Tensor, step: Tensor, span: tuple[float,
         raise CompressError(
             f"{precision} with an input range of {span}: int8-static and fp8 need one, others none"
         )
-    if span is not None and GRIDS[precision].floating:
+    if span is not None and grid_of(precision).floating:
         largest = max(abs(end) for end in span)
-        read = torch.tensor(largest / GRIDS[precision].high if largest else 1.0)
+        read = torch.tensor(largest / grid_of(precision).high if largest else 1.0)
         return Quantized(precision, codes.float().to(torch.float8_e4m3fn), step, float(read))
     if span is None:
         return Quantized(precision, codes.to(torch.int8), step)
@@ -303,7 +298,7 @@ def float_codes(values: Tensor, step: Tensor) -> Tensor:
     >>> float_codes(torch.tensor([0.3, 1e4]), torch.tensor(0.25)).tolist()
     [1.25, 448.0]
     """
-    grid = GRIDS["fp8"]
+    grid = grid_of("fp8")
     return rounded((values / step).clamp(grid.low, grid.high), floating=True)
 
 

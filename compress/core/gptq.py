@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.core import factorization, fakequant
-from compress.core.fakequant import GRIDS, PAIR, Grid, Precision, Quantized
+from compress.core.fakequant import PAIR, Grid, Quantized, grid_of
 from compress.errors import CompressError
 
 BLOCK = 128  # columns between two updates of everything to their right
@@ -37,7 +37,7 @@ def quantize(
     weight: Tensor,
     second: Tensor,
     mean: Tensor | None,
-    precision: Precision,
+    precision: str,
     *,
     span: tuple[float, float] | None = None,
     damping: float = 1e-2,
@@ -63,8 +63,8 @@ def quantize(
     full, second = weight.double(), second.double()
     centered = second if mean is None else second - torch.outer(mean.double(), mean.double())
     damped = factorization.damp(centered, damping, second.diagonal())
-    step = fakequant.weight_step(full, GRIDS[precision], damped.matrix.diagonal())
-    codes = round_codes(full, step, damped, GRIDS[precision])
+    step = fakequant.weight_step(full, grid_of(precision), damped.matrix.diagonal())
+    codes = round_codes(full, step, damped, grid_of(precision))
     found = fakequant.packed(precision, codes, step, span)
     lost = full - found.weight().double()
     total = float(((full @ centered) * full).sum())

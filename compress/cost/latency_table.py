@@ -12,13 +12,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from compress import artifacts
-from compress.cost.roofline import BYTES, DEFAULT, Constants, above_idle_w, estimate_latency_ms
+from compress import artifacts, formats
+from compress.cost.roofline import DEFAULT, Constants, above_idle_w, estimate_latency_ms
 from compress.ir import SCHEMA_VERSION, Candidate, Document, Option, Site
 from compress.profiles import Profile
 from compress.sites.kinds import kind_of
 
-SCALE_GROUP_COLUMNS = {"int4": 32}  # columns of a row with one scale, where that is not the whole row
 FORM_SEPARATOR = " in form "  # between a shape and a form in the name of a row
 
 Rows = dict[str, dict[int, float]]
@@ -168,19 +167,18 @@ def price(
 def weight_bytes(site: Site, option: Option, precision: str) -> int:
     """Bytes of the weights that an option leaves: values kept, their scales and indices, thin factors."""
     units = site.units if option.units is None else option.units
-    width_bytes = BYTES[
-        (precision if option.precision == "fp32" else option.precision).split()[0].split("-")[0]
-    ]
+    number_format = option.number_format
+    plain = formats.kernel_bytes(precision.split()[0])
+    width_bytes = plain if number_format is None else number_format.weight_bytes
     total = units * site.parameters_per_unit * option.density * width_bytes
-    if option.pattern == "2:4":  # two bits for each of the values kept
-        total += units * site.parameters_per_unit * option.density / 4
+    if option.nm is not None:  # the place of each of the values kept, in its group
+        place_bits = math.ceil(math.log2(option.nm[1]))
+        total += units * site.parameters_per_unit * option.density * place_bits / 8
     for matmul in site.matmuls:
         out, inner = matmul.features(units)
         total += option.rank * (out + inner) * width_bytes if units else 0
-        if option.precision.startswith("int"):
-            total += (
-                4 * out * math.ceil(inner / SCALE_GROUP_COLUMNS.get(option.precision, inner)) if units else 0
-            )
+        if number_format is not None and not number_format.floating and units:
+            total += 4 * out * math.ceil(inner / (number_format.group or inner))  # float32 scales
     return round(total)
 
 

@@ -14,7 +14,8 @@ from importlib import resources
 from pydantic import Field
 
 from compress import profiles
-from compress.cost.roofline import BYTES, estimate_latency_ms, kernel_ms
+from compress.cost.roofline import estimate_latency_ms, kernel_ms
+from compress.formats import kernel_bytes
 from compress.ir import Document, Matmul, Option, Site
 from compress.profiles import Profile
 from compress.sites.kinds.kernel import Kernel
@@ -99,7 +100,7 @@ def _check(name: str, rows: Sequence[Latency], profile: Profile) -> Check:
 def predict_ms(row: Latency, profile: Profile) -> float:
     """The roofline's latency of a published encoder, in milliseconds."""
     layers, hidden, heads = ENCODERS[row.model]
-    norm = Kernel(NORM_PASSES * row.batch * row.tokens * hidden * BYTES[BASELINE])
+    norm = Kernel(NORM_PASSES * row.batch * row.tokens * hidden * kernel_bytes(BASELINE))
     return layers * sum(
         estimate_latency_ms(site, site.units, profile, BASELINE, fused=True, option=row.option)
         + kernel_ms(norm, profile, BASELINE)

@@ -10,13 +10,13 @@ import math
 from dataclasses import dataclass
 
 from compress.errors import CompressError
+from compress.formats import kernel_bytes
 from compress.ir import Option, Site
 from compress.profiles import Profile
 from compress.sites.kinds import kind_of
 from compress.sites.kinds.kernel import Kernel, product
 
 DENSE = Option()
-BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
 # Rows, columns and relative speed of the output tiles that a GPU library chooses from: a larger tile
 # reuses more of what it loads, a smaller one wastes less of a narrow matrix.
 TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 64, 0.65), (64, 32, 0.4))
@@ -63,16 +63,16 @@ def kernels(
     if units == 0:
         return []
     found: list[Kernel] = []
-    low = "" if option.precision == DENSE.precision else option.precision.split("-")[0]
+    low = "" if option.number_format is None else option.number_format.kernel
     read: set[tuple[int, bool]] = set()  # readers share their input
     for matmul in site.matmuls:
         out, inner = matmul.features(units)
         summed = max(1, round(inner * option.density))
-        read_bytes = BYTES[low] if low else width_bytes
+        read_bytes = kernel_bytes(low) if low else width_bytes
         found.append(product(1, matmul.rows, out, summed, width_bytes, read_bytes=read_bytes, precision=low))
         source = (inner, bool(matmul.out_per_unit))
         if low and not fused and source not in read:
-            found.append(Kernel(matmul.rows * inner * (width_bytes + BYTES[low])))
+            found.append(Kernel(matmul.rows * inner * (width_bytes + kernel_bytes(low))))
         read.add(source)
         if option.rank:
             found.append(product(1, matmul.rows, option.rank, inner, width_bytes))
@@ -120,7 +120,7 @@ def _work(kernel: Kernel, profile: Profile, precision: str, constants: Constants
         full = math.ceil(tiles / profile.processors) * profile.processors
         waves.append(2.0 * full * tile_rows * tile_columns * kernel.inner / speed)
     # Loads of 16 bytes need widths of 16 bytes; without tensor cores nothing depends on it.
-    lanes = int(16 / BYTES[precision.split()[0]])
+    lanes = int(16 / kernel_bytes(precision.split()[0]))
     aligned = precision == "fp32" or not (kernel.out % lanes or kernel.inner % lanes)
     return min(waves) * (1.0 if aligned else constants.misaligned)
 
@@ -152,7 +152,7 @@ def estimate_latency_ms(
     fused = profile.runtime == "tensorrt" if fused is None else fused
     share = min(1.0, (threads or profile.processors) / profile.processors) if profile.kind == "cpu" else 1.0
     _peak(profile, precision)
-    width_bytes = BYTES[precision.split()[0]]
+    width_bytes = kernel_bytes(precision.split()[0])
     return sum(
         kernel_ms(kernel, profile, precision, constants, share=share)
         for kernel in kernels(site, units, width_bytes, fused=fused, option=option)
@@ -184,7 +184,7 @@ def above_idle_w(
     if most is None or profile.kind == "cpu":
         return most
     precision = precision or profile.baseline_precision
-    run = kernels(site, units, BYTES[precision.split()[0]], fused=profile.runtime == "tensorrt")
+    run = kernels(site, units, kernel_bytes(precision.split()[0]), fused=profile.runtime == "tensorrt")
     total = sum(kernel_ms(kernel, profile, precision, constants) for kernel in run)
     waiting = len(run) * profile.launch_us * 1e-3 * constants.launches
     return most * (1 - (1 - WAITING_POWER_SHARE) * waiting / total) if total else 0.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compress.calibration import activation_statistics, block_saliency
 from compress.calibration.activation_statistics import Statistics
 from compress.core import obs, scores
-from compress.core.fakequant import PRECISIONS, Quantized
+from compress.core.fakequant import Quantized
 from compress.errors import CompressError
 from compress.ir import Option, Site
 from compress.methods import apply
@@ -117,7 +117,7 @@ def unpacked(tensors: Mapping[str, Tensor], form: str) -> Removal:
 def _quantized(precision: str, codes: Tensor, step: Tensor, read: Tensor | None) -> Quantized:
     """A stored weight in low precision; `read` holds step and zero point of its input, if they are fixed."""
     fixed = () if read is None else (float(read[0]), int(read[1]))
-    return Quantized(PRECISIONS[precision], codes, step, *fixed)
+    return Quantized(precision, codes, step, *fixed)
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -178,9 +178,10 @@ def _build_site(
     made: dict[str, Candidate] = {}
     for option in options:
         removal, error = (uncut, 0.0) if option.units is None else cut[option.units]
-        twin = made.get(option.model_copy(update={"precision": apply.DYNAMIC}).key)
-        if option.precision == apply.STATIC and twin is not None:  # the codes are those
-            removal, error = apply.static(site, twin[0], statistics), twin[1]
+        shared = apply.twin_of(option)
+        if shared is not None and shared.key in made:
+            twin, error = made[shared.key]
+            removal = apply.from_twin(site, option, twin, statistics)
         elif option.form != "dense":
             removal, more = apply.treat(model, site, option, removal, statistics, damping)
             error = 1 - (1 - min(error, 1.0)) * (1 - min(more, 1.0))

@@ -36,7 +36,7 @@ def lower(
             continue
         option = Option.of(removal.form, None)
         codes |= removal.codes
-        if option.pattern.startswith("block:") or option.rank:
+        if option.blocked or option.rank:
             for name in (site.writer, *readers(site)):
                 products[name] = _lowering(graph, name, option, removal, written(site))
     if products:
@@ -54,9 +54,9 @@ def _lowering(
     if option.rank:
         factors = removal.factors[name]
         left, right = (part.numpy() for part in factors)
-        if option.pattern != "dense":
+        if option.patterned:
             rest = lowrank.apart(torch.from_numpy(weight), *factors).numpy()
-    if option.pattern == "dense":
+    if not option.patterned:
         return Lowering(left=left, right=right)
     out, inner = weight.shape
     blocks = block_sparse.find(weight if rest is None else rest, *option.block)

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from compress.calibration.activation_statistics import real_rows
 from compress.core import fakequant, gptq
-from compress.core.fakequant import GRIDS, Precision, Quantized
+from compress.core.fakequant import Quantized, grid_of
 from compress.core.ranges import Histogram
 from compress.core.units import index_of
 from compress.errors import CompressError
+from compress.formats import move_of_format, number_format
 from compress.ir import Site
 from compress.sites.modeling import owner
 from compress.sites.prune import Removal, kept_positions
@@ -69,8 +70,9 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)
         found = place.quantized
         self.in_features, self.out_features = dense.in_features, dense.out_features
-        self.precision: Precision = found.precision
-        self.grid = GRIDS[found.precision]
+        self.precision: str = found.precision
+        self.format = number_format(found.precision)
+        self.grid = grid_of(found.precision)
         self.columns = place.columns
         self.learn = learn
         self.original = (dense,)  # in a tuple, so that it is no part of this module
@@ -101,7 +103,7 @@ class QuantizedLinear(nn.Linear):
         if self.learn:
             step = fakequant.damped_step(step, weight.numel() // step.numel(), self.grid.high)
         codes = fakequant.weight_codes(weight, step, self.grid) if self.fixed is None else self.fixed
-        if self.precision == "int4":
+        if self.format.range == "blocks":
             return self._blockwise(values, codes * fakequant.spread(step, codes.shape[1], self.grid.block))
         input_step, zero = self._input(values)
         if self.grid.floating:
@@ -112,12 +114,12 @@ class QuantizedLinear(nn.Linear):
         scale = input_step * step[:, 0]
         if self.bias is None:
             return product * scale
-        if self.precision == "int8-static":  # there the bias is a whole number of the product's steps
+        if self.format.rounds_bias:  # there the bias is a whole number of the product's steps
             return (product + fakequant.rounded(self.bias / scale)) * scale
         return product * scale + self.bias
 
     def _input(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.precision == "int8-dynamic":
+        if self.format.range == "dynamic":
             return fakequant.dynamic_range(values)
         step = self.input_steps()
         if self.learn:
@@ -149,7 +151,7 @@ class QuantizedLinear(nn.Linear):
         step = self.steps().float()
         codes = fakequant.weight_codes(weight, step, self.grid)
         codes = codes.to(torch.float8_e4m3fn if self.grid.floating else torch.int8)
-        if self.precision in ("int8-dynamic", "int4"):
+        if self.format.range not in ("calibrated", "moments"):
             return Quantized(self.precision, codes, step)
         return Quantized(self.precision, codes, step, float(self.input_steps()), int(self.input_zero))
 
@@ -166,13 +168,13 @@ def insert(model: nn.Module, places: Mapping[str, Place], *, learn: bool = False
         CompressError: a name is no weight of an `nn.Linear`, sizes do not fit, or fp8 is to learn; nothing
             is changed.
     """
-    if learn and any(GRIDS[place.quantized.precision].floating for place in places.values()):
+    if learn and any(grid_of(place.quantized.precision).floating for place in places.values()):
         raise CompressError("fp8 has one step for a whole weight, which is not trained; tune before rounding")
     layers = {name: _linear(model, name) for name in places}
     for name, layer in layers.items():
         _check(name, layer, places[name])
     for name, layer in layers.items():
-        made = QuantizedLinear(layer, places[name], learn=learn)
+        made = move_of_format(places[name].quantized.precision).layer(layer, places[name], learn=learn)
         model.set_submodule(owner(name), made.train(layer.training))
 
 
@@ -345,7 +347,7 @@ class _Watch:
 
 def round_linear(
     layer: nn.Linear,
-    precision: Precision,
+    precision: str,
     second: Tensor,
     mean: Tensor,
     *,

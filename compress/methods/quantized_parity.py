@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from compress.calibration.activation_statistics import real_rows
-from compress.core.fakequant import Precision
 from compress.errors import CompressError
 from compress.export.backends import parity
 from compress.export.backends.backend import Array, Tensors
@@ -29,14 +28,6 @@ from compress.tasks.loading import Batch
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 AGAIN = "the file is not shipped. Export again, and report this model if it stays"
-
-# MatMulNBits turns a few values at the border of two bytes into the other one.
-PRODUCT: Mapping[Precision, float] = {
-    "int8-dynamic": parity.TOLERANCE,
-    "int8-static": parity.TOLERANCE,
-    "fp8": parity.TOLERANCE,
-    "int4": 1e-2,
-}
 
 
 class Guided:
@@ -129,7 +120,9 @@ class Guided:
             pairs = (real_rows(inputs[0], batch), real_rows(given, batch))
             self._compare(f"{name} reads", *pairs, parity.TOLERANCE)
             answer = answers.reshape(output.shape)
-            self._compare(f"{name} answers", layer.forward(given), answer, PRODUCT[layer.precision])
+            self._compare(
+                f"{name} answers", layer.forward(given), answer, layer.format.tolerance or parity.TOLERANCE
+            )
             return answer
 
         return led

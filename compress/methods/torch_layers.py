@@ -35,14 +35,8 @@ class Formed(nn.Linear):
         Raises:
             CompressError: the device has no such product, or the weight is not as the form wants it.
         """
-        if self.codes is not None:
-            return torch_kernels.quantized(self.codes, self)
-        if self.factors is not None:
-            left, right = (part.to(self.weight) for part in self.factors)
-            return torch_kernels.LowRankLinear(left, right, self.bias)
-        if self.option.pattern == "2:4":
-            return torch_kernels.SparseLinear(self.weight, self.bias)
-        return torch_kernels.block_layer(self.weight.detach(), self.bias, *self.option.block)
+        weights = self.factors if self.codes is None else self.codes
+        return torch_kernels.required_kernel(self.option.form).deploy(weights, self)
 
 
 def formed(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> nn.Module:

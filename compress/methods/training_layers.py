@@ -20,8 +20,6 @@ from compress.methods import quantized_layers
 from compress.sites.modeling import owner
 from compress.sites.prune import Removal, readers
 
-STILL = ("fp8",)  # one step for a whole weight is not trained; everything around it is
-
 
 class FactoredLinear(nn.Module):
     """`S x + L (R x) + b` in the place of a linear layer; without `sparse` there is no S."""
@@ -91,10 +89,10 @@ def insert(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Remov
             continue
         option = Option.of(removal.form, None)
         found = quantized_layers.places(model, site, removal, masked=False)
-        quantized_layers.insert(model, found, learn=option.precision not in STILL)
-        if option.precision == "int8-static":
+        quantized_layers.insert(model, found, learn=_is_trainable(option))
+        if option.number_format is not None and option.number_format.range == "calibrated":
             quantized_layers.share_input(model, readers(site))
-        patterned = option.pattern != "dense"
+        patterned = option.patterned
         for name, factors in removal.factors.items():
             dense = model.get_submodule(owner(name))
             made = FactoredLinear(dense, factors, across=_across(site, name), sparse=patterned)
@@ -142,6 +140,11 @@ def fingerprint(removals: Mapping[str, Removal]) -> list[bytes | str]:
         for factors in one.factors.values():
             parts += [part.numpy().tobytes() for part in factors]
     return parts
+
+
+def _is_trainable(option: Option) -> bool:
+    """Whether the steps of its number format can be learned; without one there are none."""
+    return option.number_format is None or option.number_format.trainable
 
 
 def _across(site: Site, name: str) -> bool:

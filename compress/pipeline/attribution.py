@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from compress import formats
 from compress.ir import Offer, Option, Site
 from compress.pipeline import energy_budget
 from compress.pipeline.energy_budget import Prices
@@ -15,7 +16,6 @@ from compress.search import knapsack
 from compress.search.closed_loop import CandidateTable, Iteration
 
 EQUAL = 1e-9  # by which two times differ in rounding only
-ROUNDED = {"int8": "int8-dynamic", "int8-static": "int8-static", "int4": "int4", "fp8": "fp8"}  # by move
 
 
 def untouched(job: Job, costs: Costs) -> list[str]:
@@ -29,11 +29,12 @@ def untouched(job: Job, costs: Costs) -> list[str]:
     lines += [f"{skip.place}: not a site, because {skip.reason}" for skip in job.found.skipped]
     if job.found.fallback:
         lines.append(f"Sites come from names, not from the program: {job.found.fallback}")
-    if "2:4" not in (*job.profile.patterns, *job.recipe.options.moves):
-        lines.append(f"2:4 sparsity was not considered: {job.profile.name} gains no time from it.")
+    for move, facts in formats.MOVES.items():
+        if facts.pattern and facts.pattern not in (*job.profile.patterns, *job.recipe.options.moves):
+            lines.append(f"{move} sparsity was not considered: {job.profile.name} gains no time from it.")
     looked = {form for row in costs.gains.values() for form in (*row, *costs.untimed)}
-    for move, form in ROUNDED.items():
-        if move in job.recipe.options.moves and form not in looked:
+    for move in job.recipe.options.moves:
+        if any(brought.name not in looked for brought in formats.MOVES[move].formats):
             lines.append(
                 f"{move} was not considered: no site is multiplied in it on {job.profile.name} here."
             )
@@ -135,7 +136,7 @@ def _named(option: Option) -> str:
     """The form as a reader knows it: what removes units, and nothing else, is structure."""
     if option.form != "dense":
         return option.form
-    return "dense" if option.units is None else "structure"
+    return formats.DENSE if option.units is None else formats.STRUCTURE
 
 
 def _units(option: Option, site: Site) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field
 
-from compress import artifacts
+from compress import artifacts, formats
 from compress.export.backends import block_layouts
 from compress.export.backends.backend import Backend, Capabilities
 from compress.export.backends.block_layouts import Shape
@@ -70,7 +70,7 @@ class Patterns(Document):
 def find_patterns(job: Job) -> Patterns:
     """The patterns of a job: timed once on a machine, then read from its table."""
     backend = job.backend
-    if backend is None or not backend.times_block_layouts or "block" not in job.recipe.options.moves:
+    if backend is None or not backend.times_block_layouts or formats.BLOCKS not in job.recipe.options.moves:
         return Patterns()
     made_from = artifacts.digest(
         backend.fingerprint, backend.threads, sorted({site.shape for site in job.sites})
@@ -80,7 +80,7 @@ def find_patterns(job: Job) -> Patterns:
 
 def _measure(job: Job, backend: Backend) -> Patterns:
     """Every product of every site in every pattern that fits it."""
-    able = [site for site in job.sites if apply.of(site, ("block",), backend)]
+    able = [site for site in job.sites if apply.forms_of(site, (formats.BLOCKS,), backend)]
     wanted = {site.shape: fitting_patterns(site, backend) for site in able}
     shapes = {shape for found in wanted.values() for own in found.values() for shape in own}
     with job.stages("time blocks") as tick:

@@ -7,6 +7,7 @@ built and timed, which takes seconds.
 
 import torch
 
+from compress import formats
 from compress.errors import CompressError
 from compress.ir import Option
 from compress.methods import apply
@@ -18,7 +19,6 @@ from compress.search.closed_loop import CandidateTable, Timing
 from compress.sites import prune
 from compress.sites.prune import Removal
 
-BY_UNITS = ("structure", "width")  # moves that make products smaller, and need no form
 NEAR, FAR = 0.75, 1.5  # of the predicted reach: below nothing is in doubt, beyond nothing is worth timing
 INSTEAD = "Ask for --moves structure, which removes whole heads and neurons and pays everywhere"
 ZEROS = "; onnxruntime multiplies zeros like any other number"
@@ -34,7 +34,8 @@ def check_moves(job: Job) -> None:
     idle = [
         move
         for move in moves
-        if move not in BY_UNITS and not any(apply.of(site, (move,), job.runtime) for site in job.sites)
+        if formats.MOVES[move].implementation
+        and not any(apply.forms_of(site, (move,), job.runtime) for site in job.sites)
     ]
     lines = [f"{move} is not possible on {name}: {job.runtime.explain_refusal(move)}" for move in idle]
     if idle and len(idle) == len(moves):
@@ -91,7 +92,7 @@ def _no_gain(job: Job, costs: Costs) -> str:
     said = f"({costs.source}{', an estimate' if costs.source == 'estimated' else ''})"
     lines = [
         f"{form}: {attribution.span(gains)} as fast as dense on a whole site {said}"
-        + (ZEROS if form == "2:4" else "")
+        + (ZEROS if formats.nm_of(form) else "")
         for form, gains in attribution.by_form(costs.gains).items()
     ]
     lines += [f"{form}: no site could be timed in it here" for form in costs.untimed]

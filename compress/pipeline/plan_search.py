@@ -12,7 +12,6 @@ from compress.calibration import activation_statistics, block_saliency
 from compress.cost import latency_table
 from compress.ir import Document, Option, Plan
 from compress.methods import candidate_store
-from compress.methods.apply import STATIC
 from compress.methods.candidate_store import Errors
 from compress.pipeline.job import Job
 from compress.pipeline.pricing import Costs
@@ -53,7 +52,7 @@ def build_candidates(job: Job, costs: Costs) -> Errors:
             memory_mb=wanted.memory_mb,
             taylor=job.recipe.options.score == "taylor",
             readers=any(len(costs.rows[site.name]) > 1 for site in job.sites),
-            spans=any(form.endswith(STATIC) for site in job.sites for form in costs.rows[site.name]),
+            spans=_needs_ranges(job, costs),
             progress=tick,
         )
     wanted_options = {
@@ -75,10 +74,17 @@ def build_candidates(job: Job, costs: Costs) -> Errors:
         )
 
 
+def _needs_ranges(job: Job, costs: Costs) -> bool:
+    """Whether an option quantizes inputs by ranges that calibration data decide."""
+    options = [Option.of(form, None) for site in job.sites for form in costs.rows[site.name]]
+    found = [option.number_format for option in options]
+    return any(one is not None and one.range == "calibrated" for one in found)
+
+
 def _collect_saliency(job: Job, costs: Costs) -> Path | None:
     """The directory with the saliency of all tiles, None if no option ranks blocks by it."""
     options = [Option.of(form, None) for site in job.sites for form in costs.rows[site.name]]
-    shapes = [one.block for one in options if one.pattern.startswith("block:") and not one.rank]
+    shapes = [one.block for one in options if one.blocked and not one.rank]
     if job.recipe.options.blocks != "fisher" or not shapes:
         return None
     tile = math.gcd(*(rows for rows, _ in shapes)), math.gcd(*(columns for _, columns in shapes))

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 from torch import nn
 
-from compress import artifacts, profiles
+from compress import artifacts, formats, profiles
 from compress.cost import latency_table, roofline
 from compress.cost.latency_table import Rows, Table
 from compress.export.backends import onnxruntime
@@ -124,10 +124,10 @@ def _site_levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[st
         levels = sorted({site.units, *(round(f * site.units) for f in fractions)}, reverse=True)
     droppable = site.drop is not None and options.drop
     levels = [units for units in levels if units > 0 or droppable]
-    if "structure" not in options.moves:
+    if formats.STRUCTURE not in options.moves:
         levels = levels[:1]
     wanted = {"dense": levels}
-    for form in apply.of(site, options.moves, job.runtime, offered):
+    for form in apply.forms_of(site, options.moves, job.runtime, offered):
         wanted[form] = apply.levels(site, form, levels, job.runtime)
     return wanted
 
@@ -221,7 +221,7 @@ def _is_smaller(site: Site, form: str, units: int) -> bool:
     option = Option.of(form, units)
     plain = latency_table.weight_bytes(site, Option(units=units), STORED_PRECISION)
     return (
-        option.pattern != "2:4"
+        option.nm is None
         and latency_table.weight_bytes(site, option, STORED_PRECISION) < MAX_COST_SHARE * plain
     )
 
@@ -279,7 +279,7 @@ def _estimate_outside_ms(job: Job) -> float:
     for name, value in job.task.model.named_parameters():
         if value.ndim == 2 and name not in inside and id(value) not in tables:
             flops += 2 * rows * value.numel()
-            weight_bytes += value.numel() * roofline.BYTES[job.profile.baseline_precision]
+            weight_bytes += value.numel() * formats.kernel_bytes(job.profile.baseline_precision)
     profile = job.profile
     peak = profile.peak_tflops[profile.baseline_precision]
     busy_ms = max(flops / (peak * 1e9), weight_bytes / (profile.bandwidth_gb_s * 1e6))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from compress import artifacts
+from compress import artifacts, formats
 from compress.calibration.activation_statistics import real_rows
 from compress.core import smooth
 from compress.ir import Document, Site, Slice
@@ -26,7 +26,6 @@ from compress.sites.modeling import owner
 from compress.sites.residual_stream import normalizes
 from compress.tasks.loading import Batch, Task
 
-INTEGERS = ("int8", "int8-static")  # moves that read all channels in one step
 STATISTICS_BATCHES = 16  # batches that say how loud channels are
 EQUIVALENCE_SAMPLES = 4  # inputs of a trial
 MAX_TEST_FACTOR = 2.0  # factor of a trial, and its inverse
@@ -80,13 +79,14 @@ def smooth_model(job: Job) -> tuple[Job, list[str]]:
 
     Without an int8 move, or if no channel gains, the job is returned unchanged.
     """
-    if not set(INTEGERS) & set(job.recipe.options.moves):
+    brought = [found for move in job.recipe.options.moves for found in formats.MOVES[move].formats]
+    if not any(found.reads_whole_rows for found in brought):
         return job, []
 
     def find() -> Smoothing:
         with job.stages("smooth"):
             # Weights that may end on 4 bits cannot take what those on 8 bits can.
-            levels = smooth.FEW if "int4" in job.recipe.options.moves else smooth.LEVELS
+            levels = smooth.FEW if min(found.bits for found in brought) < 8 else smooth.LEVELS
             spots = find_pairs(job.task, job.sites, job.calibration[:STATISTICS_BATCHES], levels)
         return Smoothing(spots=tuple(spots))
 

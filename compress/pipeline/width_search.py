@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from compress import artifacts
+from compress import artifacts, formats
 from compress.core.rotation import Narrowing, narrowing, principal
 from compress.cost import latency_table
 from compress.distributed import collectives
@@ -85,7 +85,7 @@ def requested_stream(job: Job) -> Stream | None:
     try:
         return find_stream(job)
     except CompressError as error:
-        rest = [move for move in job.recipe.options.moves if move != MOVE] or ["structure"]
+        rest = [move for move in job.recipe.options.moves if move != MOVE] or [formats.STRUCTURE]
         raise CompressError(
             f"--moves {MOVE} does not support this model: {error}.\n  Use --moves {','.join(rest)}"
         ) from error

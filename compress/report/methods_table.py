@@ -2,12 +2,13 @@
 
 from typing import NamedTuple
 
+from compress.formats import DENSE, STRUCTURE
 from compress.ir import Offer
 from compress.report import charts
 from compress.report.formatting import digits
 from compress.report.schema import Report, SiteReport
 
-PLAIN = ("dense", "structure")
+PLAIN = (DENSE, STRUCTURE)
 
 
 class Cell(NamedTuple):

@@ -214,7 +214,7 @@ def _split(
     made = {}
     for site in sites:
         removal = removals[site.name]
-        dense = Option.of(removal.form, None).pattern == "dense"
+        dense = not Option.of(removal.form, None).patterned
         for name, (left, right) in removal.factors.items():
             layer = small.get_submodule(owner(name))
             if type(layer) is not nn.Linear:  # what stores its weight the other way round stays

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from compress.core import ranges
-from compress.core.fakequant import PRECISIONS, Quantized
+from compress.core.fakequant import Quantized
+from compress.formats import FLOAT, number_format
 from compress.ir import Option, Site
 from compress.methods import quantized_layers
 from compress.recipe import Recovery
@@ -26,7 +27,6 @@ from compress.sites.modeling import owner
 from compress.sites.prune import Removal
 from compress.tasks.loading import Batch, Task
 
-INTEGERS = ("int8-dynamic", "int8-static", "int4")
 EPOCHS_SHARE, RATE_SHARE = 0.5, 0.4  # of the second stage, as shares of the first
 MAX_MOMENT_BYTES = 2**30  # bytes of moments that are held at a time
 STATISTICS_BATCHES = 32  # batches that say what products on integers read
@@ -101,12 +101,12 @@ def quantize_model(
     for group in _groups(model, list(names)):
         for weight, seen in quantized_layers.observe(seeing, group, batches).items():
             name, precision = names[weight]
-            span = ranges.span(seen.histogram, "mse") if precision == "int8-static" else None
+            span = (
+                ranges.span(seen.histogram, "mse") if number_format(precision).range == "calibrated" else None
+            )
             layer = model.get_submodule(owner(weight))
             assert isinstance(layer, nn.Linear)
-            place, _ = quantized_layers.round_linear(
-                layer, PRECISIONS[precision], seen.second, seen.mean, span=span
-            )
+            place, _ = quantized_layers.round_linear(layer, precision, seen.second, seen.mean, span=span)
             places[weight] = name, place
     codes: dict[str, dict[str, Quantized]] = {}
     for weight, (name, place) in places.items():
@@ -119,12 +119,13 @@ def quantize_model(
 
 
 def _is_quantized(removal: Removal) -> bool:
-    return bool(removal.codes) and Option.of(removal.form, None).precision in INTEGERS
+    found = Option.of(removal.form, None).number_format
+    return bool(removal.codes) and found is not None and found.trainable
 
 
 def _float_form(form: str) -> str:
     """A form in the model's own precision."""
-    return Option.of(form, None).model_copy(update={"precision": "fp32"}).form
+    return Option.of(form, None).model_copy(update={"precision": FLOAT}).form
 
 
 def _groups(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 from torch import nn
 
+from compress import formats
 from compress.artifacts import digest
 from compress.cost.energy import Meter, Rapl
 from compress.cost.latency_table import Table
@@ -42,22 +43,25 @@ class OnnxFile(Capabilities):
 
     def executes(self, option: Option, *, transposed: bool = False) -> bool:
         """Only number formats and patterns that the profile lists; codes need weights `[out, in]`."""
-        if transposed and option.precision != "fp32":
-            return False
-        known = ("fp32", "fp8") if "fp8" in self.profile.precisions else ("fp32",)
-        return option.pattern in self.profile.patterns and option.precision in known
+        number_format = option.number_format
+        if number_format is not None:
+            # What integers gain on a device is not known before they are timed there.
+            known = number_format.floating and number_format.kernel in self.profile.precisions
+            if transposed or not known:
+                return False
+        return option.pattern in self.profile.patterns
 
     def multiples(self, option: Option) -> tuple[int, int]:
         """2:4 is stored eight inputs at a time; blocks must divide the weight."""
-        if option.pattern == "2:4":
-            return 1, 8
-        return (1, 1) if option.pattern == "dense" else option.block
+        if option.nm is not None:
+            return 1, 2 * option.nm[1]
+        return option.block if option.blocked else (1, 1)
 
     def explain_refusal(self, move: str) -> str:
         """Why no site can take a move on the target."""
-        if move in ("int8", "int8-static", "int4"):
+        if any(not found.floating for found in formats.MOVES[move].formats):
             return "what integers gain there is not known before they are timed there"
-        patterns = (pattern for pattern in self.profile.patterns if pattern != "dense")
+        patterns = (pattern for pattern in self.profile.patterns if pattern != formats.DENSE)
         return f"its profile knows {', '.join([*patterns, *self.profile.precisions])}"
 
 
@@ -108,11 +112,14 @@ class OnnxRuntimeCpu(OnnxRuntime):
 
     def executes(self, option: Option, *, transposed: bool = False) -> bool:
         """Everything but fp8, of which a processor has no product; codes need weights `[out, in]`."""
-        return option.precision != "fp8" and not (transposed and option.precision != "fp32")
+        number_format = option.number_format
+        return number_format is None or not (number_format.floating or transposed)
 
     def explain_refusal(self, move: str) -> str:
         """Why no site can take a move on this processor."""
-        return "a processor has no product of it" if move == "fp8" else "no matrix of this model fits it"
+        if any(found.floating for found in formats.MOVES[move].formats):
+            return "a processor has no product of it"
+        return "no matrix of this model fits it"
 
     def rig(self, written: SiteLayouts = default_layouts) -> ChainRuntime:
         """ONNX chains on this processor."""

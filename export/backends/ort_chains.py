@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 import numpy as np
 import onnxruntime as ort
 
-from compress.core.fakequant import PRECISIONS
 from compress.cost.latency_table import Rows, Table, grid, measure_missing
 from compress.errors import CompressError
 from compress.export.backends import onnxruntime
@@ -72,11 +71,11 @@ def onnxruntime_chains(
 def _formed(site: Site, units: int, copies: int, form: str, written: SiteLayouts) -> bytes:
     """A chain whose products run in a form; zeros that onnxruntime multiplies like any number need none."""
     option = Option.of(form, units)
-    if form in ("dense", "2:4"):
+    if option.number_format is None and not (option.blocked or option.rank):
         return chain(site, units, copies)
-    if option.precision == "fp32":
+    if option.number_format is None:
         return chain(site, units, copies, pattern=option.pattern, rank=option.rank, choose=written(site))
-    return quantized.lower_chain(chain(site, units, copies), PRECISIONS[option.precision])
+    return quantized.lower_chain(chain(site, units, copies), option.precision)
 
 
 def empty_table(threads: int) -> Table:

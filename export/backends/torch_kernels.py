@@ -6,6 +6,7 @@ only the time differs. A layer that a form does not fit stays as it is, and its 
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress import formats
 from compress.core import fakequant
-from compress.core.fakequant import Precision, Quantized
 from compress.core.support import quota
 from compress.errors import CompressError
 from compress.ir import Option
@@ -252,20 +253,6 @@ def _to_floats(flat: Tensor, step: Tensor) -> Tensor:
     return (flat.float() / step).clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
 
 
-def quantized(found: Quantized, layer: nn.Linear) -> nn.Module:
-    """The product of a weight in low precision, on the device of `layer` and with its bias.
-
-    Raises:
-        CompressError: no kernel of torch multiplies in that precision.
-    """
-    codes, step = found.codes.to(layer.weight.device), found.step.to(layer.weight.device)
-    if found.precision == "int8-dynamic":
-        return Int8Linear(codes, step[:, 0], layer.bias)
-    if found.precision == "fp8" and found.input_step is not None:
-        return Fp8Linear(codes, float(found.step[0, 0]), found.input_step, layer.bias)
-    raise CompressError(f"torch has no product of {found.precision} on a GPU; it has int8-dynamic and fp8")
-
-
 def _capable(what: str, least: tuple[int, int]) -> None:
     found = torch.cuda.get_device_capability()
     if found < least:
@@ -297,74 +284,58 @@ def prune_blocks(weight: Tensor, rows: int, columns: int, density: float) -> Ten
     return (tiles * mask[:, None, :, None]).reshape(out, inner)
 
 
-Make = Callable[[nn.Linear], nn.Module]
+@dataclass(frozen=True)
+class Kernel:
+    """How torch runs the products of an option on a GPU.
+
+    Attributes:
+        rows, columns: what the sizes of a weight [out, in] must be multiples of.
+        timed: a layer with weights that no kernel can tell from real ones, for timing.
+        deploy: a layer from what a compressed weight was made of (codes, factors or nothing) and the layer
+            that holds its bias; CompressError where the device has no such product.
+    """
+
+    rows: int
+    columns: int
+    timed: Callable[[nn.Linear], nn.Module]
+    deploy: Callable[[Any, nn.Linear], nn.Module]
 
 
-def _sparse(layer: nn.Linear) -> nn.Module:
-    return SparseLinear(prune_24(layer.weight.detach()), layer.bias)
+def kernel_of(option: Option) -> Kernel | None:
+    """The kernel of an option, None where torch has none for it; options of two moves have none."""
+    own = [move for move in formats.implementations() if move.applies(option)]
+    return own[0].torch_kernel(option) if len(own) == 1 else None
 
 
-def _rounded(precision: Precision) -> Make:
-    """A layer rounded to the nearest, for timing only: the range of its input is made up."""
-
-    def make(layer: nn.Linear) -> nn.Module:
-        span = TIMED_SPAN if precision == "fp8" else None
-        return quantized(fakequant.nearest(layer.weight.detach().float(), precision, span), layer)
-
-    return make
-
-
-# By form: the multiples that a weight's sizes must be, and the layer.
-FORMS: dict[str, tuple[int, int, Make]] = {
-    "2:4": (32, 64, _sparse),
-    "int8-dynamic": (8, 8, _rounded("int8-dynamic")),
-    "fp8": (16, 16, _rounded("fp8")),
-}
-
-
-def form(words: str) -> tuple[int, int, Make]:
-    """What a form asks of a weight's sizes, and what makes the layer; blocks and ranks among them.
+def required_kernel(form: str) -> Kernel:
+    """The kernel of a form.
 
     Raises:
-        CompressError: there is no such form.
+        CompressError: torch has none.
     """
-    if words in FORMS:
-        return FORMS[words]
-    option = Option.of(words, None)
-    if option.precision != "fp32" or (option.pattern == "dense") == (option.rank == 0):
-        raise CompressError(
-            f"{words!r} is no form of a product; known: {', '.join(FORMS)}, block:RxC@DENSITY, rank:N"
-        )
-
-    def make(layer: nn.Linear) -> nn.Module:
-        weight = layer.weight.detach()
-        if option.rank:
-            out, inner = weight.shape
-            left, right = weight[:, :1].expand(out, option.rank), weight[:1].expand(option.rank, inner)
-            return LowRankLinear(left, right, layer.bias)
-        rows, columns = option.block
-        return block_layer(prune_blocks(weight, rows, columns, option.density), layer.bias, rows, columns)
-
-    return (1, 1, make) if option.rank else (*option.block, make)
+    found = kernel_of(Option.of(form, None))
+    if found is None:
+        raise CompressError(f"torch has no product of {form} on a GPU")
+    return found
 
 
-def convert(model: nn.Module, words: str, names: Iterable[str] | None = None) -> list[str]:
+def convert(model: nn.Module, form: str, names: Iterable[str] | None = None) -> list[str]:
     """Replace linear layers of `model` by the form, in place; the names of those that it does not fit.
 
     Args:
         model: on the device where it will run.
-        words: as `ir.Option.form` says it: one of `FORMS`, blocks, or a rank.
+        form: as `ir.Option.form` states it.
         names: modules to replace; all linear layers unless given.
     """
-    out_step, inner_step, make = form(words)
+    kernel = required_kernel(form)
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     left = []
     for name in found if names is None else names:
         layer = found[name]
         out, inner = layer.weight.shape
-        if out % out_step or inner % inner_step:
+        if out % kernel.rows or inner % kernel.columns:
             left.append(name)
             continue
         place, _, last = name.rpartition(".")
-        setattr(model.get_submodule(place), last, make(layer))
+        setattr(model.get_submodule(place), last, kernel.timed(layer))
     return left

@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import nn
 
+from compress import formats
 from compress.artifacts import digest
 from compress.cost.energy import Meter
 from compress.cost.latency_table import Table
@@ -65,20 +66,23 @@ class TorchCuda(Backend):
         """What torch has a kernel for, in formats that the GPU multiplies; weights are `[out, in]`."""
         if transposed:
             return False
-        if option.precision != "fp32":
-            known = option.precision in torch_kernels.FORMS
-            return known and option.precision.split("-")[0] in self.profile.precisions
-        return option.pattern != "2:4" or "2:4" in self.profile.patterns
+        if torch_kernels.kernel_of(option) is None:
+            return False
+        if option.number_format is not None:
+            return option.number_format.kernel in self.profile.precisions
+        return option.nm is None or option.pattern in self.profile.patterns
 
     def multiples(self, option: Option) -> tuple[int, int]:
         """As torch's kernels ask."""
-        return torch_kernels.form(option.form)[:2]
+        kernel = torch_kernels.required_kernel(option.form)
+        return kernel.rows, kernel.columns
 
     def explain_refusal(self, move: str) -> str:
         """Why no site can take a move on this GPU."""
-        if move in ("int8-static", "int4"):
+        brought = (Option(precision=found.name) for found in formats.MOVES[move].formats)
+        if any(torch_kernels.kernel_of(option) is None for option in brought):
             return "torch has no product of it there"
-        patterns = (pattern for pattern in self.profile.patterns if pattern != "dense")
+        patterns = (pattern for pattern in self.profile.patterns if pattern != formats.DENSE)
         return f"its profile knows {', '.join([*patterns, *self.profile.precisions])}"
 
     def build(

@@ -20,6 +20,7 @@ from compress.export.backends.tensorrt_engine import EngineOptions, Stamp, stamp
 from compress.export.delivery import fp16
 from compress.export.edge import bundle
 from compress.export.output_dir import Finished, finished, parts
+from compress.formats import nm_of
 from compress.ir import Engine
 from compress.measure import verify_on_device
 from compress.report import render
@@ -79,7 +80,7 @@ def engine_options(output: Finished) -> EngineOptions:
     return EngineOptions(
         batch=(1, batch, max(batch, 3)),
         tokens=(1, tokens, tokens),
-        sparse=any(site.option.pattern == "2:4" for site in output.report.sites),
+        sparse=any(nm_of(site.option.pattern) for site in output.report.sites),
     )
 
 

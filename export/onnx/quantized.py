@@ -1,23 +1,15 @@
 """Products of an ONNX file in low precision, in the forms that onnxruntime runs fastest.
 
 Every linear layer of a file is `Gemm(x [rows, in], W, b, transB=1)`; `lower` finds it by the name of its
-weight and writes instead
-
-* int8-dynamic: DynamicQuantizeLinear, once for all products that read the same input, MatMulInteger,
-  and the scale and bias in float; onnxruntime makes one kernel of it;
-* int8-static: QuantizeLinear and DequantizeLinear around the same Gemm, with the bias in whole numbers
-  (with a bias in float onnxruntime leaves the product in float, and unpacks the weight at every call);
-  a bias that 32 bits do not hold, since the weights of its row are all but zero, is added in float after it;
-* fp8: the same with float8 numbers and the bias in float, which TensorRT runs as one product of fp8 and
-  onnxruntime, on a processor, as a slow product of float32;
-* int4: onnxruntime's own MatMulNBits, which reads its input in blocks of signed bytes.
+weight, and the move of its number format (`methods.int8`, `int8_static`, `int4`, `fp8`) writes what stands
+in its place: products of integers, or codes that are dequantized around the same Gemm.
 
 Measured with one thread on AVX2 without VNNI, against float32, 128 rows: dynamic and static 1.8 to 2.1
 times as fast, int4 0.84 to 0.99; with 8 rows 1.7 to 2.8, and int4 1.0 to 1.5. Weights as unsigned bytes,
 which never saturate, would be a quarter slower than signed ones; `core.fakequant` keeps those in bounds.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
@@ -26,13 +18,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 
-from compress.core.fakequant import GRIDS, Precision, Quantized, blocks
-from compress.core.fakequant import PRECISIONS as PRECISIONS  # part of this module's face
+from compress import formats
+from compress.core.fakequant import Quantized, blocks, grid_of
 from compress.errors import CompressError
 from compress.export.onnx.block_sparse import Array
 
-MICROSOFT = "com.microsoft"
-INT8_INPUTS = 4  # MatMulNBits reads its input as signed bytes
 CHAIN_SPAN = (0.03, 128)  # step and zero point of inputs about one in size
 
 
@@ -52,14 +42,14 @@ def lower(model: ir.Model, products: Mapping[str, Quantized], *, signed: bool = 
     gemms = [node for node in model.graph if node.op_type == "Gemm" and _weight_name(node) in products]
     for name, found in products.items():
         _check(model, name, found, [node for node in gemms if _weight_name(node) == name])
-    writer = _Writer(model, signed=signed)
+    writer = GraphWriter(model, signed=signed)
     for node in gemms:  # in the order of the graph, so that what is shared stands before all its readers
         name = _weight_name(node)
         writer.product(node, name, products[name])
     passes.RemoveUnusedNodesPass()(model)
 
 
-def lower_chain(file: bytes, precision: Precision) -> bytes:
+def lower_chain(file: bytes, precision: str) -> bytes:
     """A chain of `onnx_chain` with every product in low precision, to be timed: its codes are random."""
     model = ir.serde.deserialize_model(onnx.load_from_string(file))
     random = np.random.default_rng(0)
@@ -79,16 +69,16 @@ def product_weights(model: ir.Model) -> list[str]:
     return [name for name in names if name in model.graph.initializers]
 
 
-def _made_up(precision: Precision, out: int, inner: int, random: np.random.Generator) -> Quantized:
+def _made_up(precision: str, out: int, inner: int, random: np.random.Generator) -> Quantized:
     """Codes that no kernel can tell from real ones."""
-    grid = GRIDS[precision]
+    grid = grid_of(precision)
     largest = min(grid.high, 63)
     codes = random.integers(-largest, largest + 1, (out, inner), dtype=np.int8)
     step = torch.full((out, blocks(inner, grid.block)), 1e-3)
     if grid.floating:
         floats = torch.from_numpy(codes).float().to(torch.float8_e4m3fn)
         return Quantized(precision, floats, step, CHAIN_SPAN[0])
-    static = CHAIN_SPAN if precision == "int8-static" else (None, 0)
+    static = CHAIN_SPAN if formats.number_format(precision).range == "calibrated" else (None, 0)
     return Quantized(precision, torch.from_numpy(codes), step, *static)
 
 
@@ -114,7 +104,7 @@ def _check(model: ir.Model, name: str, found: Quantized, readers: list[ir.Node])
             )
 
 
-class _Writer:
+class GraphWriter:
     """Adds nodes and weights to a graph; remembers inputs that are bytes already."""
 
     def __init__(self, model: ir.Model, *, signed: bool) -> None:
@@ -122,17 +112,11 @@ class _Writer:
         self.signed = signed
         self.graph = model.graph
         self.dynamic: dict[ir.Value, list[ir.Value]] = {}
-        self.static: dict[tuple[ir.Value, Precision, float, int], ir.Value] = {}
+        self.static: dict[tuple[ir.Value, str, float, int], ir.Value] = {}
 
     def product(self, node: ir.Node, name: str, found: Quantized) -> None:
-        """Write one product instead of a Gemm; readers of its output read the new one."""
-        forms: dict[Precision, Callable[[ir.Node, str, Quantized], ir.Value]] = {
-            "int8-dynamic": self._dynamic,
-            "int8-static": self._static,
-            "int4": self._blocks,
-            "fp8": self._floating,
-        }
-        made = forms[found.precision](node, name, found)
+        """Write one product in place of a Gemm, as the move of its format does; redirect its readers."""
+        made = formats.move_of_format(found.precision).write(self, node, name, found)
         old = node.outputs[0]
         made.shape, made.type = old.shape, old.type
         if old.is_graph_output():
@@ -140,59 +124,26 @@ class _Writer:
         old.replace_all_uses_with(made, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
 
-    def _dynamic(self, node: ir.Node, name: str, found: Quantized) -> ir.Value:
+    def input(self, node: ir.Node) -> ir.Value:
+        """What the Gemm reads, [rows, in]."""
+        return _input(node, 0)
+
+    def bias(self, node: ir.Node) -> ir.Value | None:
+        """The bias of the Gemm, [out]."""
+        return node.inputs[2] if len(node.inputs) > 2 else None
+
+    def dynamic_codes(self, node: ir.Node) -> list[ir.Value]:
+        """Codes, step and zero point of a Gemm's input by DynamicQuantizeLinear, once for all readers."""
         source = _input(node, 0)
         if source not in self.dynamic:
             self.dynamic[source] = self.add(node, "DynamicQuantizeLinear", [source], outputs=3)
-        codes, step, zero = self.dynamic[source]
-        weight = self.weight(f"{name}_codes", np.ascontiguousarray(found.codes.numpy().T))
-        steps = self.weight(f"{name}_step", found.step[:, 0].numpy())
-        summed = self.add(node, "MatMulInteger", [codes, weight, zero])[0]
-        real = self.add(node, "Cast", [summed], [ir.AttrInt64("to", ir.DataType.FLOAT.value)])[0]
-        scale = self.add(node, "Mul", [step, steps])[0]
-        scaled = self.add(node, "Mul", [real, scale])[0]
-        bias = _bias(node)
-        return scaled if bias is None else self.add(node, "Add", [scaled, bias])[0]
+        return self.dynamic[source]
 
-    def _static(self, node: ir.Node, name: str, found: Quantized) -> ir.Value:
-        assert found.input_step is not None
-        by_row = [ir.AttrInt64("axis", 0)]
-        steps = found.step[:, 0].numpy()
-        # onnxruntime takes the product for one of integers only where every zero point is written out.
-        zeros = self.weight(f"{name}_zero", np.zeros(len(steps), dtype=np.int8))
-        codes = [self.weight(f"{name}_codes", found.codes.numpy()), self.weight(f"{name}_step", steps), zeros]
-        operands = [self._bytes(node, name, found), self.add(node, "DequantizeLinear", codes, by_row)[0]]
-        bias = _bias(node)
-        step = np.float32(found.input_step) * steps
-        whole = None if bias is None or self.signed else _whole(name, bias, step)
-        if bias is not None and self.signed:
-            operands.append(bias)
-        elif whole is not None:
-            parts = [
-                self.weight(f"{name}_bias", whole),
-                self.weight(f"{name}_bias_step", step),
-                self.weight(f"{name}_bias_zero", np.zeros(len(steps), dtype=np.int32)),
-            ]
-            operands.append(self.add(node, "DequantizeLinear", parts, by_row)[0])
-        made = self.add(node, "Gemm", operands, [ir.AttrInt64("transB", 1)])[0]
-        left = bias is not None and len(operands) == 2
-        return self.add(node, "Add", [made, bias])[0] if left else made
-
-    def _floating(self, node: ir.Node, name: str, found: Quantized) -> ir.Value:
-        codes = found.codes.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-        step = self.weight(f"{name}_step", found.step[0, 0].numpy())
-        weight = self.add(node, "DequantizeLinear", [self.weight(f"{name}_codes", codes), step])[0]
-        operands = [self._bytes(node, name, found), weight]
-        bias = _bias(node)
-        if bias is not None:
-            operands.append(bias)
-        return self.add(node, "Gemm", operands, [ir.AttrInt64("transB", 1)])[0]
-
-    def _bytes(self, node: ir.Node, name: str, found: Quantized) -> ir.Value:
+    def fixed_codes(self, node: ir.Node, name: str, found: Quantized) -> ir.Value:
         """The input of a product as bytes and back, once for all products with the same range."""
         source, step, zero = _input(node, 0), found.input_step, found.input_zero
         assert step is not None
-        if GRIDS[found.precision].floating:
+        if grid_of(found.precision).floating:
             source = self._without_relu(source)
         key = (source, found.precision, step, zero)
         if key not in self.static:
@@ -223,7 +174,7 @@ class _Writer:
 
     def _origin(self, name: str, found: Quantized) -> Array:
         """The code of real zero, whose type says what an input becomes."""
-        if GRIDS[found.precision].floating:
+        if grid_of(found.precision).floating:
             return np.zeros((), dtype=ml_dtypes.float8_e4m3fn)
         if not self.signed:
             return np.array(found.input_zero, dtype=np.uint8)
@@ -232,26 +183,6 @@ class _Writer:
                 f"{name}: signed bytes need a symmetric range, not a zero point of {found.input_zero}"
             )
         return np.array(0, dtype=np.int8)
-
-    def _blocks(self, node: ir.Node, name: str, found: Quantized) -> ir.Value:
-        out, inner = found.codes.shape
-        self.model.opset_imports[MICROSOFT] = 1
-        attributes = [
-            ir.AttrInt64("K", inner),
-            ir.AttrInt64("N", out),
-            ir.AttrInt64("bits", 4),
-            ir.AttrInt64("block_size", found.block),
-            ir.AttrInt64("accuracy_level", INT8_INPUTS),
-        ]
-        operands: list[ir.Value | None] = [
-            _input(node, 0),
-            self.weight(f"{name}_codes", packed(found)),
-            self.weight(f"{name}_step", found.step.numpy().reshape(-1)),
-        ]
-        bias = _bias(node)
-        if bias is not None:
-            operands += [None, None, bias]
-        return self.add(node, "MatMulNBits", operands, attributes, domain=MICROSOFT)[0]
 
     def add(
         self,
@@ -283,23 +214,10 @@ class _Writer:
         return made
 
 
-def packed(found: Quantized) -> Array:
-    """Codes of 4 bits, two to a byte with the lower column in the lower half, [out, blocks, bytes].
-
-    They are stored 8 higher, as MatMulNBits reads them; columns behind the end hold the code of zero.
-    """
-    out, inner = found.codes.shape
-    count = blocks(inner, found.block)
-    raised = np.full((out, count * found.block), 8, dtype=np.uint8)
-    raised[:, :inner] = (found.codes.numpy().astype(np.int16) + 8).astype(np.uint8)
-    apart = raised.reshape(out, count, found.block)
-    return np.asarray(apart[..., 0::2] | (apart[..., 1::2] << 4), dtype=np.uint8)
-
-
-def _whole(name: str, bias: ir.Value, step: Array) -> Array | None:
+def integer_bias(name: str, bias: ir.Value, step: Array) -> Array | None:
     """A bias in whole numbers of the steps of its product, [out] int32; None where 32 bits are too few."""
     if bias.const_value is None:
-        raise CompressError(f"{name}: its bias is computed in the file, so it cannot be int8-static")
+        raise CompressError(f"{name}: its bias is computed in the file, so it cannot be a whole number")
     whole = np.round(bias.const_value.numpy() / step)
     return whole.astype(np.int32) if np.abs(whole).max() < 2**31 else None
 
@@ -312,7 +230,3 @@ def _input(node: ir.Node, index: int) -> ir.Value:
     value = node.inputs[index]
     assert value is not None
     return value
-
-
-def _bias(node: ir.Node) -> ir.Value | None:
-    return node.inputs[2] if len(node.inputs) > 2 else None

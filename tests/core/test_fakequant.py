@@ -7,10 +7,10 @@ import torch
 from onnx import TensorProto, helper
 
 from compress.core import fakequant
-from compress.core.fakequant import GRIDS, Grid, Quantized
+from compress.core.fakequant import Grid, Quantized, grid_of
 from compress.errors import CompressError
 
-INT8 = GRIDS["int8-dynamic"]
+INT8 = grid_of("int8-dynamic")
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -220,7 +220,7 @@ def test_floats_of_eight_bits_reach_as_far_as_the_farther_end(span, largest):
 def test_codes_of_a_weight_that_was_quantized_are_those_codes():
     for precision in ("int8-dynamic", "int4"):
         found = fakequant.nearest(random(16, 100, seed=9), precision)
-        again = fakequant.weight_codes(found.weight(), found.step, GRIDS[precision])
+        again = fakequant.weight_codes(found.weight(), found.step, grid_of(precision))
         assert torch.equal(again, found.codes.float())
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from compress.core import factorization, fakequant, gptq
-from compress.core.fakequant import GRIDS, Grid
+from compress.core.fakequant import Grid, grid_of
 from compress.errors import CompressError
 
 GRIDS_TRIED = [
@@ -53,8 +53,8 @@ def test_steps_weigh_each_column_by_how_much_its_input_varies():
     mean = x.mean(0)
     found = gptq.quantize(weight, x.T @ x / len(x), mean, "int4").quantized.step
     varies = x.var(0, correction=0)
-    assert torch.allclose(found, fakequant.weight_step(weight, GRIDS["int4"], varies))
-    assert not torch.allclose(found, fakequant.weight_step(weight, GRIDS["int4"]))
+    assert torch.allclose(found, fakequant.weight_step(weight, grid_of("int4"), varies))
+    assert not torch.allclose(found, fakequant.weight_step(weight, grid_of("int4")))
 
 
 def allowed(grid, columns):
@@ -159,7 +159,7 @@ def test_codes_stay_on_the_grid_and_zeros_stay_zeros(precision):
     weight = weight * (torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5)
     span = (-2.0, 3.0) if precision in ("int8-static", "fp8") else None
     found = gptq.quantize(weight, x.T @ x / len(x), x.mean(0), precision, span=span).quantized
-    grid = GRIDS[precision]
+    grid = grid_of(precision)
     stored = torch.float8_e4m3fn if precision == "fp8" else torch.int8
     assert (found.precision, found.codes.dtype) == (precision, stored)
     assert (found.input_step is None) == (span is None)

@@ -7,11 +7,12 @@ import torch
 from support import oracles
 
 from compress import profiles
-from compress.core.fakequant import GRIDS, Quantized, blocks
+from compress.core.fakequant import Quantized, blocks, grid_of
 from compress.cost import latency_table
 from compress.cost.latency_table import Table
-from compress.cost.roofline import BYTES, Constants, estimate_latency_ms, kernel_ms, kernels
+from compress.cost.roofline import Constants, estimate_latency_ms, kernel_ms, kernels
 from compress.errors import CompressError
+from compress.formats import kernel_bytes
 from compress.ir import Drop, Matmul, Option, Site
 from compress.sites.kinds import decode_step
 from compress.sites.kinds.kernel import Kernel
@@ -142,7 +143,7 @@ def test_a_dropped_site_costs_nothing():
 @pytest.mark.parametrize("site", [ffn(), heads(), ffn(768, 3072, 4096)])
 def test_the_roofline_is_never_below_either_of_its_bounds(name, site):
     profile = profiles.load(name)
-    parts = kernels(site, site.units, BYTES[profile.baseline_precision], fused=profile.kind == "gpu")
+    parts = kernels(site, site.units, kernel_bytes(profile.baseline_precision), fused=profile.kind == "gpu")
     flops = sum(2 * k.batch * k.rows * k.out * k.inner for k in parts)
     found = estimate_latency_ms(site, site.units, profile, constants=EXACT)
     assert found >= flops / profile.peak_tflops[profile.baseline_precision] / 1e9
@@ -288,7 +289,7 @@ def test_bytes_in_low_precision_are_those_of_its_codes_and_steps(precision):
     total = 0
     for matmul in site.matmuls:
         out, inner = matmul.features(64)
-        steps = torch.ones(out, blocks(inner, GRIDS[precision].block))
+        steps = torch.ones(out, blocks(inner, grid_of(precision).block))
         total += Quantized(precision, torch.zeros(out, inner), steps).weight_bytes()
     assert latency_table.weight_bytes(site, Option(units=64, precision=precision), "fp32") == total
 

@@ -5,7 +5,7 @@ from support.classifier import padded
 
 from compress import profiles
 from compress.calibration import activation_statistics
-from compress.core.fakequant import GRIDS
+from compress.core.fakequant import grid_of
 from compress.errors import CompressError
 from compress.export.backends import onnxruntime
 from compress.export.backends.onnx_file import OnnxFile, OnnxRuntimeCpu
@@ -46,12 +46,12 @@ def treated(statistics, index, form):
 
 def test_structure_offers_no_form_and_a_device_none_that_it_cannot_run():
     _, sites = padded()
-    assert apply.of(sites[0], ["structure"], HERE) == ()
-    assert set(apply.of(sites[0], ["structure", "block"], HERE)) == set(HERE.block_patterns)
-    assert apply.of(sites[0], ["block", "int8"], A100) == ()
-    assert apply.of(sites[0], ["2:4"], A100) == ("2:4",)
-    assert apply.of(sites[0], ["int8", "int8-static", "int4"], HERE) == INTEGERS
-    assert apply.of(sites[0], ["int8-static", "int4"], A100) == ()
+    assert apply.forms_of(sites[0], ["structure"], HERE) == ()
+    assert set(apply.forms_of(sites[0], ["structure", "block"], HERE)) == set(HERE.block_patterns)
+    assert apply.forms_of(sites[0], ["block", "int8"], A100) == ()
+    assert apply.forms_of(sites[0], ["2:4"], A100) == ("2:4",)
+    assert apply.forms_of(sites[0], ["int8", "int8-static", "int4"], HERE) == INTEGERS
+    assert apply.forms_of(sites[0], ["int8-static", "int4"], A100) == ()
 
 
 def test_levels_lie_where_blocks_fit_near_what_structure_offers():
@@ -61,7 +61,7 @@ def test_levels_lie_where_blocks_fit_near_what_structure_offers():
     assert found == sorted(set(found), reverse=True)
     assert all(units > 0 and units % 4 == 0 for units in found)
     assert apply.levels(ffn, "block:1000x1000@0.5", [ffn.units], HERE) == []
-    assert len(apply.levels(ffn, "block:1x1@0.5", range(ffn.units, 0, -1), HERE)) == apply.LEVELS
+    assert len(apply.levels(ffn, "block:1x1@0.5", range(ffn.units, 0, -1), HERE)) == apply.MAX_LEVELS
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -158,7 +158,7 @@ def test_the_file_of_a_form_computes_what_is_judged(statistics, tmp_path, form, 
 
 
 def test_static_integers_are_the_dynamic_ones_for_inputs_in_the_range_of_what_is_kept(statistics):
-    assert GRIDS["int8-static"] == GRIDS["int8-dynamic"]
+    assert grid_of("int8-static") == grid_of("int8-dynamic")
     for index, site in enumerate(padded()[1]):
         found, error = treated(statistics, index, "int8-static")
         twin, same = treated(statistics, index, "int8-dynamic")

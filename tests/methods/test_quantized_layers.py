@@ -6,9 +6,9 @@ import torch
 from support.classifier import Padded, padded
 from torch import nn
 
+from compress import formats
 from compress.calibration import activation_statistics
 from compress.core import fakequant
-from compress.core.fakequant import GRIDS
 from compress.errors import CompressError
 from compress.methods import quantized_layers
 from compress.methods.quantized_layers import Place, QuantizedLinear
@@ -326,4 +326,4 @@ def test_a_layer_that_is_called_twice_counts_both_inputs():
 
 
 def test_grids_are_known_for_every_precision():
-    assert set(GRIDS) == set(PRECISIONS)
+    assert {found.name for found in formats.number_formats()} == set(PRECISIONS)

@@ -113,7 +113,7 @@ def test_forms_offered_in_torch_are_those_that_the_gpu_has():
     _, sites = wide()
 
     def offered(moves, profile):
-        return apply.of(sites[1], moves, TorchCuda(profile, 1))
+        return apply.forms_of(sites[1], moves, TorchCuda(profile, 1))
 
     moves = ["structure", "int8", "fp8", "2:4", "block", "lowrank"]
     assert set(offered(moves, H100)) == {
@@ -121,12 +121,17 @@ def test_forms_offered_in_torch_are_those_that_the_gpu_has():
     }  # fmt: skip
     assert set(offered(moves, profiles.load("a100"))) == set(offered(moves, H100)) - {"fp8"}
     assert set(offered(moves, profiles.load("v100"))) == {*TorchCuda.block_patterns, "rank:16", "rank:8"}
-    assert set(apply.of(sites[1], moves, OnnxFile(H100))) == {"fp8", "2:4", "rank:16", "rank:8"}  # in a file
-    assert "fp8" not in apply.of(sites[1], moves, CPU)
+    assert set(apply.forms_of(sites[1], moves, OnnxFile(H100))) == {
+        "fp8",
+        "2:4",
+        "rank:16",
+        "rank:8",
+    }  # in a file
+    assert "fp8" not in apply.forms_of(sites[1], moves, CPU)
     across = sites[1].model_copy(
         update={"slices": tuple(part.model_copy(update={"dim": 1 - part.dim}) for part in sites[1].slices)}
     )
-    assert apply.of(across, moves, GPU) == ()
+    assert apply.forms_of(across, moves, GPU) == ()
 
 
 def test_levels_in_torch_lie_where_its_kernels_fit():

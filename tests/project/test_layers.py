@@ -14,7 +14,7 @@ FOLDERS = {"compress": "compress", "export": "compress.export", "profiles": "com
 # A room imports from itself and from the floors above its own in this list, the ground floor first. Rooms of
 # one floor do not know each other. A module at the top of `compress` is a room of its own.
 FLOORS = (
-    "errors",
+    "errors formats",
     "ir profiles",
     "sites.kinds validation",
     "artifacts recipe",
@@ -34,8 +34,8 @@ FLOORS = (
 )
 MOST_ROOMS, MOST_MODULES = 30, 20
 NO_TORCH = (
-    "errors ir profiles artifacts recipe progress report.next_steps report.summary report.methods_table "
-    "report.formatting report.svg report.schema report.charts report.render report.family "
+    "errors formats ir profiles artifacts recipe progress report.next_steps report.summary "
+    "report.methods_table report.formatting report.svg report.schema report.charts report.render report.family "
     "report.metrics_table tasks.readers tasks.datasets search.knapsack search.closed_loop "
     "measure.timing measure.intervals measure.verify_on_device cost.energy cost.roofline "
     "cost.published_latencies "

@@ -15,7 +15,6 @@ from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from compress.core import fakequant, ranges
-from compress.core.fakequant import Precision
 from compress.export.backends.onnxruntime import OrtRunner
 from compress.export.onnx import quantized
 from compress.export.onnx.writer import export, save
@@ -129,7 +128,7 @@ def _ours(task: Task, batches: Sequence[Batch], dense: Path, out: Path, *, words
 
     rounded: dict[tuple[str, str], quantized_layers.Place] = {}
 
-    def round_one(weight: str, kind: Precision, *, nearest: bool) -> quantized_layers.Place:
+    def round_one(weight: str, kind: str, *, nearest: bool) -> quantized_layers.Place:
         """A product with bytes of each run, whose codes are those of fixed ranges as well, or with 4 bits."""
         layer = task.model.get_submodule(weight.removesuffix(".weight"))
         how = "int4" if kind == "int4" else "int8-dynamic"
@@ -140,7 +139,7 @@ def _ours(task: Task, batches: Sequence[Batch], dense: Path, out: Path, *, words
             rounded[weight, how] = found
         return rounded[weight, how]
 
-    def write(name: str, kind: Precision, rule: ranges.Rule = "mse", *, nearest: bool = False) -> None:
+    def write(name: str, kind: str, rule: ranges.Rule = "mse", *, nearest: bool = False) -> None:
         graph = ir.load(dense)
         codes = {}
         for weight in weights:
@@ -156,7 +155,7 @@ def _ours(task: Task, batches: Sequence[Batch], dense: Path, out: Path, *, words
         files[f"{name}{words}"] = path = out / f"ours-{len(files)}{words}.onnx"
         save(graph, path)
 
-    kinds: tuple[Precision, ...] = ("int8-dynamic", "int8-static", "int4")
+    kinds: tuple[str, ...] = ("int8-dynamic", "int8-static", "int4")
     for kind in kinds:
         write(f"ours {kind}", kind)
         if not words:

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compress.core import ranges, smooth
-from compress.core.fakequant import Precision
 from compress.methods import quantized_layers
 from compress.pipeline import smoothquant
 from compress.sites import discovery
@@ -22,7 +21,7 @@ from compress.tasks.text import TextGeneration
 
 Row = dict[str, object]
 TOKENS = 128  # of a block
-KINDS: tuple[Precision, ...] = ("int8-dynamic", "int8-static", "int4")
+KINDS: tuple[str, ...] = ("int8-dynamic", "int8-static", "int4")
 WAYS = {"plain": None, "smoothed for 8 bits": smooth.LEVELS, "smoothed for 4 bits": smooth.FEW}
 
 
@@ -71,7 +70,7 @@ def run(arguments: argparse.Namespace, out: Path) -> list[Row]:
     return rows
 
 
-def _rounded(task: Task, names: Sequence[str], batches: Sequence[Batch], kind: Precision) -> nn.Module:
+def _rounded(task: Task, names: Sequence[str], batches: Sequence[Batch], kind: str) -> nn.Module:
     """A copy of the model whose products of these weights compute in a precision."""
     seen = quantized_layers.observe(task, names, batches)
     places = {}

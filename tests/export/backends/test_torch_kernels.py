@@ -80,12 +80,12 @@ def test_blocks_that_do_not_fit_are_refused():
 
 def int8(weight, bias):
     found = fakequant.nearest(weight, "int8-dynamic")
-    return found, torch_kernels.quantized(found, linear(weight, bias))
+    return found, torch_kernels.required_kernel(found.precision).deploy(found, linear(weight, bias))
 
 
 def fp8(weight, bias, span=(-8.0, 8.0)):
     found = fakequant.nearest(weight, "fp8", span)
-    return found, torch_kernels.quantized(found, linear(weight, bias))
+    return found, torch_kernels.required_kernel(found.precision).deploy(found, linear(weight, bias))
 
 
 def linear(weight, bias):
@@ -157,7 +157,7 @@ def test_fp8_clips_what_lies_outside_and_looks_at_no_other_row():
 
 def test_a_precision_without_a_product_in_torch_is_refused():
     with pytest.raises(CompressError, match="torch has no product of int4 on a GPU"):
-        torch_kernels.quantized(fakequant.nearest(made(8, 32), "int4"), linear(made(8, 32), None))
+        torch_kernels.required_kernel("int4")
 
 
 def test_a_rank_is_the_product_of_its_factors():
