@@ -63,6 +63,11 @@ class NumberFormat:
         return self.bits / 8
 
     @property
+    def rounds_inputs(self) -> bool:
+        """Whether inputs are rounded, so that a last bit of one can become another code."""
+        return self.range != "none"
+
+    @property
     def reads_whole_rows(self) -> bool:
         """Whether one integer step covers all channels of an input, so that outliers cost the others."""
         return not self.floating and self.range in ("dynamic", "calibrated")

@@ -41,7 +41,7 @@ class Guided:
         self.layers = {
             f"{owner}.weight": layer
             for owner, layer in model.named_modules()
-            if isinstance(layer, QuantizedLinear)
+            if isinstance(layer, QuantizedLinear) and layer.format.rounds_inputs
         }
         self.file, self.threads = file, threads
         self.torch = TorchRunner(model, tensors)
