@@ -8,10 +8,7 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from compress.methods.move import Move
+from typing import Any, Literal
 
 STRUCTURE, WIDTH, BLOCKS = "structure", "width", "block"  # moves that stages ask for by name
 FLOAT = "fp32"  # the format of weights that no move has changed
@@ -195,24 +192,26 @@ def is_pattern(words: str) -> bool:
 
 
 @cache
-def _loaded(module: str) -> "Move":
-    move: Move = importlib.import_module(module).MOVE
-    return move
+def _loaded(module: str) -> Any:
+    return importlib.import_module(module).MOVE
 
 
-def implementation(name: str) -> "Move | None":
-    """What a move does to weights, layers and files; None where it removes units and nothing else."""
+def implementation(name: str) -> Any:
+    """The `methods.move.Move` of a move; None where it removes units and nothing else.
+
+    It is found by name when it is asked for, so that every room may ask and none imports upwards.
+    """
     module = MOVES[name].implementation
     return _loaded(module) if module else None
 
 
-def implementations() -> "list[Move]":
-    """Those of all moves that have one, in the order of the table."""
+def implementations() -> list[Any]:
+    """The `methods.move.Move` of all moves that have one, in the order of the table."""
     return [found for name in MOVES if (found := implementation(name)) is not None]
 
 
-def move_of_format(name: str) -> "Move":
-    """The move that brings a number format; KeyError where none does."""
+def move_of_format(name: str) -> Any:
+    """The `methods.move.Move` that brings a number format; KeyError where none does."""
     for move, facts in MOVES.items():
         if any(found.name == name for found in facts.formats):
             found = implementation(move)

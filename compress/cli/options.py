@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from compress.formats import MOVES
+
 Command = Callable[..., int]
 Decorator = Callable[[Command], Command]
 
@@ -113,8 +115,7 @@ REQUEST = combined(
         "--moves",
         group=METHOD,
         metavar="LIST",
-        help="Techniques to search, comma-separated: structure (default), width, int8, int8-static, int4, "
-        "fp8, block, lowrank, 2:4.",
+        help=f"Techniques to search, comma-separated: {', '.join(MOVES)}; structure unless given.",
     ),
     option(
         "--recover",

@@ -2,7 +2,8 @@
 
 An option says how the products of a site run: with a pattern of zeros, with a low-rank part, in another
 number format. It is laid over whatever units were kept. Errors are relative to the dense output; readers
-are matched about zero, since what comes after them is not linear, the writer about its mean, which its bias takes up.
+are matched about zero, since what comes after them is not linear, the writer about its mean, which its
+bias takes up.
 """
 
 from collections.abc import Sequence
@@ -148,7 +149,8 @@ def _solve_writer(
 
 def from_twin(site: Site, option: Option, twin: Removal, statistics: Statistics) -> Removal:
     """The site under an option whose codes are those of `twin` (`twin_of`)."""
-    return formats.move_of_format(option.precision).from_twin(site, twin, statistics)
+    made: Removal = formats.move_of_format(option.precision).from_twin(site, twin, statistics)
+    return made
 
 
 def twin_of(option: Option) -> Option | None:

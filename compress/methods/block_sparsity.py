@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from compress.core import block
 from compress.export.backends.backend import Capabilities
-from compress.export.backends.torch_kernels import Kernel, blocks_of, prune_blocks
+from compress.export.backends.torch_kernels import Kernel, block_layer, prune_blocks
 from compress.ir import Option, Site
 from compress.methods.move import InputStatistics, Move, WeightUnderOption
 
@@ -38,10 +38,10 @@ class BlockSparsity(Move):
 
         def timed(layer: nn.Linear) -> nn.Module:
             pruned = prune_blocks(layer.weight.detach(), rows, columns, option.density)
-            return blocks_of(pruned, layer.bias, rows, columns)
+            return block_layer(pruned, layer.bias, rows, columns)
 
         def deploy(weights: object, layer: nn.Linear) -> nn.Module:
-            return blocks_of(layer.weight.detach(), layer.bias, rows, columns)
+            return block_layer(layer.weight.detach(), layer.bias, rows, columns)
 
         return Kernel(rows, columns, timed, deploy)
 

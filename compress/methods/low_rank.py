@@ -8,7 +8,7 @@ from compress import formats
 from compress.core import lowrank
 from compress.core.support import Block, prepare
 from compress.export.backends.backend import Capabilities
-from compress.export.backends.torch_kernels import Kernel, ThinLinear
+from compress.export.backends.torch_kernels import Kernel, LowRankLinear
 from compress.ir import Option, Site
 from compress.methods.move import InputStatistics, Move, WeightUnderOption
 
@@ -55,12 +55,12 @@ class LowRank(Move):
             weight = layer.weight.detach()
             out, inner = weight.shape
             left, right = weight[:, :1].expand(out, option.rank), weight[:1].expand(option.rank, inner)
-            return ThinLinear(left, right, layer.bias)
+            return LowRankLinear(left, right, layer.bias)
 
         def deploy(weights: object, layer: nn.Linear) -> nn.Module:
             assert isinstance(weights, tuple)
             left, right = (part.to(layer.weight) for part in weights)
-            return ThinLinear(left, right, layer.bias)
+            return LowRankLinear(left, right, layer.bias)
 
         return Kernel(1, 1, timed, deploy)
 

@@ -2,7 +2,7 @@
 
 A move is one module of this folder with a subclass of `Move` as `MOVE`, and one line in `formats.MOVES`,
 which states its facts. An option may hold parts of several moves (a pattern, a rank, a number format); each
-move treats its own part, in the order of that table: what makes zeros or factors comes before what rounds them.
+move treats its own part: what makes zeros or factors comes before what rounds them.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from compress.core import nm, obs
+from compress.core import factorization, nm
 from compress.core.support import prepare
 from compress.export.backends.backend import Capabilities
 from compress.export.backends.torch_kernels import Kernel, SparseLinear, prune_24
@@ -38,7 +38,9 @@ class NmSparsity(Move):
         if option.form != PATTERN or not site.channels:
             return None
         layer = prepare(weight, inputs.second, inputs.mean, inputs.damping)
-        return permutation.find_order(site, layer.signal.square() / obs.invert(layer.damped).diagonal())
+        return permutation.find_order(
+            site, layer.signal.square() / factorization.invert(layer.damped).diagonal()
+        )
 
     def torch_kernel(self, option: Option) -> Kernel:
         """Torch's semi-structured product, whose sizes are multiples of 32 and 64."""

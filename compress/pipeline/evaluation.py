@@ -128,14 +128,16 @@ def _agreement(job: Job, expected: nn.Module, model: nn.Module, file: Path) -> l
         return []
     examples = parity.padded_examples(job.task.example, job.recipe.shapes.tokens)
     layers = [module for module in expected.modules() if isinstance(module, quantized_layers.QuantizedLinear)]
-    rounding = max((TOLERANCES[layer.precision.partition("-")[0]] for layer in layers), default=0.0)
+    kernels = [layer.format.kernel for layer in layers if layer.format.rounds_inputs]
+    rounding = max((TOLERANCES[kernel] for kernel in kernels), default=0.0)
     opened = partial(model_files.opened, job, job.backend, model, file)
     return job.backend.agreement(expected, opened, job.task.output_tensors, examples, rounding=rounding)
 
 
 def _rounded(model: nn.Module) -> bool:
     """Whether products in low precision are emulated in a model."""
-    return any(isinstance(module, quantized_layers.QuantizedLinear) for module in model.modules())
+    layers = [one for one in model.modules() if isinstance(one, quantized_layers.QuantizedLinear)]
+    return any(layer.format.rounds_inputs for layer in layers)
 
 
 def phases(job: Job, model: nn.Module, file: Path, comparison: Comparison | None) -> Phases | None:

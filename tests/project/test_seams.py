@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+from compress import formats
 from compress.sites.kinds import KINDS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -85,3 +86,22 @@ def test_intervals_and_quantiles_of_samples_are_computed_in_measure_alone():
     assert len(charts) == 3  # the import and two uses
     assert found == {}
     assert sorted(named(ast.parse("x = np.quantile(y, 0.5)\nRESAMPLES = 3"), pattern)) == [1, 2]
+
+
+def test_nobody_branches_on_a_number_format_or_pattern_outside_of_moves():
+    names = {found.name for found in formats.number_formats()} | {"2:4", "int8", "block:", "rank:", "lowrank"}
+    allowed = (
+        "compress/methods/",
+        "compress/formats.py",
+        "compress/core/",
+        "compress/measure/verify_on_device.py",
+    )
+    found = [
+        f"{path}:{line}"
+        for path, tree in shipped()
+        if not path.startswith(allowed)
+        for line in branches(tree, names)
+    ]
+    assert found == []
+    assert list(branches(ast.parse('x = option.precision == "int4"'), names)) == [1]
+    assert list(branches(ast.parse('x = option.pattern != "2:4"'), names)) == [1]
