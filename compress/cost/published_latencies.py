@@ -15,7 +15,7 @@ from pydantic import Field
 
 from compress import profiles
 from compress.cost.roofline import estimate_latency_ms, kernel_ms
-from compress.formats import kernel_bytes
+from compress.formats import FLOAT, kernel_bytes, number_formats
 from compress.ir import Document, Matmul, Option, Site
 from compress.profiles import Profile
 from compress.sites.kinds.kernel import Kernel
@@ -45,8 +45,12 @@ class Latency(Document):
     @property
     def option(self) -> Option:
         """What the linear layers run in."""
-        precision = "int8-static" if self.precision == "int8" else "fp32"
-        return Option(pattern=self.pattern, precision=precision)
+        calibrated = [
+            found.name
+            for found in number_formats()
+            if found.kernel == self.precision and found.range == "calibrated"
+        ]
+        return Option(pattern=self.pattern, precision=calibrated[0] if calibrated else FLOAT)
 
     @property
     def series(self) -> str:
