@@ -26,13 +26,11 @@ from compress.sites.modeling import owner
 from compress.sites.residual_stream import normalizes
 from compress.tasks.loading import Batch, Task
 
-STATISTICS_BATCHES = 16  # batches that say how loud channels are
-EQUIVALENCE_SAMPLES = 4  # inputs of a trial
-MAX_TEST_FACTOR = 2.0  # factor of a trial, and its inverse
-MAX_RESIDUAL_SHARE = (
-    1e-3  # of what dividing channels does to the answers, that may be left when readers multiply them
-)
-SUMMATION_TOLERANCE = 2e-6  # of the largest answer: sums in another order
+STATISTICS_BATCHES = 16  # batches for the channel statistics
+EQUIVALENCE_SAMPLES = 4  # samples of the equivalence test
+MAX_TEST_FACTOR = 2.0  # largest factor of the equivalence test; the smallest is its inverse
+MAX_RESIDUAL_SHARE = 1e-3  # of the change by dividing alone, after readers multiply
+SUMMATION_TOLERANCE = 2e-6  # of the largest output: summation order
 
 
 class SmoothQuantPair(Document):
@@ -85,10 +83,10 @@ def smooth_model(job: Job) -> tuple[Job, list[str]]:
 
     def find() -> Smoothing:
         with job.stages("smooth"):
-            # Weights that may end on 4 bits cannot take what those on 8 bits can.
+            # Weights of few bits leave less room for outliers, so the migration strength is smaller.
             levels = smooth.FEW if min(found.bits for found in brought) < 8 else smooth.LEVELS
-            spots = find_pairs(job.task, job.sites, job.calibration[:STATISTICS_BATCHES], levels)
-        return Smoothing(spots=tuple(spots))
+            pairs = find_pairs(job.task, job.sites, job.calibration[:STATISTICS_BATCHES], levels)
+        return Smoothing(spots=tuple(pairs))
 
     found = artifacts.saved(job.work / "smoothing.json", Smoothing, job.key, find)
     if not found.spots:

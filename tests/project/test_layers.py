@@ -35,8 +35,8 @@ FLOORS = (
 MOST_ROOMS, MOST_MODULES = 30, 20
 NO_TORCH = (
     "errors formats ir profiles artifacts recipe progress report.next_steps report.summary "
-    "report.methods_table report.formatting report.svg report.schema report.charts report.render report.family "
-    "report.metrics_table tasks.readers tasks.datasets search.knapsack search.closed_loop "
+    "report.methods_table report.formatting report.svg report.schema report.charts report.render "
+    "report.family report.metrics_table tasks.readers tasks.datasets search.knapsack search.closed_loop "
     "measure.timing measure.intervals measure.verify_on_device cost.energy cost.roofline "
     "cost.published_latencies "
     "cost.latency_table cli.main cli.console cli.options cost.device_facts cli.doctor cli.command "
