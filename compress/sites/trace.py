@@ -1,9 +1,7 @@
-"""nn.Module -> what computes what: the traced program, its linear products and the regions between them.
+"""Trace an nn.Module with torch.export: the program, its linear layers and the regions between them.
 
-`torch.export` writes the model as a list of tensor operations. A *region* is everything between some
-linear products (its producers) and one linear product that reads the result (its writer), with nothing
-else flowing in but constants, masks and positions: the attention of one layer, or its activation.
-No name of any model family is known here.
+A *region* is everything between some linear layers (its producers) and one that reads the result (its
+writer), with no other inputs than constants, masks and positions: the attention of a layer, or its activation.
 """
 
 import inspect
