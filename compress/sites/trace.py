@@ -1,7 +1,7 @@
 """Trace an nn.Module with torch.export: the program, its linear layers and the regions between them.
 
 A *region* is everything between some linear layers (its producers) and one that reads the result (its
-writer), with no other inputs than constants, masks and positions: the attention of a layer, or its activation.
+writer), with no other inputs than constants, masks and positions: the attention of a layer, its activation.
 """
 
 import inspect
