@@ -114,6 +114,7 @@ def test_every_import_from_outside_is_declared():
     implied = {
         "markupsafe": "jinja2",
         "pydantic_core": "pydantic",
+        "annotated_types": "pydantic",
         "huggingface_hub": "transformers",
         "onnx_ir": "onnxscript",
         "ml_dtypes": "onnxscript",
