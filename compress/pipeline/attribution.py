@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from compress import formats
+from compress.cost import latency_table
 from compress.ir import Offer, Option, Site
 from compress.pipeline import energy_budget
 from compress.pipeline.energy_budget import Prices
 from compress.pipeline.job import Job
+from compress.pipeline.plan_search import WEIGHT_PRECISION
 from compress.pipeline.pricing import Costs
 from compress.report.schema import Chosen, FrontPoint, SiteReport
 from compress.search import knapsack
@@ -26,6 +28,8 @@ def untouched(job: Job, costs: Costs) -> list[str]:
         f"{costs.fixed_ms:.2f} of {costs.dense_ms:.2f} ms{said} ({share:.0%}) lie outside every site: "
         "embeddings, norms, the head, and calls; no structure removed can save them."
     ]
+    if job.recipe.budget.name == "size_mb":
+        lines.append(_outside_bytes(job))
     lines += [f"{skip.place}: not a site, because {skip.reason}" for skip in job.found.skipped]
     if job.found.fallback:
         lines.append(f"Sites come from names, not from the program: {job.found.fallback}")
@@ -39,6 +43,18 @@ def untouched(job: Job, costs: Costs) -> list[str]:
                 f"{move} was not considered: no site is multiplied in it on {job.profile.name} here."
             )
     return lines
+
+
+def _outside_bytes(job: Job) -> str:
+    """Why it is not smaller: the weights that no plan removes."""
+    inside_mb = sum(latency_table.weight_bytes(site, Option(), WEIGHT_PRECISION) for site in job.sites) / 1e6
+    dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
+    outside_mb = max(dense_mb - inside_mb, 0.0)
+    return (
+        f"{outside_mb:.3g} of {dense_mb:.3g} MB ({outside_mb / dense_mb:.0%}) of the dense file lie outside "
+        "every site: embeddings, norms, the head; the search removes no more than the budget asks for, since "
+        "every unit removed costs quality."
+    )
 
 
 def gains(costs: Costs, turn: Iteration) -> list[str]:
