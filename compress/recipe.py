@@ -12,9 +12,9 @@ from compress.errors import CompressError
 from compress.formats import MOVES, STRUCTURE
 from compress.ir import Budget, Document
 from compress.sites.kinds import searched
+from compress.task_specs import TASKS
 from compress.validation import explain
 
-TaskName = Literal["text-classification", "image-classification", "feature-extraction", "text-generation"]
 Phase = Literal["prefill", "decode"]
 UNITS = {"speedup": "x", "latency_ms": "ms", "energy_mj": "mJ", "power_w": "W", "size_mb": "MB"}
 
@@ -35,8 +35,17 @@ def _move(name: str) -> str:
     return name
 
 
+def _known_task(name: str) -> str:
+    """`name` of a task, after making sure that there is such a task."""
+    if name not in TASKS:
+        expected = ", ".join(f"'{task}'" for task in TASKS)
+        raise PydanticCustomError("literal_error", "must be one of {expected}", {"expected": expected})
+    return name
+
+
 Move = Annotated[str, AfterValidator(_move)]
 SearchedKind = Annotated[str, AfterValidator(_searched)]
+TaskName = Annotated[str, AfterValidator(_known_task)]
 
 
 class Shapes(Document):
@@ -227,7 +236,8 @@ class Recipe(Document):
     data: str | None = Field(default=None, description="Inputs with labels: a file or a folder.")
     test: str | None = Field(default=None, description="Inputs for the score; held out of data when not set.")
     task: TaskName | None = Field(
-        default=None, description="Task of the model; read from its config when not set."
+        default=None,
+        description=f"Task of the model: {', '.join(TASKS)}; read from its config when not set.",
     )
     text: str | None = Field(
         default=None, description="Column of text; found by its name or type when not set."

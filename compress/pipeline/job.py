@@ -24,6 +24,7 @@ from compress.report.schema import Stage
 from compress.sites import discovery
 from compress.sites.discovery import Sites
 from compress.sites.kinds import KINDS, decode_step
+from compress.task_specs import TASKS
 from compress.tasks.loading import Batch, Task, load_task
 
 
@@ -236,7 +237,7 @@ def load(recipe: Recipe, task: Task | None = None) -> tuple[Task, tuple[Batch, .
             task=recipe.task,
             text=recipe.text,
             label=recipe.label,
-            tokens=recipe.shapes.tokens if recipe.task == "text-generation" else None,
+            tokens=recipe.shapes.tokens if recipe.task and TASKS[recipe.task].blocks else None,
         )
         wanted = recipe.calibration
         return task, tuple(task.batches("calibration", wanted.batch, wanted.samples))
@@ -244,7 +245,8 @@ def load(recipe: Recipe, task: Task | None = None) -> tuple[Task, tuple[Batch, .
 
 def decodes(task: Task) -> bool:
     """Whether the files of a task hold a key-value cache."""
-    return task.name == "text-generation" and decoder.takes_cache(task.model)
+    spec = TASKS.get(task.name)
+    return spec is not None and spec.caches and decoder.takes_cache(task.model)
 
 
 def fingerprint(model: nn.Module) -> list[bytes | str]:

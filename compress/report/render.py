@@ -24,6 +24,7 @@ from compress.report.next_steps import next_step, ruin
 from compress.report.schema import Fact, Report, found, precision
 from compress.report.summary import device, latencies, quality, scores, shown_model, verdict_line
 from compress.report.svg import DARK_KINDS, PALETTE, Chart
+from compress.task_specs import TASKS
 
 WORDS = {"met": "Met", "missed": "Missed", "not_measured": "Not measured"}
 MOST_NAMES = 6
@@ -254,9 +255,10 @@ def _tags(report: Report) -> list[str]:
         "sparsity": any(option.pattern != "dense" for option in options),
         "low-rank": any(option.rank for option in options),
         "quantization": _low_precision(report) is not None,
-        "sentence-transformers": report.task == "feature-extraction",
     }
-    return ["compress", *(name for name, holds in done.items() if holds), "onnx"]
+    spec = TASKS.get(report.task or "")
+    tags = () if spec is None else spec.tags
+    return ["compress", *(name for name, holds in done.items() if holds), *tags, "onnx"]
 
 
 def limits(report: Report) -> list[str]:

@@ -14,21 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from compress.errors import CompressError
+from compress.task_specs import LABELS, PAIRS, SCORES, TEXTS
 from compress.tasks.readers import PACKED, SPLITS, SUFFIXES, Table, read, suffix_of
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
-PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-    ("question", "sentence"),
-    ("#1 string", "#2 string"),
-)
-TEXTS = ("text", "sentence", "content", "utterance", "query", "question", "review", "document")
-LABELS = ("label", "labels", "intent", "class", "category", "target", "sentiment", "quality", "y")
-SCORES = ("score", "similarity", "similarity_score", "label", "labels", "target")
 SHARD = re.compile(r"-\d+-of-\d+$")
 FEWEST_ROWS = 10  # below this, a tenth of the rows is no row
 LOOK = 1000  # rows that the search for a column looks at

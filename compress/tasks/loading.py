@@ -14,21 +14,14 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.recipe import TaskName
+from compress.task_specs import TASKS, TaskSpec
 from compress.tasks import pretrained
 from compress.tasks.datasets import read_splits
 from compress.tasks.pretrained import check_finite, example_inputs
 from compress.tasks.task import Batch, Request, Run, Split, Task
-from compress.tasks.text import FeatureExtraction, TextClassification, TextGeneration
-from compress.tasks.vision import ImageClassification
 
 __all__ = ["Batch", "Run", "Split", "Task", "demo", "example_inputs", "load_example", "load_task"]
 
-KINDS: dict[TaskName, Callable[[Request], Task]] = {
-    "text-classification": TextClassification,
-    "image-classification": ImageClassification,
-    "feature-extraction": FeatureExtraction,
-    "text-generation": TextGeneration,
-}
 FACTORY = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 
 
@@ -75,18 +68,25 @@ def load_task(
         )
     config = pretrained.read_config(directory)
     name = task or pretrained.task_of(config)
-    splits = read_splits(data, test, seed=seed, shuffle=name != "text-generation")
+    spec = TASKS[name]
+    splits = read_splits(data, test, seed=seed, shuffle=spec.shuffled)
     if model_module is None:
         model_module = pretrained.load_weights(directory, config, name)
     module = model_module.float().eval()
     takes = getattr(module, "main_input_name", "input_ids")
-    needs = "pixel_values" if name == "image-classification" else "input_ids"
-    if takes != needs:
+    if takes != spec.main_input:
         raise CompressError(
-            f"{directory} takes {takes}, but {name} here feeds {needs}; name another --task, "
+            f"{directory} takes {takes}, but {name} here feeds {spec.main_input}; name another --task, "
             "or give package.module:factory"
         )
-    return KINDS[name](Request(module, directory, splits, text, label, tokens))
+    return implementation(spec)(Request(module, directory, splits, text, label, tokens))
+
+
+def implementation(spec: TaskSpec) -> Callable[[Request], Task]:
+    """The class that makes a task of this kind from a request."""
+    place, _, name = spec.implementation.partition(":")
+    found: Callable[[Request], Task] = getattr(importlib.import_module(place), name)
+    return found
 
 
 def demo() -> Task:

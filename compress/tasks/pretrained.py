@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.recipe import TaskName
+from compress.task_specs import TASKS, task_of_architectures
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,19 +33,6 @@ VOCABULARIES = (
     "sentencepiece.bpe.model",
 )
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-AUTO: dict[TaskName, type] = {
-    "text-classification": transformers.AutoModelForSequenceClassification,
-    "image-classification": transformers.AutoModelForImageClassification,
-    "feature-extraction": transformers.AutoModel,
-    "text-generation": transformers.AutoModelForCausalLM,
-}
-HEADS: dict[str, TaskName] = {
-    "ForSequenceClassification": "text-classification",
-    "ForImageClassification": "image-classification",
-    "ForImageClassificationWithTeacher": "image-classification",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-}
 
 
 @contextmanager
@@ -132,11 +120,7 @@ def _first_line(error: Exception) -> str:
 
 def task_of(config: Any) -> TaskName:
     """The task that a checkpoint was made for; one without a head gives features."""
-    for architecture in getattr(config, "architectures", None) or []:
-        for head, task in HEADS.items():
-            if architecture.endswith(head):
-                return task
-    return "feature-extraction"
+    return task_of_architectures(tuple(getattr(config, "architectures", None) or ()))
 
 
 def _check_weights(directory: Path) -> None:
@@ -179,14 +163,15 @@ def check_finite(model: nn.Module, place: str) -> None:
 
 def _model_class(config: Any, task: TaskName) -> Any:
     """The class that the checkpoint names if it fits the task, else transformers' choice for it."""
-    if task == "feature-extraction" and getattr(config, "is_encoder_decoder", False):
+    fallback = TASKS[task].fallback
+    if fallback and getattr(config, "is_encoder_decoder", False):
         return transformers.AutoModelForTextEncoding
     for name in getattr(config, "architectures", None) or []:
         found = getattr(transformers, name, None)
-        bare = name.endswith("Model") or task != "feature-extraction"
+        bare = name.endswith("Model") or not fallback
         if bare and task_of(config) == task and hasattr(found, "from_pretrained"):
             return found
-    return AUTO[task]
+    return getattr(transformers, TASKS[task].auto_class)
 
 
 def load_weights(directory: Path, config: Any, task: TaskName) -> nn.Module:

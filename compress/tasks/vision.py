@@ -1,25 +1,20 @@
-"""Image classification: pictures -> the pixel values that preprocessor_config.json asks for.
+"""Pictures -> the pixel values that preprocessor_config.json asks for.
 
 Pillow and numpy alone: a model's own image processor may ask for torchvision.
 """
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from compress.errors import CompressError
-from compress.tasks import pretrained
-from compress.tasks.datasets import label_column, label_numbers
-from compress.tasks.readers import Table
-from compress.tasks.task import Batch, Pretrained, Request, Split
 
 FILES = ("preprocessor_config.json", "processor_config.json")
 # What no rule below carries out; a model that was trained with one of these would be fed wrongly.
@@ -153,54 +148,3 @@ def _pixels(array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     return array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-
-
-class ImageClassification(Pretrained):
-    """One label for a picture."""
-
-    name = "image-classification"
-
-    def __init__(self, request: Request) -> None:
-        super().__init__(request)
-        self.check_head()
-        self.shape = pretrained.image_shape(self.model.config)
-        self.preprocessing = read_preprocessing(request.directory)
-        self.tables = request.splits.tables
-        first = self.tables["calibration"]
-        usual = next((name for name in ("image", "img", "picture") if name in first.columns), "image")
-        self.column = request.text or usual
-        label = label_column(first, (self.column,), self.id2label, request.label)
-        self.labels = {
-            split: torch.tensor(label_numbers(table, label, self.id2label))
-            for split, table in self.tables.items()
-        }
-        self._pixels(first, 0)  # a wrong size is told now, not after minutes
-
-    def _pixels(self, table: Table, row: int) -> NDArray[np.float32]:
-        """`[channels, height, width]`; float arrays are taken as pixel values that are ready."""
-        cell = table.column(self.column)[row]
-        if isinstance(cell, np.ndarray) and np.issubdtype(cell.dtype, np.floating):
-            values = cell.astype(np.float32)
-        elif self.preprocessing is None:
-            raise CompressError(
-                f"{self.directory} has no preprocessor_config.json, so pictures cannot be normalized; "
-                "save the image processor beside the model, or give float pixel values in an .npz"
-            )
-        else:
-            values = self.preprocessing(open_image(cell, table.where(row), self.shape[0]))
-        if values.shape != self.shape:
-            raise CompressError(
-                f"{table.where(row)} becomes {list(values.shape)} pixel values, but the model takes "
-                f"{list(self.shape)} (channels, height, width); "
-                "mend preprocessor_config.json or the data"
-            )
-        return values
-
-    def batches(self, split: Split, size: int, limit: int | None = None) -> Iterator[Batch]:
-        """Pictures opened as they are needed, with their labels."""
-        table, labels = self.tables[split], self.labels[split]
-        rows = range(len(table))[:limit]
-        for start in range(0, len(rows), size):
-            at = rows[start : start + size]
-            pixels = np.stack([self._pixels(table, row) for row in at])
-            yield Batch({"pixel_values": torch.from_numpy(pixels)}, labels[list(at)])

@@ -31,8 +31,8 @@ from compress.distributed.collectives import WHOLE, BatchShare
 from compress.errors import CompressError
 from compress.ir import Site
 from compress.recipe import Recovery
+from compress.tasks.feature_extraction import FeatureExtraction, pooled
 from compress.tasks.loading import Batch, Task
-from compress.tasks.text import FeatureExtraction, pooled
 
 MEGABYTE = 10**6
 LAYER_FACTOR_RANGE = (0.25, 4.0)  # how little and how much one layer's features may count

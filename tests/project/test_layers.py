@@ -15,7 +15,7 @@ FOLDERS = {"compress": "compress", "export": "compress.export", "profiles": "com
 # one floor do not know each other. A module at the top of `compress` is a room of its own.
 FLOORS = (
     "errors formats",
-    "ir profiles",
+    "ir profiles task_specs",
     "sites.kinds validation",
     "artifacts recipe",
     "request",
@@ -34,7 +34,7 @@ FLOORS = (
 )
 MOST_ROOMS, MOST_MODULES = 30, 20
 NO_TORCH = (
-    "errors formats ir profiles artifacts recipe progress report.next_steps report.summary "
+    "errors formats ir profiles task_specs artifacts recipe progress report.next_steps report.summary "
     "report.methods_table report.formatting report.svg report.schema report.charts report.render "
     "report.family report.metrics_table tasks.readers tasks.datasets search.knapsack search.closed_loop "
     "measure.timing measure.intervals measure.verify_on_device cost.energy cost.roofline "
@@ -237,6 +237,7 @@ def test_test_files_stand_where_their_module_stands():
     free = {
         "sites.families",
         "sites.kinds.toy_kind",
+        "tasks.toy_task",
         "export.backends.toy_backend",
         "methods.toy_move",
         "export.backends.tensorrt_api",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compress import formats
 from compress.sites.kinds import KINDS
+from compress.task_specs import TASKS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -105,3 +106,16 @@ def test_nobody_branches_on_a_number_format_or_pattern_outside_of_moves():
     assert found == []
     assert list(branches(ast.parse('x = option.precision == "int4"'), names)) == [1]
     assert list(branches(ast.parse('x = option.pattern != "2:4"'), names)) == [1]
+
+
+def test_nobody_branches_on_the_name_of_a_task_outside_of_the_tasks():
+    names = set(TASKS)
+    assert {"text-classification", "text-generation"} <= names
+    found = [
+        f"{path}:{line}"
+        for path, tree in shipped()
+        if path != "compress/task_specs.py" and not path.startswith("compress/tasks/")
+        for line in branches(tree, names)
+    ]
+    assert found == []
+    assert list(branches(ast.parse('if task.name == "text-generation":\n    pass'), names)) == [1]

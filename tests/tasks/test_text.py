@@ -313,7 +313,7 @@ def test_perplexity_and_loss_agree_with_loops(models, tmp_path):
 def test_large_vocabularies_are_scored_in_small_batches(models, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
     task = load_task(models["decoder"], str(tmp_path / "a.txt"), tokens=8)
-    monkeypatch.setattr("compress.tasks.text.LOGITS_AT_ONCE", 8 * task.vocabulary * 2)
+    monkeypatch.setattr("compress.tasks.text_generation.LOGITS_AT_ONCE", 8 * task.vocabulary * 2)
     sizes = []
 
     def run(inputs):
@@ -325,8 +325,8 @@ def test_large_vocabularies_are_scored_in_small_batches(models, tmp_path, monkey
 
 
 def test_calibration_reads_no_more_running_text_than_it_needs(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.tasks.text.CALIBRATION_BLOCKS", 3)
-    monkeypatch.setattr("compress.tasks.text.CHUNK", 40)
+    monkeypatch.setattr("compress.tasks.text_generation.CALIBRATION_BLOCKS", 3)
+    monkeypatch.setattr("compress.tasks.text_generation.CHUNK", 40)
     (tmp_path / "a.txt").write_text("\n".join(TEXTS))
     task = load_task(models["decoder"], str(tmp_path / "a.txt"), tokens=8)
     assert task.samples["calibration"] == 3

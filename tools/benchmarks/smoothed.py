@@ -17,7 +17,7 @@ from compress.pipeline import smoothquant
 from compress.sites import discovery
 from compress.tasks import task as task_module
 from compress.tasks.task import Batch, Task, lost_between
-from compress.tasks.text import TextGeneration
+from compress.tasks.text_generation import TextGeneration
 
 Row = dict[str, object]
 TOKENS = 128  # of a block
