@@ -4,13 +4,12 @@ import ast
 import re
 import shlex
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from compress import recipe
 from compress.cli import command as cli_command
 from compress.cli import main
+from compress.formats import MOVES
 from compress.report import schema
 from compress.request import make
 
@@ -105,7 +104,7 @@ def test_the_exit_codes_are_those_of_the_program():
 
 def test_the_moves_are_those_of_the_program():
     names = [cells[0].strip("`") for cells in rows("move")]
-    assert sorted(names) == sorted(get_args(recipe.Move))
+    assert sorted(names) == sorted(MOVES)
 
 
 def test_every_figure_of_the_table_is_one_of_the_results():
