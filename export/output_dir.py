@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress import recipe
+from compress import artifacts, recipe
 from compress.errors import CompressError
 from compress.export.backends import onnxruntime
 from compress.recipe import Recipe
@@ -21,8 +21,22 @@ class Finished:
 
     @property
     def dense(self) -> Path:
-        """The baseline, as it was exported."""
-        return self.directory / "compression" / "dense.onnx"
+        """The dense model, as it was exported.
+
+        Raises:
+            CompressError: `compress clean` removed it.
+        """
+        path = self._dense
+        if not path.is_file():
+            raise CompressError(
+                f"{path} does not exist: `compress clean` removes the dense model as well; "
+                f"run compress with --out {self.directory} again"
+            )
+        return path
+
+    @property
+    def _dense(self) -> Path:
+        return self.directory / artifacts.MARKER / artifacts.WORK / "dense.onnx"
 
     @property
     def compressed(self) -> Path:
@@ -38,7 +52,10 @@ def finished(directory: Path) -> Finished:
     """
     folder = directory / "compression"
     found = Finished(directory, recipe.read(folder / "recipe.toml", {}), schema.read(folder))
-    for path, key in ((found.compressed, "file_sha256"), (found.dense, "dense_sha256")):
+    expected_files = [(found.compressed, "file_sha256")]
+    if found._dense.is_file():
+        expected_files.append((found._dense, "dense_sha256"))
+    for path, key in expected_files:
         if not path.is_file():
             raise CompressError(f"{path} does not exist; run compress with --out {directory} again")
         expected, now = found.report.inputs.get(key), onnxruntime.sha256(path)

@@ -48,7 +48,7 @@ def untouched(job: Job, costs: Costs) -> list[str]:
 def _outside_bytes(job: Job) -> str:
     """Why it is not smaller: the weights that no plan removes."""
     inside_mb = sum(latency_table.weight_bytes(site, Option(), WEIGHT_PRECISION) for site in job.sites) / 1e6
-    dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
+    dense_mb = (job.dense_file).stat().st_size / 1e6
     outside_mb = max(dense_mb - inside_mb, 0.0)
     return (
         f"{outside_mb:.3g} of {dense_mb:.3g} MB ({outside_mb / dense_mb:.0%}) of the dense file lie outside "

@@ -134,7 +134,7 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
         found.space.table,
         found.rounds,
         found.iteration,
-        {"dense": (job.task.model, job.folder / "dense.onnx"), "compressed": (model, job.file)},
+        {"dense": (job.task.model, job.dense_file), "compressed": (model, job.file)},
         removals,
         comparison,
         notes,

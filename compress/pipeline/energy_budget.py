@@ -74,7 +74,7 @@ def price(job: Job, costs: Costs) -> Prices:
     """
 
     def make() -> Prices:
-        used = metered(job, job.task.model, job.folder / "dense.onnx")
+        used = metered(job, job.task.model, job.dense_file)
         return priced(job, costs, used)
 
     made_from = artifacts.digest(job.key, costs, job.profile.idle_w, job.profile.load_w)

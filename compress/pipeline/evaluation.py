@@ -61,7 +61,7 @@ def compare(
     wanted = job.recipe.bench
     named = f"time {file.stem}" if phase is None else f"time {phase}"
     with (
-        model_files.opened(base, backend, base.task.model, base.folder / "dense.onnx") as dense,
+        model_files.opened(base, backend, base.task.model, base.dense_file) as dense,
         model_files.opened(job, backend, model, file) as quick,
         job.stages(named) as tick,
     ):

@@ -20,7 +20,9 @@ from compress.report import family
 from compress.report.family import Family
 from compress.tasks.task import Task
 
-SHARED = ("dense.onnx", *(f"{artifacts.WORK}/{name}.json" for name in ("sites", "dense", "costs")))
+SHARED = tuple(
+    f"{artifacts.WORK}/{name}" for name in ("dense.onnx", "dense.json", "sites.json", "costs.json")
+)
 
 
 def run(recipe: Recipe, progress: Progress, task: Task | None = None) -> Family:

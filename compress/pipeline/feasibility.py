@@ -77,7 +77,7 @@ def check(job: Job, costs: Costs, asked: float) -> None:
 
 def _check_size(job: Job, menus: CandidateTable, asked_mb: float) -> None:
     """Refuse a size that the dense model keeps, or that the smallest plan does not."""
-    dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
+    dense_mb = (job.dense_file).stat().st_size / 1e6
     if dense_mb <= asked_mb:
         raise CompressError(
             f"--size-mb {asked_mb:g} is already kept: the dense model takes {dense_mb:.1f} MB; there is "

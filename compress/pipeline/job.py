@@ -147,6 +147,11 @@ class Job:
         return place
 
     @property
+    def dense_file(self) -> Path:
+        """The dense model as an ONNX file: the baseline of every timing."""
+        return self.work / "dense.onnx"
+
+    @property
     def file(self) -> Path:
         """The file that ships."""
         return Path(self.recipe.out) / "model.onnx"

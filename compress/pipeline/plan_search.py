@@ -241,7 +241,7 @@ def size_costs(job: Job, table: CandidateTable) -> tuple[tuple[OptionCosts, ...]
         )
         for site, options, site_costs in zip(job.sites, table.options, table.scaled, strict=True)
     )
-    dense_mb = (job.folder / "dense.onnx").stat().st_size / 1e6
+    dense_mb = (job.dense_file).stat().st_size / 1e6
     outside_mb = dense_mb - sum(float(site_costs.cost.max()) for site_costs in priced)
     least_mb = sum(float(site_costs.cost.min()) for site_costs in priced)
     asked_mb = job.recipe.budget.value

@@ -88,7 +88,7 @@ def price(job: Job) -> Costs:
 
 def export_dense(job: Job) -> Path:
     """The dense model as a file: the baseline of every comparison."""
-    path = job.folder / "dense.onnx"
+    path = job.dense_file
     stamp = job.work / "dense.json"
     if path.is_file() and _identity(path, job.model_key) == _read(stamp):
         return path

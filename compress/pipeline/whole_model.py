@@ -79,7 +79,7 @@ def _time_models(job: Job, backend: Backend, sizes: Sequence[Mapping[str, int]])
     """
     threads = job.recipe.bench.threads
     uncut = [job] if job.narrowed is None else [job.baseline, job]
-    models, written = [one.task.model for one in uncut], [one.folder / "dense.onnx" for one in uncut]
+    models, written = [one.task.model for one in uncut], [one.dense_file for one in uncut]
     with job.stages("export sizes") as tick:
         for number, size in enumerate(sizes[1:], 1):
             removals = {

@@ -12,6 +12,7 @@ SITES = (ffn(64), heads())
 
 def test_a_size_budget_counts_the_bytes_outside_every_site(tmp_path):
     inside = sum(latency_table.weight_bytes(site, Option(), WEIGHT_PRECISION) for site in SITES)
-    (tmp_path / "dense.onnx").write_bytes(bytes(4 * inside))
-    line = attribution._outside_bytes(SimpleNamespace(folder=tmp_path, sites=SITES))
+    dense = tmp_path / "dense.onnx"
+    dense.write_bytes(bytes(4 * inside))
+    line = attribution._outside_bytes(SimpleNamespace(dense_file=dense, sites=SITES))
     assert line.startswith(f"{3 * inside / 1e6:.3g} of {4 * inside / 1e6:.3g} MB (75%) of the dense file")

@@ -53,8 +53,8 @@ def write_model(path, width, layers):
 def write_output(out, *, target=None, asked=None, measured=None, card=False, **more):
     """An output directory of a run for `target` that was not measured; its report."""
     folder = out / "compression"
-    folder.mkdir(parents=True)
-    write_model(folder / "dense.onnx", 192, 6)
+    (folder / "work").mkdir(parents=True)
+    write_model(folder / "work" / "dense.onnx", 192, 6)
     write_model(out / "model.onnx", 16, 1)
     asked = asked or Budget(speedup=2.0)
     target = target or CPU.model_copy(update={"name": "rpi5", "shapes": {"batch": 1, "tokens": 16}})
@@ -66,7 +66,7 @@ def write_output(out, *, target=None, asked=None, measured=None, card=False, **m
         target=target,
         inputs={
             "file_sha256": onnxruntime.sha256(out / "model.onnx"),
-            "dense_sha256": onnxruntime.sha256(folder / "dense.onnx"),
+            "dense_sha256": onnxruntime.sha256(folder / "work" / "dense.onnx"),
         },
         **more,
     )

@@ -65,7 +65,7 @@ def test_an_earlier_export_is_replaced_and_anything_else_is_not(out, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "compression/dense.onnx"])
+@pytest.mark.parametrize("name", ["model.onnx", "compression/work/dense.onnx"])
 def test_a_file_that_changed_after_the_report_is_refused(out, capfd, name):
     write_model(out / name, 8, 1)
     assert main.perform(["export", str(out), "--to", "edge"]) == 2

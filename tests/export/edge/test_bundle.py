@@ -53,7 +53,7 @@ def test_a_bundle_says_what_was_asked_and_what_every_file_hashes_to(out):
     assert (found.protocol["blocks"], found.protocol["block_ms"], found.protocol["threads"]) == (60, 2.0, 1)
     assert found.report == identity(schema.read(out))
     assert found.models.compressed.sha256 == onnxruntime.sha256(out / "model.onnx")
-    assert found.models.dense.sha256 == onnxruntime.sha256(out / "compression" / "dense.onnx")
+    assert found.models.dense.sha256 == onnxruntime.sha256(out / "compression" / "work" / "dense.onnx")
     assert set(found.files) == {"dense.onnx", "model.onnx", "examples.npz", "verify.py", "intervals.py"}
     assert {path.name for path in folder.iterdir()} == {*found.files, "bundle.json", deliver.MARK}
     for name, module in {"verify.py": verify_on_device, "intervals.py": intervals}.items():
@@ -81,7 +81,7 @@ def test_examples_have_several_shapes_padding_and_the_answers_of_both_models(out
 
 def test_the_same_output_gives_the_same_bytes(out, tmp_path):
     one = deliver.deliver(out, "edge", tmp_path / "a" / "edge.tar.gz", archive=True)[0].read_bytes()
-    for name in ("model.onnx", "compression/dense.onnx"):
+    for name in ("model.onnx", "compression/work/dense.onnx"):
         os.utime(out / name, (1, 1))
     two = deliver.deliver(out, "edge", tmp_path / "b" / "edge.tar.gz", archive=True)[0].read_bytes()
     assert one == two
