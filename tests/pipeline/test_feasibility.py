@@ -50,7 +50,7 @@ class Heard:
 def job(moves=("structure",), profile=CPU, backend=HERE, folder=None, **budget):
     return SimpleNamespace(
         profile=profile, backend=backend, runtime=backend or OnnxFile(profile),
-        folder=folder, work=folder, sites=SITES, stages=Stages(Heard()),
+        folder=folder, work=folder, dense_file=folder and folder / "dense.onnx", sites=SITES, stages=Stages(Heard()),
         task=SimpleNamespace(model="dense"),
         recipe=SimpleNamespace(
             budget=Budget(**(budget or {"speedup": 2.0})), bench=Bench(),
@@ -158,8 +158,7 @@ def test_moves_that_gain_nothing_are_refused_with_what_they_gain(tmp_path):
     [(2.0, "already kept: the dense model takes 1.0 MB"), (0.99, r"out of reach: 1\.0 MB of 1\.0 MB")],
 )
 def test_a_size_is_refused_before_anything_is_computed(tmp_path, asked_mb, words):
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "dense.onnx").write_bytes(b"0" * 1_000_000)
+    (tmp_path / "dense.onnx").write_bytes(b"0" * 1_000_000)
     with pytest.raises(CompressError, match=words):
         feasibility.check(job(folder=tmp_path, size_mb=asked_mb), costs(), 0.0)
     feasibility.check(job(folder=tmp_path, size_mb=0.9999), costs(), 0.0)

@@ -72,7 +72,9 @@ def test_a_file_that_changed_after_the_report_is_refused(out, capfd, name):
     assert "is not the file that the report is about" in capfd.readouterr().err
     (out / name).unlink()
     assert main.perform(["export", str(out), "--to", "edge"]) == 2
-    assert "does not exist; run compress with --out" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "does not exist" in err
+    assert f"run compress with --out {out} again" in err
 
 
 def test_bad_words_get_one_message(out, tmp_path, capfd):
