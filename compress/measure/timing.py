@@ -10,7 +10,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -319,3 +319,15 @@ def fingerprint() -> str:
     name, flags = processor(_cpuinfo())
     parts = (platform.machine(), name, *flags, str(physical_cores()), version("onnxruntime") or "")
     return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:16]
+
+
+def thin(samples: Sequence[float], most: int) -> tuple[float, ...]:
+    """At most `most` samples with the same distribution: evenly spaced ranks, both ends kept.
+
+    >>> thin([5.0, 1.0, 4.0, 2.0, 3.0], most=3)
+    (1.0, 3.0, 5.0)
+    """
+    ordered = sorted(samples)
+    if len(ordered) <= most:
+        return tuple(ordered)
+    return tuple(ordered[round(i * (len(ordered) - 1) / (most - 1))] for i in range(most))

@@ -335,8 +335,8 @@ def _assembled(
         samples=Samples()
         if comparison is None
         else Samples(
-            baseline=schema.thin(comparison.samples("dense")),
-            compressed=schema.thin(comparison.samples("compressed")),
+            baseline=timing.thin(comparison.samples("dense"), schema.MOST_SAMPLES),
+            compressed=timing.thin(comparison.samples("compressed"), schema.MOST_SAMPLES),
         ),
         waterfall=steps,
         phases=phases(job, shaped, shipped, comparison),

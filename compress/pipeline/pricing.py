@@ -11,11 +11,12 @@ from torch import nn
 from compress import artifacts, formats, profiles
 from compress.cost import latency_table, roofline
 from compress.cost.latency_table import Rows, Table
+from compress.cost.model_latency import Whole
 from compress.export.backends import onnxruntime
 from compress.export.backends.backend import Backend
 from compress.export.backends.select import table_origins
 from compress.export.microbench import site_timing
-from compress.ir import Document, Option, Site, Source, Whole
+from compress.ir import Document, Option, Site, Source
 from compress.measure import timing
 from compress.methods import apply
 from compress.pipeline import block_patterns, model_files, whole_model

@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
+from compress.cost.model_latency import Whole
 from compress.export.backends.backend import Backend
-from compress.ir import Whole
 from compress.measure import timing
 from compress.pipeline import model_files
 from compress.pipeline.job import Job

@@ -214,7 +214,7 @@ class FrontPoint(Document):
 
 
 class Samples(Document):
-    """Single latencies in milliseconds, for the distributions; `thin` bounds their number."""
+    """Single latencies in milliseconds, for the distributions; `timing.thin` bounds their number."""
 
     baseline: tuple[PositiveFloat, ...] = Field(default=(), max_length=MOST_SAMPLES)
     compressed: tuple[PositiveFloat, ...] = Field(default=(), max_length=MOST_SAMPLES)
@@ -336,18 +336,6 @@ def judge(
 def exit_code(report: Report) -> int:
     """0 met, 1 missed, 3 not measured."""
     return EXIT_CODES[report.verdict.status]
-
-
-def thin(samples: Sequence[float], most: int = MOST_SAMPLES) -> tuple[float, ...]:
-    """At most `most` samples with the same distribution: evenly spaced ranks, both ends kept.
-
-    >>> thin([5.0, 1.0, 4.0, 2.0, 3.0], most=3)
-    (1.0, 3.0, 5.0)
-    """
-    ordered = sorted(samples)
-    if len(ordered) <= most:
-        return tuple(ordered)
-    return tuple(ordered[round(i * (len(ordered) - 1) / (most - 1))] for i in range(most))
 
 
 def steps(dense_ms: float, compressed_ms: float, sites: Sequence[SiteReport]) -> tuple[Step, ...]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from compress.cost.model_latency import Whole
 from compress.errors import CompressError
-from compress.ir import Document, Option, Whole
+from compress.ir import Document, Option
 from compress.search import knapsack
 from compress.search.knapsack import Choices, OptionCosts, UnreachableError
 

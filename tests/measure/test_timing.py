@@ -1,5 +1,6 @@
 import gc
 import math
+import random
 import subprocess
 import sys
 import time
@@ -256,3 +257,13 @@ def test_a_crowded_machine_is_said_to_be_one():
     assert timing.timing_warnings(0.0, {"dense": True}) == []
     (line,) = timing.timing_warnings(0.0, {"dense": True}, elsewhere=0.84)
     assert "0.8 cores" in line
+
+
+def test_thinning_keeps_both_ends_and_the_middle():
+    samples = [float(i) for i in range(1, 2002)]
+    random.Random(0).shuffle(samples)
+    kept = timing.thin(samples, 600)
+    assert (len(kept), kept[0], kept[-1]) == (600, 1.0, 2001.0)
+    assert abs(kept[300] - 1001) <= 4
+    assert list(kept) == sorted(kept)
+    assert timing.thin([3.0, 1.0], 600) == (1.0, 3.0)

@@ -10,9 +10,10 @@ from support.sites import ffn, heads
 from compress import profiles
 from compress.cost import latency_table, roofline
 from compress.cost.energy import Energy
+from compress.cost.model_latency import Whole
 from compress.cost.roofline import WAITING_POWER_SHARE
 from compress.errors import CompressError
-from compress.ir import Budget, Option, Whole
+from compress.ir import Budget, Option
 from compress.pipeline import energy_budget
 from compress.pipeline.pricing import Costs
 from compress.search import knapsack

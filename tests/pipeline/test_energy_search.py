@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from compress.cost import energy as energy_module
+from compress.cost.model_latency import Whole
 from compress.errors import CompressError
 from compress.export.backends.onnx_file import OnnxRuntimeCpu
-from compress.ir import Budget, Option, Whole
+from compress.ir import Budget, Option
 from compress.pipeline import compilation, energy_budget, energy_search, plan_search, pricing
 from compress.pipeline.energy_budget import Prices
 from compress.pipeline.job import Stages, prepare

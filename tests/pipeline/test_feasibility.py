@@ -7,9 +7,10 @@ import pytest
 from support.sites import ffn, heads
 
 from compress import profiles
+from compress.cost.model_latency import Whole
 from compress.errors import CompressError
 from compress.export.backends.onnx_file import OnnxFile, OnnxRuntimeCpu
-from compress.ir import Budget, Slice, Whole
+from compress.ir import Budget, Slice
 from compress.pipeline import feasibility
 from compress.pipeline.job import Stages
 from compress.pipeline.pricing import Costs
@@ -50,7 +51,8 @@ class Heard:
 def job(moves=("structure",), profile=CPU, backend=HERE, folder=None, **budget):
     return SimpleNamespace(
         profile=profile, backend=backend, runtime=backend or OnnxFile(profile),
-        folder=folder, work=folder, dense_file=folder and folder / "dense.onnx", sites=SITES, stages=Stages(Heard()),
+        folder=folder, work=folder, dense_file=folder and folder / "dense.onnx",
+        sites=SITES, stages=Stages(Heard()),
         task=SimpleNamespace(model="dense"),
         recipe=SimpleNamespace(
             budget=Budget(**(budget or {"speedup": 2.0})), bench=Bench(),

@@ -7,7 +7,8 @@ from support.sites import ffn, heads
 
 from compress import profiles
 from compress.cost import roofline
-from compress.ir import Budget, Whole
+from compress.cost.model_latency import Whole
+from compress.ir import Budget
 from compress.pipeline import pricing
 
 H100 = profiles.load("h100")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from compress.ir import Whole
+from compress.cost.model_latency import Whole
 from compress.pipeline import whole_model
 
 ALONE = [10.0, 5.2, 2.7, 0.1]

@@ -16,9 +16,10 @@ from support.toys import job_of, logits
 
 import compress
 from compress import profiles
+from compress.cost.model_latency import Whole
 from compress.errors import CompressError
 from compress.export.backends.onnxruntime import OrtRunner
-from compress.ir import Budget, Matmul, Option, Site, Whole, Width
+from compress.ir import Budget, Matmul, Option, Site, Width
 from compress.methods.hidden_width import find_stream, narrow
 from compress.pipeline import compilation, evaluation, plan_search, pricing, recovery
 from compress.pipeline import width_search as widths

@@ -43,7 +43,7 @@ NO_TORCH = (
     "validation request recipe_reference "
     "export.edge.bundle_schema export.edge.merge distributed.process_env"
 )
-MOST_LINES = 430
+MOST_LINES = 400
 TRAVELS = {"measure.verify_on_device"}  # a device gets this script and measure.intervals, nothing else
 NEVER = {"eval", "exec", "compile", "__import__", "print", "breakpoint"}
 
@@ -174,7 +174,7 @@ def test_nothing_is_pickled_evaluated_or_printed(name):
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
-def test_a_module_opens_with_a_sentence_and_ends_before_420_lines(name):
+def test_a_module_opens_with_a_sentence_and_has_at_most_400_lines(name):
     doc = ast.get_docstring(TREES[name])
     assert doc
     assert doc.splitlines()[0].endswith((".", ":", "?")) or len(doc.splitlines()) > 1

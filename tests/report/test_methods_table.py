@@ -6,7 +6,8 @@ from support.html_blocks import EVIL, blocks
 from support.reports import report
 from support.sites import ffn
 
-from compress.ir import Offer, Option, Whole
+from compress.cost.model_latency import Whole
+from compress.ir import Offer, Option
 from compress.pipeline import attribution
 from compress.pipeline.pricing import Costs
 from compress.report import methods_table, render

@@ -1,5 +1,4 @@
 import json
-import random
 
 import pytest
 from pydantic import ValidationError
@@ -20,7 +19,6 @@ from compress.report.schema import (
     judge,
     read,
     steps,
-    thin,
 )
 from compress.report.summary import device, verdict_line
 
@@ -244,16 +242,6 @@ def test_a_mistake_never_prints_the_whole_report(tmp_path):
 def test_a_missing_report_says_what_to_give(tmp_path):
     with pytest.raises(CompressError, match=r"report\.json cannot be read.*--out"):
         read(tmp_path)
-
-
-def test_thinning_keeps_both_ends_and_the_middle():
-    samples = [float(i) for i in range(1, 2002)]
-    random.Random(0).shuffle(samples)
-    kept = thin(samples)
-    assert (len(kept), kept[0], kept[-1]) == (600, 1.0, 2001.0)
-    assert abs(kept[300] - 1001) <= 4
-    assert list(kept) == sorted(kept)
-    assert thin([3.0, 1.0]) == (1.0, 3.0)
 
 
 def test_more_samples_than_a_chart_can_show_are_refused():

@@ -3,8 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from compress.cost.model_latency import Whole
 from compress.errors import CompressError
-from compress.ir import Option, Whole
+from compress.ir import Option
 from compress.search import knapsack
 from compress.search.closed_loop import (
     CandidateTable,
