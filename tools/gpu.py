@@ -317,7 +317,7 @@ def timed(calls: dict, options: argparse.Namespace, parts: int = 1) -> dict[str,
     return {
         "dense_ms": found.latency(first).p50 / parts,
         "speedup": {
-            name: [round(r.value, 4), round(r.low, 4), round(r.high, 4)] for name, r in ratios.items()
+            name: [round(part, 4) for part in (r.value, *r.interval.ends)] for name, r in ratios.items()
         },
         "drift": round(found.drift, 4),
     }

@@ -174,7 +174,8 @@ def test_static_integers_are_the_dynamic_ones_for_inputs_in_the_range_of_what_is
             codes=twin.codes,
         )  # fmt: skip
         width = site.column.width
-        narrow = apply.static(site, few, seen).codes[site.writer]
+        fixed = Option(precision="int8-static")
+        narrow = apply.from_twin(site, fixed, few, seen).codes[site.writer]
         most = max(0.0, min(seen.range.span[1], float(seen.range.high[:width].max())))
         assert narrow.input_step * (255 - narrow.input_zero) == pytest.approx(most, abs=narrow.input_step)
 

@@ -96,7 +96,7 @@ def test_zeros_of_a_pattern_are_exact_after_every_step_and_the_rest_moves(
     model, removals = candidates(form)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []
-    advance = recovery.Run.advance
+    advance = recovery.TrainingRun.advance
 
     def step(run, number, batch):
         advance(run, number, batch)
@@ -115,7 +115,7 @@ def test_zeros_of_a_pattern_are_exact_after_every_step_and_the_rest_moves(
                     assert ((tiles.sum(1) - tiles.shape[1] / 2).abs() <= 0.5).all()
                 seen.append(name)
 
-    monkeypatch.setattr(recovery.Run, "advance", step)
+    monkeypatch.setattr(recovery.TrainingRun, "advance", step)
     one = dataclasses.replace(job(tmp_path / "out", decay=0.5), sites=sites)
     recovery.recover(one, model, removals)
     steps = 18 if form != "2:4+int8-dynamic" else 18 + 12  # integers learn after their floats

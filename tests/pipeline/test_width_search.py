@@ -326,7 +326,7 @@ def test_post_norm_is_refused_in_one_message_that_names_the_place_and_the_remedy
     )
     assert re.search(r"normalization after the sum \(post-norm\): bert\.\S+LayerNorm writes", said)
     assert said.endswith("Use --moves structure")
-    assert sorted(path.name for path in (tmp_path / "out" / "compression").iterdir()) == []
+    assert [path for path in (tmp_path / "out" / "compression").rglob("*") if path.is_file()] == []
 
 
 def test_without_the_move_nothing_is_looked_for(tmp_path):

@@ -1,5 +1,7 @@
 """2:4, blocks, ranks, int8 and fp8: every layer against plain arithmetic in numpy, on a CPU."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -264,7 +266,5 @@ def test_only_the_named_layers_are_replaced():
 
 def test_an_unknown_form_is_refused():
     for words in ("3:4", "dense", "int4", "block:32x32@0.5+rank:4"):
-        with pytest.raises(
-            CompressError, match=r" is no form.*2:4, int8-dynamic, fp8, block:RxC@DENSITY, rank:N"
-        ):
+        with pytest.raises(CompressError, match=f"torch has no product of {re.escape(words)} on a GPU"):
             torch_kernels.convert(Net(), words)
