@@ -6,11 +6,11 @@ raise `CompressError` for whatever the caller can mend, write nothing to the sta
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, overload
 
 from torch import nn
 
@@ -32,6 +32,7 @@ from compress.report import family, render, schema
 from compress.report.family import Family
 from compress.report.overviews import BenchResult, Cleaned, Inspection, PlanOverview
 from compress.report.schema import Report, Verdict
+from compress.request import Request
 from compress.tasks import loading
 from compress.tasks.own_module import Inputs, ModuleTask
 from compress.tasks.task import Task
@@ -90,32 +91,60 @@ class FamilyResult:
         return family.exit_code(self.family)
 
 
+@overload
 def compile(
     model: Model = None,
     *,
+    speedup: Sequence[float],
     recipe: Recipe | str | Path | None = None,
     example_inputs: Inputs | None = None,
     data_loader: Iterable[object] | None = None,
     progress: Shown = None,
-    **request: Any,
+    **request: Unpack[Request],
+) -> FamilyResult: ...
+
+
+@overload
+def compile(
+    model: Model = None,
+    *,
+    speedup: float | str | None = None,
+    recipe: Recipe | str | Path | None = None,
+    example_inputs: Inputs | None = None,
+    data_loader: Iterable[object] | None = None,
+    progress: Shown = None,
+    **request: Unpack[Request],
+) -> Result: ...
+
+
+def compile(
+    model: Model = None,
+    *,
+    speedup: float | str | Sequence[float] | None = None,
+    recipe: Recipe | str | Path | None = None,
+    example_inputs: Inputs | None = None,
+    data_loader: Iterable[object] | None = None,
+    progress: Shown = None,
+    **request: Unpack[Request],
 ) -> Result | FamilyResult:
     """Compile a model to a budget on a target, and measure that it was met.
 
     Args:
         model: a Hugging Face directory or hub id, `package.module:factory`, an `nn.Module`, or a `Task`;
             None compiles the embedded default.
-        recipe: a whole request, as an object or a TOML file; `request` is laid over it.
+        speedup: budget: how many times faster, 2.0 or "2x". Several of them, or a recipe with several, make a
+            family, whose result is a `FamilyResult`.
+        recipe: a whole request, as an object or a TOML file; the other arguments are laid over it.
         example_inputs: of an `nn.Module`: one batch, by argument name or in the order of `forward`.
         data_loader: of an `nn.Module`: batches of inputs, or pairs of inputs and labels.
         progress: None, "terminal", a function of (stage, done, total, message), or a `Progress`.
-        **request: the options of `compress run` under their names: target, one budget (speedup, latency_ms,
-            energy_mj, power_w with rate_hz, size_mb), data, test, task, text, label, moves, recover,
-            max_drop, out, batch, tokens, phase, threads, seed. Several speedups make a family.
+        **request: see `request.Request`.
 
     Raises:
         CompressError: the request cannot be carried out; the message says what can.
     """
-    asked, task, factory = _prepared(model, recipe, example_inputs, data_loader, request)
+    options = {**request, "speedup": speedup}
+    asked, task, factory = _prepared(model, recipe, example_inputs, data_loader, options)
     steps = shown.chosen(progress)
     if asked.speedups:
         members = family_compilation.run(asked, steps, task)
@@ -181,17 +210,18 @@ def plan(
     example_inputs: Inputs | None = None,
     data_loader: Iterable[object] | None = None,
     progress: Shown = None,
-    **request: Any,
+    speedup: float | str | None = None,
+    **request: Unpack[Request],
 ) -> PlanOverview:
     """What is reachable on a target, and by which moves; builds nothing. Arguments are those of `compile`.
 
     Raises:
         CompressError: the request cannot be carried out.
     """
-    budgets = [name for name in BUDGETS if request.get(name) is not None]
-    if not budgets and not _has_budget(recipe):
-        request = request | {"speedup": 2.0}
-    asked, task, _ = _prepared(model, recipe, example_inputs, data_loader, request)
+    options = {**request, "speedup": speedup}
+    if not any(options.get(name) is not None for name in BUDGETS) and not _has_budget(recipe):
+        options["speedup"] = 2.0
+    asked, task, _ = _prepared(model, recipe, example_inputs, data_loader, options)
     return inspection.plan(asked, shown.chosen(progress), task)
 
 

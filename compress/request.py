@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from compress import recipe as recipes
 from compress.errors import CompressError
@@ -13,6 +13,54 @@ PLAIN = ("model", "target", "data", "test", "task", "text", "label", "max_drop",
 TABLES = {"shapes": ("batch", "tokens", "phase"), "bench": ("threads",), "search": ("seed",)}
 OTHERS = ("rate_hz", "recover", "moves", *(name for names in TABLES.values() for name in names))
 NAMES = (*PLAIN, *BUDGETS, *OTHERS)
+
+
+class Request(TypedDict, total=False):
+    """The options of `compress run` but for the speedup, under their names; what is left out has a default.
+
+    Attributes:
+        target: the device; `compress.targets()` lists them.
+        latency_ms: budget: median latency in milliseconds.
+        energy_mj: budget: energy of one run in millijoules.
+        power_w: budget: average power in watts, at `rate_hz`.
+        rate_hz: runs a second.
+        size_mb: budget: size of the file in megabytes.
+        data: inputs with labels, a file or a folder.
+        test: inputs for the score, if `data` has no test part.
+        task: what the model does, if its config does not say.
+        text: the text column, if it is not found.
+        label: the label column, if it is not found.
+        moves: techniques to search, a list or words between commas.
+        recover: "none", "fast" or "full".
+        max_drop: maximum allowed drop of the score, as a fraction.
+        out: the output directory; "out" unless given.
+        batch: inputs in one run; 1 unless given.
+        tokens: length of a text input; 32 unless given.
+        phase: of a decoder, "prefill" or "decode".
+        threads: of the runtime; 1 unless given.
+        seed: of the search; 0 unless given.
+    """
+
+    target: str | None
+    latency_ms: float | str | None
+    energy_mj: float | str | None
+    power_w: float | str | None
+    rate_hz: float | None
+    size_mb: float | str | None
+    data: str | Path | None
+    test: str | Path | None
+    task: str | None
+    text: str | None
+    label: str | None
+    moves: str | Sequence[str] | None
+    recover: str | None
+    max_drop: float | None
+    out: str | Path | None
+    batch: int | None
+    tokens: int | None
+    phase: str | None
+    threads: int | None
+    seed: int | None
 
 
 def make(source: Recipe | str | Path | None, request: Mapping[str, Any]) -> Recipe:
