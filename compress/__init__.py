@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
-    from compress.api import (
-        FamilyResult,
-        Result,
+    from compress.api.results import FamilyResult, Result
+    from compress.api.verbs import (
         bench,
         clean,
         compile,
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
         targets,
         write_report,
     )
-    from compress.progress import Progress
     from compress.recipe import Recipe
+    from compress.report.progress import Progress
     from compress.tasks.task import Batch, Task
 
 __version__ = "0.1.0"
@@ -54,19 +53,19 @@ __all__ = [
 HOMES = {
     "Batch": "compress.tasks.task",
     "Task": "compress.tasks.task",
-    "Progress": "compress.progress",
+    "Progress": "compress.report.progress",
     "Recipe": "compress.recipe",
-    "FamilyResult": "compress.api",
-    "Result": "compress.api",
-    "bench": "compress.api",
-    "clean": "compress.api",
-    "compile": "compress.api",
-    "export_files": "compress.api",
-    "inspect": "compress.api",
-    "load": "compress.api",
-    "plan": "compress.api",
-    "targets": "compress.api",
-    "write_report": "compress.api",
+    "FamilyResult": "compress.api.results",
+    "Result": "compress.api.results",
+    "bench": "compress.api.verbs",
+    "clean": "compress.api.verbs",
+    "compile": "compress.api.verbs",
+    "export_files": "compress.api.verbs",
+    "inspect": "compress.api.verbs",
+    "load": "compress.api.verbs",
+    "plan": "compress.api.verbs",
+    "targets": "compress.api.verbs",
+    "write_report": "compress.api.verbs",
 }
 
 

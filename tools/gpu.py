@@ -192,9 +192,9 @@ def tokens_of(options: argparse.Namespace) -> int:
 
 def compile_models(options: argparse.Namespace, _: dict) -> list[dict]:
     """`compress --speedup 2x` on both models, by structure and by forms, through its own pipeline."""
-    from compress import progress
     from compress.pipeline import compilation, job
     from compress.recipe import Recipe
+    from compress.report import progress
 
     job.backend_for = lambda profile, threads: spot_of(options)
     rows = []

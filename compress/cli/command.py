@@ -15,7 +15,7 @@ from pathlib import Path
 from compress import __version__
 from compress.cli.console import Streams, plain
 from compress.errors import CompressError
-from compress.progress import Progress
+from compress.report.progress import Progress
 
 BAD_REQUEST = 2
 CRASHED = 70

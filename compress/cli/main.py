@@ -1,4 +1,4 @@
-"""The verbs of the command line: options become calls of `compress.api`, results text and exit codes.
+"""The verbs of the command line: options become calls of `compress.api.verbs`, results text and exit codes.
 
 Nothing heavy is imported before a verb needs it: `compress --help` does not wait for torch.
 """
@@ -72,9 +72,9 @@ def _verb(work: "Callable[[Session, Words], int]", *, shared: bool = False) -> C
     def act(**words: Any) -> int:
         if process_info().rank and not shared:
             return 0
-        from compress import progress as shown
         from compress.cli import console
         from compress.cli.command import Session
+        from compress.report import progress as shown
 
         console.hush()
         with console.own_streams() as streams:
@@ -114,18 +114,19 @@ def app() -> None:
 @functools.partial(_verb, shared=True)
 def run(session: "Session", words: Words) -> int:
     """Compile MODEL to a budget, and measure that it was met."""
-    from compress import api, request
+    from compress.api import request, verbs
+    from compress.api.results import FamilyResult
     from compress.cli import console
     from compress.report import family, next_steps, summary
 
     asked = request.make(words.pop("recipe"), _options_of(words))
-    api.join()
+    verbs.join()
     session.out = Path(asked.out)
     console.use_cores()
     if process_info().rank:
-        return api.serve()
-    result = api.compile(recipe=asked, progress=session.progress)
-    if isinstance(result, api.FamilyResult):
+        return verbs.serve()
+    result = verbs.compile(recipe=asked, progress=session.progress)
+    if isinstance(result, FamilyResult):
         session.print_result(result.family.model_dump(mode="json"), family.text(result.family))
         return result.exit_code
     page = str(session.out / "compression" / "report.html")
@@ -145,9 +146,9 @@ def run(session: "Session", words: Words) -> int:
 @_verb
 def inspect(session: "Session", words: Words) -> int:
     """List the sites of MODEL, the places to compress."""
-    from compress import api
+    from compress.api import verbs
 
-    found = api.inspect(words["model"], batch=words["batch"], tokens=words["tokens"])
+    found = verbs.inspect(words["model"], batch=words["batch"], tokens=words["tokens"])
     session.print_result(found.model_dump(mode="json"))
     return 0
 
@@ -157,13 +158,13 @@ def inspect(session: "Session", words: Words) -> int:
 @_verb
 def plan(session: "Session", words: Words) -> int:
     """Estimate what is reachable, and by which moves; build nothing."""
-    from compress import api
+    from compress.api import verbs
     from compress.cli import console
 
     session.out = Path(words["out"] or "out")
     console.use_cores()
     file = words.pop("recipe")
-    found = api.plan(recipe=file, progress=session.progress, **_options_of(words))
+    found = verbs.plan(recipe=file, progress=session.progress, **_options_of(words))
     session.print_result(found.model_dump(mode="json"))
     return 0
 
@@ -185,11 +186,11 @@ def plan(session: "Session", words: Words) -> int:
 @_verb
 def bench(session: "Session", words: Words) -> int:
     """Time files on this machine; speedups are over the first."""
-    from compress import api
+    from compress.api import verbs
 
     given = {name: words[name] for name in ("batch", "tokens", "phase", "blocks")}
     threads = words["threads"] or 1
-    found = api.bench(*words["artifacts"], threads=threads, progress=session.progress, **given)
+    found = verbs.bench(*words["artifacts"], threads=threads, progress=session.progress, **given)
     session.print_result(found.model_dump(mode="json"))
     return 0
 
@@ -208,10 +209,10 @@ def bench(session: "Session", words: Words) -> int:
 @_verb
 def export(session: "Session", words: Words) -> int:
     """Write a run's result as files for a runtime or a device."""
-    from compress import api
+    from compress.api import verbs
 
     directory, to, archive = words["directory"], words["to"], words["archive"]
-    written = api.export_files(directory, to, out=words["out"], archive=archive)
+    written = verbs.export_files(directory, to, out=words["out"], archive=archive)
     document: Words = {"format": to, "files": [str(path) for path in written]}
     session.print_result(document, "\n".join(document["files"]))
     return 0
@@ -225,12 +226,12 @@ def export(session: "Session", words: Words) -> int:
 @_verb
 def report(session: "Session", words: Words) -> int:
     """Write a run's report again, and print its verdict."""
-    from compress import api
+    from compress.api import verbs
     from compress.cli import console
     from compress.report import family, schema, summary
 
     directory, vouched = words["directory"], words["device_is_target"]
-    found = api.write_report(directory, measurement=words["merge"], device_is_target=vouched)
+    found = verbs.write_report(directory, measurement=words["merge"], device_is_target=vouched)
     if isinstance(found, family.Family):
         session.print_result(found.model_dump(mode="json"), family.text(found))
         return family.exit_code(found)
@@ -247,9 +248,9 @@ def report(session: "Session", words: Words) -> int:
 @_verb
 def clean(session: "Session", words: Words) -> int:
     """Remove a run's working files; what ships and the report stay."""
-    from compress import api
+    from compress.api import verbs
 
-    found = api.clean(words["directory"])
+    found = verbs.clean(words["directory"])
     freed = f"{found.freed_mb:g} MB removed, {found.remaining_mb:g} MB remain in {found.directory}"
     session.print_result(found.model_dump(mode="json"), freed)
     return 0
@@ -266,11 +267,11 @@ def targets(session: "Session", words: Words) -> int:
     """List the devices, show one, or measure this machine."""
     given = {name: words[name] for name in ("target", "model", "batch", "tokens") if words[name] is not None}
     if words["name"] == "measure":
-        from compress import api
+        from compress.api import verbs
         from compress.cli import console
 
         console.use_cores()
-        session.print_result(api.measure_target(progress=session.progress, **given))
+        session.print_result(verbs.measure_target(progress=session.progress, **given))
         return 0
     if given:
         raise CompressError(f"--{next(iter(given))} belongs to `compress targets measure`")
@@ -291,7 +292,7 @@ def targets(session: "Session", words: Words) -> int:
 def recipe(session: "Session", words: Words) -> int:
     """Check a recipe and show it with all defaults filled in."""
     from compress import recipe as recipes
-    from compress import request
+    from compress.api import request
     from compress.cli import recipe_reference
 
     if words["reference"]:

@@ -41,9 +41,9 @@ from compress.pipeline.plan_search import TimePlan
 from compress.pipeline.pricing import Costs, price
 from compress.pipeline.smoothquant import smooth_model
 from compress.pipeline.width_search import SearchResult, SearchSpace
-from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.report import render
+from compress.report.progress import Progress
 from compress.report.schema import Report
 from compress.search.closed_loop import Iteration, SearchHistory, Timing
 from compress.search.objective import ModelObjective

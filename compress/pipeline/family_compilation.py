@@ -14,10 +14,10 @@ from compress import artifacts
 from compress.ir import Budget
 from compress.pipeline import compilation
 from compress.pipeline.job import prepare
-from compress.progress import Progress
 from compress.recipe import Recipe
 from compress.report import family
 from compress.report.family import Family
+from compress.report.progress import Progress
 from compress.tasks.task import Task
 
 SHARED = tuple(

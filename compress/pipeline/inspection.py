@@ -23,7 +23,6 @@ from compress.pipeline import block_patterns, feasibility, plan_search, width_se
 from compress.pipeline.block_patterns import Patterns
 from compress.pipeline.job import Job, prepare
 from compress.pipeline.pricing import Costs, latency_table_of, price, wanted_levels
-from compress.progress import Progress
 from compress.recipe import Recipe, Shapes
 from compress.report.overviews import (
     BenchResult,
@@ -36,6 +35,7 @@ from compress.report.overviews import (
     SkippedPlace,
     TimedArtifact,
 )
+from compress.report.progress import Progress
 from compress.search import knapsack
 from compress.search.closed_loop import CandidateTable
 from compress.sites import discovery

@@ -18,8 +18,8 @@ from compress.export.backends.onnx_file import OnnxFile
 from compress.export.backends.select import backend_for
 from compress.export.onnx import decoder
 from compress.ir import Site
-from compress.progress import Progress, Tick
 from compress.recipe import Recipe, to_toml
+from compress.report.progress import Progress, Tick
 from compress.report.schema import Stage
 from compress.sites import discovery
 from compress.sites.discovery import Sites

@@ -24,9 +24,9 @@ from compress.distributed import collectives
 from compress.ir import Site
 from compress.methods import candidate_store, quantized_layers, training_layers
 from compress.pipeline.job import Job, content, fingerprint
-from compress.progress import Tick
 from compress.recipe import Recovery
 from compress.report.formatting import digits, duration
+from compress.report.progress import Tick
 from compress.search import objective
 from compress.sites import prune
 from compress.sites.prune import Removal

@@ -16,8 +16,8 @@ from compress.ir import Option
 from compress.methods import candidate_store
 from compress.pipeline import plan_search
 from compress.pipeline.job import Stages
-from compress.progress import Quiet
 from compress.recipe import Calibration, Options
+from compress.report.progress import Quiet
 from compress.sites import prune
 from compress.sites.modeling import owner
 from compress.tasks.loading import Batch, Task

@@ -16,11 +16,11 @@ import pytest
 
 import compress
 from compress import recipe
+from compress.api.request import make
 from compress.cli import command, main
 from compress.errors import CompressError
 from compress.ir import Budget, Latency
 from compress.report import family, schema, summary
-from compress.request import make
 
 VERBS = ["run", "inspect", "plan", "bench", "export", "report", "clean", "targets", "recipe", "doctor"]
 ASK = ["--target", "cpu", "--speedup", "2x"]

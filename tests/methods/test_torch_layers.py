@@ -17,8 +17,8 @@ from compress.export.backends.torch_module import TorchCuda
 from compress.ir import Option
 from compress.methods import apply, candidate_store, quantized_layers, torch_layers
 from compress.pipeline import compilation, job
-from compress.progress import Quiet
 from compress.recipe import Recipe
+from compress.report.progress import Quiet
 from compress.sites import prune
 from compress.sites.prune import Removal
 

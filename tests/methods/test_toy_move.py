@@ -12,8 +12,8 @@ from compress.ir import Budget, Option
 from compress.methods import apply, quantized_layers
 from compress.pipeline import compilation
 from compress.pipeline.job import prepare
-from compress.progress import Quiet
 from compress.recipe import Bench, Calibration, Options, Recipe, Search, read
+from compress.report.progress import Quiet
 
 
 @pytest.fixture

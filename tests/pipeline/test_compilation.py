@@ -15,8 +15,8 @@ from compress.export.onnx.kv_cache import MASK, PAST
 from compress.ir import Budget
 from compress.pipeline import compilation
 from compress.pipeline.job import Stages
-from compress.progress import Quiet
 from compress.recipe import Bench, Calibration, Options, Recipe, Recovery, Search, Shapes
+from compress.report.progress import Quiet
 from compress.report.schema import read
 from compress.tasks.task import Batch, Task
 

@@ -17,9 +17,9 @@ from compress.pipeline import compilation, energy_budget, energy_search, plan_se
 from compress.pipeline.energy_budget import Prices
 from compress.pipeline.job import Stages, prepare
 from compress.pipeline.pricing import Costs
-from compress.progress import Quiet
 from compress.recipe import Bench, Options, Recipe, Search
 from compress.report import schema, summary
+from compress.report.progress import Quiet
 from compress.search.closed_loop import CandidateTable, Iteration
 from compress.search.knapsack import OptionCosts
 

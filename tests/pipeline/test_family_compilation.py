@@ -14,8 +14,8 @@ from compress.errors import CompressError
 from compress.ir import Budget
 from compress.pipeline import compilation, family_compilation, pricing
 from compress.pipeline import width_search as widths
-from compress.progress import Quiet
 from compress.recipe import Calibration, Options, Recipe, Recovery, Search
+from compress.report.progress import Quiet
 
 SPEEDUPS = (1.1, 1.3)
 

@@ -11,8 +11,8 @@ from compress.export.backends.torch_module import TorchCuda
 from compress.export.onnx import decoder
 from compress.export.onnx.writer import export
 from compress.pipeline import inspection, job
-from compress.progress import Quiet
 from compress.recipe import Shapes
+from compress.report.progress import Quiet
 
 
 def shapes_of(path, **shapes):

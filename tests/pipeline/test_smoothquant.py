@@ -12,8 +12,8 @@ from compress.ir import Budget
 from compress.methods import quantized_layers
 from compress.pipeline import smoothquant
 from compress.pipeline.job import prepare
-from compress.progress import Quiet
 from compress.recipe import Bench, Calibration, Options, Recipe, Search, Shapes
+from compress.report.progress import Quiet
 from compress.sites import discovery
 from compress.sites.equivalence import distance
 from compress.tasks.task import Batch

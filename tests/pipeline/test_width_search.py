@@ -31,8 +31,8 @@ from compress.pipeline.width_search import (
     narrow_site,
     search_widths,
 )
-from compress.progress import Quiet
 from compress.recipe import Options, Recovery, Search
+from compress.report.progress import Quiet
 from compress.search import objective
 from compress.search.closed_loop import CandidateTable, Iteration, OutOfReachError, SearchHistory, Timing
 from compress.search.knapsack import OptionCosts

@@ -18,10 +18,9 @@ FLOORS = (
     "ir profiles task_specs",
     "sites.kinds validation",
     "artifacts recipe",
-    "request",
     "core measure",
     "cost report sites demo",
-    "tasks export.onnx progress",
+    "tasks export.onnx",
     "distributed export.microbench",
     "export.backends",
     "calibration export",
@@ -34,13 +33,13 @@ FLOORS = (
 )
 MOST_ROOMS, MOST_MODULES = 30, 20
 NO_TORCH = (
-    "errors formats ir profiles task_specs artifacts recipe progress report.next_steps report.summary "
+    "errors formats ir profiles task_specs artifacts recipe report.progress report.next_steps report.summary "
     "report.methods_table report.formatting report.svg report.schema report.charts report.render "
     "report.family report.metrics_table tasks.readers tasks.datasets search.knapsack search.closed_loop "
     "measure.timing measure.intervals measure.verify_on_device cost.energy cost.roofline "
     "cost.published_latencies "
     "cost.latency_table cli.main cli.console cli.options cost.device_facts cli.doctor cli.command "
-    "validation request recipe_reference "
+    "validation api.request recipe_reference "
     "export.edge.bundle_schema export.edge.merge distributed.process_env"
 )
 MOST_LINES = 400
@@ -122,7 +121,7 @@ def test_rooms_are_few_and_none_is_crowded():
 
 
 def test_the_package_itself_imports_nothing_before_it_is_asked_to():
-    lazily = {"api", "progress", "recipe", "tasks.task", "errors"}
+    lazily = {"api.verbs", "report.progress", "recipe", "tasks.task", "errors"}
     assert set(own(TREES[""])) <= lazily
     code = "import sys, compress; sys.exit(', '.join({'torch', 'numpy', 'pydantic'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -132,7 +131,7 @@ def test_the_package_itself_imports_nothing_before_it_is_asked_to():
 def test_the_command_line_calls_the_public_api_and_nothing_below_it():
     used = {room(other) for name in SOURCES if room(name) == "cli" for other in own(TREES[name])}
     facts = {"cost", "distributed", "ir", "measure", "profiles"}  # of this machine: doctor, targets
-    allowed = {"api", "errors", "formats", "progress", "recipe", "recipe_reference", "report", "request"}
+    allowed = {"api", "errors", "formats", "recipe", "recipe_reference", "report"}
     assert used - {"cli", ""} <= facts | allowed
 
 

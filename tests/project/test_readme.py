@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from compress.api.request import make
 from compress.cli import command as cli_command
 from compress.cli import main
 from compress.formats import MOVES
 from compress.report import schema
-from compress.request import make
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

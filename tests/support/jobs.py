@@ -3,8 +3,8 @@
 from compress import artifacts
 from compress.ir import Budget
 from compress.pipeline.job import Job, Stages
-from compress.progress import Lines
 from compress.recipe import Recipe, Recovery
+from compress.report.progress import Lines
 from support.classifier import padded
 
 

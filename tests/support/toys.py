@@ -6,8 +6,8 @@ from compress import artifacts, profiles
 from compress.ir import Budget
 from compress.methods.hidden_width import find_stream
 from compress.pipeline.job import Job, Stages
-from compress.progress import Quiet
 from compress.recipe import Options, Recipe, Shapes
+from compress.report.progress import Quiet
 from compress.sites.discovery import find_sites
 from compress.tasks.loading import Batch, Task
 from compress.tasks.task import kl

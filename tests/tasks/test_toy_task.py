@@ -11,9 +11,9 @@ from compress.errors import CompressError
 from compress.export.backends.onnxruntime import OrtRunner
 from compress.ir import Budget
 from compress.pipeline import compilation
-from compress.progress import Quiet
 from compress.recipe import Bench, Calibration, Recipe, Search
 from compress.report import schema
+from compress.report.progress import Quiet
 from compress.task_specs import TASKS
 from compress.tasks import loading, pretrained
 

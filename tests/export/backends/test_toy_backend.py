@@ -9,9 +9,9 @@ from compress.export.backends import select
 from compress.export.backends.select import backend_for
 from compress.measure import timing
 from compress.pipeline import compilation
-from compress.progress import Quiet
 from compress.recipe import Recipe
 from compress.report import schema
+from compress.report.progress import Quiet
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from compress.export.backends import ort_chains
 from compress.export.microbench import onnx_chain, torch_chain
 from compress.ir import Budget
 from compress.pipeline import compilation
-from compress.progress import Quiet
 from compress.recipe import Bench, Calibration, Recipe, Search
 from compress.report import charts, schema
+from compress.report.progress import Quiet
 from compress.sites import discovery, prune
 from compress.sites.kinds import KINDS
 

@@ -7,16 +7,15 @@ raise `CompressError` for whatever the caller can mend, write nothing to the sta
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, overload
 
 from torch import nn
 
 from compress import artifacts
-from compress import progress as shown
-from compress import request as requests
+from compress.api import request as requests
+from compress.api.request import Request
+from compress.api.results import FamilyResult, Result
 from compress.cost import device_facts
 from compress.cost.device_facts import Device
 from compress.distributed import collectives, process_env
@@ -26,69 +25,19 @@ from compress.export.delivery import deliver
 from compress.export.edge import bundle_schema, merge
 from compress.ir import BUDGETS
 from compress.pipeline import compilation, family_compilation, inspection, worker
-from compress.progress import Function, Progress
 from compress.recipe import Recipe
 from compress.report import family, render, schema
+from compress.report import progress as shown
 from compress.report.family import Family
 from compress.report.overviews import BenchResult, Cleaned, Inspection, PlanOverview
-from compress.report.schema import Report, Verdict
-from compress.request import Request
+from compress.report.progress import Function, Progress
+from compress.report.schema import Report
 from compress.tasks import loading
 from compress.tasks.own_module import Inputs, ModuleTask
 from compress.tasks.task import Task
 
 Model = str | Path | nn.Module | Task | None
 Shown = Progress | Function | str | None
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished compilation.
-
-    Attributes:
-        out: the output directory.
-        report: all that was measured and decided.
-        factory: gives the dense model that `model` is rebuilt from; None for a model of transformers.
-    """
-
-    out: Path
-    report: Report
-    factory: Callable[[], nn.Module] | None = None
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the budget was met, with what was measured and predicted."""
-        return self.report.verdict
-
-    @property
-    def exit_code(self) -> int:
-        """What the command line ends with: 0 met, 1 missed, 3 not measured here."""
-        return schema.exit_code(self.report)
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The compressed model, loaded from `out` when it is first asked for."""
-        return load(self.out, self.factory)
-
-
-@dataclass(frozen=True)
-class FamilyResult:
-    """Several compressed models that were made from one dense model in one run.
-
-    Attributes:
-        out: the directory that holds one output directory for each member.
-        family: a row for every member.
-        members: their results, from the mildest to the hardest.
-    """
-
-    out: Path
-    family: Family
-    members: tuple[Result, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """That of the member that did worst."""
-        return family.exit_code(self.family)
 
 
 @overload

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from compress import progress
 from compress.errors import CompressError
+from compress.report import progress
 
 
 class Clock:
