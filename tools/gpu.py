@@ -154,7 +154,7 @@ def tables(options: argparse.Namespace, document: dict) -> list[dict]:
             align = spot.profile.align_units if site.kind == "ffn" else 1
             levels = latency_table.grid(site, align)
             wanted[shape] = site_timing.sample_levels(levels)
-            for form in apply.forms_of(site, MOVES["forms"], spot):
+            for form in apply.offered_forms(site, MOVES["forms"], spot):
                 fitting = apply.levels(site, form, levels, spot)
                 wanted[latency_table.row_key(site, form)] = site_timing.sample_levels(fitting, FORM_LEVELS)
         measure = partial(site_timing.measure, list(sites.values()), rig=suited.rig())

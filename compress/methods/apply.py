@@ -24,7 +24,7 @@ from compress.sites.prune import Removal
 MAX_LEVELS = 8  # numbers of units at which a site is tried in an option
 
 
-def forms_of(
+def offered_forms(
     site: Site,
     moves: Sequence[str],
     runtime: Capabilities,
@@ -59,7 +59,7 @@ def levels(site: Site, form: str, units: Sequence[int], runtime: Capabilities) -
     return [ordered[index] for index in sorted(picked)]
 
 
-def treat(
+def apply_option(
     model: nn.Module,
     site: Site,
     option: Option,
@@ -84,7 +84,7 @@ def treat(
         raise CompressError(f"{site.name}: no statistics of its readers; calibrate with readers = true")
     twin = twin_of(option)
     if twin is not None:
-        rounded, error = treat(model, site, twin, removal, statistics, damping)
+        rounded, error = apply_option(model, site, twin, removal, statistics, damping)
         return from_twin(site, option, rounded, statistics), error
     stay = obs.columns(removal.kept, site.column.width)
     tiles = statistics.saliency.get(site.writer)

@@ -183,7 +183,7 @@ def _build_site(
             twin, error = made[shared.key]
             removal = apply.from_twin(site, option, twin, statistics)
         elif option.form != "dense":
-            removal, more = apply.treat(model, site, option, removal, statistics, damping)
+            removal, more = apply.apply_option(model, site, option, removal, statistics, damping)
             error = 1 - (1 - min(error, 1.0)) * (1 - min(more, 1.0))
         made[option.key] = (removal, error)
     return made

@@ -5,7 +5,7 @@ an `nn.Linear` with the same names of weight and bias, so nothing around it noti
 that its codes stand for. A layer that learns rounds it anew in every pass, and gradients of the weight
 and the steps go through the rounding. A step learns as the logarithm of its change: an optimizer whose
 strides do not follow the size of a gradient, as Adam's, then changes every step by the same share, and
-none becomes negative (Jain et al., "Trained Quantization Thresholds", arXiv 1903.08066). `settle` ends the
+none becomes negative (Jain et al., "Trained Quantization Thresholds", arXiv 1903.08066). `finalize` ends the
 training: plain layers with rounded weights, and the codes for the exporter.
 
 A layer of a masked model reads units that the file no longer has. `columns` names those that remain:
@@ -46,7 +46,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Seen:
+class InputMoments:
     """What the input of a product looked like: `E[x x^T]` [in, in], `E[x]` [in], and its values."""
 
     second: Tensor
@@ -236,7 +236,7 @@ def share_input(model: nn.Module, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def held(model: nn.Module) -> Iterator[None]:
+def frozen_codes(model: nn.Module) -> Iterator[None]:
     """For a while learning layers round their weights once, not in every pass; nothing may move meanwhile."""
     layers = [layer for layer in _inserted(model).values() if layer.learn]
     try:
@@ -249,7 +249,7 @@ def held(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def settle(model: nn.Module) -> dict[str, Quantized]:
+def finalize(model: nn.Module) -> dict[str, Quantized]:
     """Make every inserted layer a plain one with rounded weights; gives the codes by weight name.
 
     The file of the settled model, lowered with these codes, computes what the inserted layers did.
@@ -269,7 +269,7 @@ def settle(model: nn.Module) -> dict[str, Quantized]:
 
 
 @torch.inference_mode()
-def observe(task: Task, names: Iterable[str], batches: Sequence[Batch]) -> dict[str, Seen]:
+def observe(task: Task, names: Iterable[str], batches: Sequence[Batch]) -> dict[str, InputMoments]:
     """The inputs of products over calibration data, by the name of the weight; padding never counts.
 
     Products that read the same tensor share one answer.
@@ -287,11 +287,13 @@ def observe(task: Task, names: Iterable[str], batches: Sequence[Batch]) -> dict[
     finally:
         for handle in hooks:
             handle.remove()
-    made: dict[int, Seen] = {}
+    made: dict[int, InputMoments] = {}
     found = {}
     for name, total in watch.totals.items():
         if id(total) not in made:
-            made[id(total)] = Seen(total.second / total.count, total.sum / total.count, total.histogram)
+            made[id(total)] = InputMoments(
+                total.second / total.count, total.sum / total.count, total.histogram
+            )
         found[name] = made[id(total)]
     if set(layers) - set(found):
         raise CompressError(

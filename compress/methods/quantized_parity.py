@@ -30,7 +30,7 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 AGAIN = "the file is not shipped. Export again, and report this model if it stays"
 
 
-class Guided:
+class LayerwiseParityRunner:
     """A runner: the torch model, its products in low precision led by those of a file.
 
     `products` is how many there are, `apart` how far any was from the file's, as a share of the largest

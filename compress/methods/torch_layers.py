@@ -17,7 +17,7 @@ from compress.sites.modeling import owner
 from compress.sites.prune import Removal, readers
 
 
-class Formed(nn.Linear):
+class KernelPlaceholder(nn.Linear):
     """A linear layer that is to run in a form; until it is settled it is any other one of its weights."""
 
     def __init__(
@@ -39,7 +39,7 @@ class Formed(nn.Linear):
         return torch_kernels.required_kernel(self.option.form).deploy(weights, self)
 
 
-def formed(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> nn.Module:
+def with_placeholders(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> nn.Module:
     """A copy of a shrunk model whose products say in which form they are to run.
 
     Args:
@@ -60,11 +60,11 @@ def formed(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Remov
                     f"{removal.form} in torch"
                 )
             parts = removal.factors.get(name), removal.codes.get(name)
-            found.set_submodule(owner(name), Formed(layer, Option.of(removal.form, None), *parts))
+            found.set_submodule(owner(name), KernelPlaceholder(layer, Option.of(removal.form, None), *parts))
     return found
 
 
-def settle(model: nn.Module) -> nn.Module:
+def deploy_kernels(model: nn.Module) -> nn.Module:
     """The model itself, every layer that says so run in its form from now on.
 
     Args:
@@ -73,7 +73,7 @@ def settle(model: nn.Module) -> nn.Module:
     Raises:
         CompressError: the device has no product of a form.
     """
-    waiting = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Formed)]
+    waiting = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, KernelPlaceholder)]
     for name, layer in waiting:
         model.set_submodule(name, layer.product())
     return model

@@ -1,10 +1,10 @@
-"""A shrunk model whose products learn in the forms in which they will run.
+"""A shrunk model whose linear layers are trained in the formats in which they are deployed.
 
-A matrix in integers is rounded in every pass, with steps that are learned (`quantized_layers`); a matrix
-of low rank is trained as its two factors, beside a sparse part where the form has one; a pattern is trained
-as it is, and its zeros are named so that they can be held. `insert` puts such layers into the model; `settle`
-takes them out again: plain layers with the weights that the forms stand for, and the codes and factors that
-the file is written from. What is tuned is what ships.
+A quantized matrix is rounded in every forward pass, with learned steps (`quantized_layers`). A low-rank
+matrix is trained as its two factors, plus a sparse part where the option has a pattern too. A matrix with a
+sparsity pattern is trained directly; the masks of its zeros are returned so that the trainer can keep them
+zero. `insert` puts such layers into the model. `finalize` replaces them by plain layers with the equivalent
+weights, and returns the codes and factors that the file is written from.
 """
 
 from collections.abc import Iterable, Mapping
@@ -59,7 +59,7 @@ class FactoredLinear(nn.Module):
         return found if self.sparse is None else found + F.linear(input, self.sparse)
 
     @torch.no_grad()
-    def settled(self) -> nn.Module:
+    def finalized(self) -> nn.Module:
         """The layer that was there before, with what was learned."""
         dense = self.original[0]
         dense.get_parameter("weight").copy_(self.weight.T if self.across else self.weight)
@@ -104,7 +104,7 @@ def insert(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Remov
     return zeros
 
 
-def settle(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> dict[str, Removal]:
+def finalize(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> dict[str, Removal]:
     """Put plain layers with the learned weights back; the removals with learned codes and factors.
 
     Args:
@@ -112,7 +112,7 @@ def settle(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Remov
         sites: of the original model.
         removals: those that `insert` was given. Their weights, biases and readers say what was tuned from.
     """
-    codes = quantized_layers.settle(model)
+    codes = quantized_layers.finalize(model)
     found = dict(removals)
     for site in sites:
         removal = removals.get(site.name)
@@ -123,7 +123,7 @@ def settle(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Remov
             layer = model.get_submodule(owner(name))
             assert isinstance(layer, FactoredLinear)
             factors[name] = layer.factors()
-            model.set_submodule(owner(name), layer.settled())
+            model.set_submodule(owner(name), layer.finalized())
         found[site.name] = replace(
             removal, factors=factors, codes={name: codes[name] for name in removal.codes}
         )

@@ -80,7 +80,7 @@ def find_patterns(job: Job) -> Patterns:
 
 def _measure(job: Job, backend: Backend) -> Patterns:
     """Every product of every site in every pattern that fits it."""
-    able = [site for site in job.sites if apply.forms_of(site, (formats.BLOCKS,), backend)]
+    able = [site for site in job.sites if apply.offered_forms(site, (formats.BLOCKS,), backend)]
     wanted = {site.shape: fitting_patterns(site, backend) for site in able}
     shapes = {shape for found in wanted.values() for own in found.values() for shape in own}
     with job.stages("time blocks") as tick:

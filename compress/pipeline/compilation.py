@@ -103,7 +103,7 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
             feasibility.check(job, costs, asked)
         start = costs if pruned.narrowed is None else price(pruned)
     with job.stages.accounted("plan"):
-        found, widths = search(ground_of(pruned, start), stream, asked)
+        found, widths = search(search_space(pruned, start), stream, asked)
     with job.stages.accounted("build"):
         for attempt in range(ATTEMPTS):
             model, removals, notes = build(found)
@@ -150,7 +150,7 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
     return Compiled(own, result, model, {name: removal.kept for name, removal in removals.items()})
 
 
-def ground_of(job: Job, costs: Costs) -> SearchSpace:
+def search_space(job: Job, costs: Costs) -> SearchSpace:
     """Everything that plans of a job are chosen by: prices, candidates, and what judges them."""
     prices = energy_budget.price(job, costs) if job.recipe.budget.name in energy_budget.ASKED else None
     if prices is not None:
@@ -171,7 +171,7 @@ def search(
         ground,
         stream,
         asked,
-        lambda narrow: ground_of(narrow, price(narrow)),
+        lambda narrow: search_space(narrow, price(narrow)),
         lambda one: choose(one, asked, SearchHistory()),
     )
 
@@ -235,7 +235,7 @@ def _trial(job: Job, backend: Backend, choices: Mapping[str, Option]) -> tuple[n
     built = backend.build(
         model,
         write=lambda: export(job, model, file, removals),
-        deploy=lambda: torch_layers.formed(model, job.sites, removals),
+        deploy=lambda: torch_layers.with_placeholders(model, job.sites, removals),
     )
     return built, file
 

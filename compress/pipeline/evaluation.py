@@ -20,7 +20,7 @@ from compress.measure import timing
 from compress.measure.timing import Comparison
 from compress.measure.verify_on_device import TOLERANCES
 from compress.methods import quantized_layers
-from compress.methods.quantized_parity import Guided
+from compress.methods.quantized_parity import LayerwiseParityRunner
 from compress.pipeline import attribution, energy_budget, model_files
 from compress.pipeline.energy_budget import Prices
 from compress.pipeline.job import Job
@@ -105,9 +105,9 @@ def check_parity(job: Job, model: nn.Module, file: Path) -> Parity:
     examples = parity.padded_examples(job.task.example, job.recipe.shapes.tokens)
     with job.stages("verify"), onnxruntime.OrtRunner(file, threads=threads) as runner:
         if _rounded(model):
-            with Guided(model, file, tensors, threads=threads) as guided:
-                found = parity.parity(guided, runner, examples)
-            return Parity(**found.model_dump(), products=guided.products, product_difference=guided.apart)
+            with LayerwiseParityRunner(model, file, tensors, threads=threads) as lead:
+                found = parity.parity(lead, runner, examples)
+            return Parity(**found.model_dump(), products=lead.products, product_difference=lead.apart)
         with onnxruntime.TorchRunner(model, tensors) as reference:
             found = parity.parity(reference, runner, examples)
             if not job.decodes:

@@ -35,7 +35,7 @@ def check_moves(job: Job) -> None:
         move
         for move in moves
         if formats.MOVES[move].implementation
-        and not any(apply.forms_of(site, (move,), job.runtime) for site in job.sites)
+        and not any(apply.offered_forms(site, (move,), job.runtime) for site in job.sites)
     ]
     lines = [f"{move} is not possible on {name}: {job.runtime.explain_refusal(move)}" for move in idle]
     if idle and len(idle) == len(moves):

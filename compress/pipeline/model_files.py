@@ -45,14 +45,14 @@ def inputs(job: Job, runner: OrtRunner, phase: Phase | None = None) -> dict[str,
 
 def opened(job: Job, backend: Backend, model: nn.Module, file: Path) -> OpenRunner:
     """A model, built by the job's backend, as it is timed."""
-    return backend.open(model, file, job.task.output_tensors, torch_layers.settle)
+    return backend.open(model, file, job.task.output_tensors, torch_layers.deploy_kernels)
 
 
 def deployed(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> nn.Module:
     """A shrunk model, whose file is written, as the job's backend opens it."""
     if job.backend is None:
         return model
-    return job.backend.build(model, deploy=lambda: torch_layers.formed(model, job.sites, removals))
+    return job.backend.build(model, deploy=lambda: torch_layers.with_placeholders(model, job.sites, removals))
 
 
 def timed(job: Job, runner: OpenRunner, phase: Phase | None = None) -> timing.Runner:

@@ -128,7 +128,7 @@ def _site_levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[st
     if formats.STRUCTURE not in options.moves:
         levels = levels[:1]
     wanted = {"dense": levels}
-    for form in apply.forms_of(site, options.moves, job.runtime, offered):
+    for form in apply.offered_forms(site, options.moves, job.runtime, offered):
         wanted[form] = apply.levels(site, form, levels, job.runtime)
     return wanted
 

@@ -136,7 +136,7 @@ class RecoveryContext:
     def finalize(self, model: nn.Module, removals: Mapping[str, Removal]) -> dict[str, Removal]:
         """Remove the trainable layers from the model; return the learned removals."""
         sltrain_layers.merge_updates(model)
-        return training_layers.settle(model, self.sites, removals)
+        return training_layers.finalize(model, self.sites, removals)
 
     def validate(self, model: nn.Module) -> float:
         """The score of a model, computed by the first process and broadcast to all."""
@@ -378,7 +378,7 @@ class Validator:
         """Evaluate a model; fake-quantized weights are rounded once for all inputs."""
         if self.empty:
             return 0.0
-        with quantized_layers.held(model):
+        with quantized_layers.frozen_codes(model):
             if not self.scored:
                 return -objective.mean_divergence(self._task, model, self._batches, self._dense)
             found = self._task.score(self._run(model), "validation", self._limit)

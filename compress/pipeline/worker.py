@@ -25,7 +25,7 @@ def serve() -> int:
     Raises:
         CompressError: the first process has ended without a word.
     """
-    follower = Follower()
+    follower = Worker()
     acts: dict[str, Callable[[Command], None]] = {
         "load": follower.load,
         "calibrate": follower.calibrate,
@@ -39,7 +39,7 @@ def serve() -> int:
             acts[call.act](call)
 
 
-class Follower:
+class Worker:
     """The dense model and its data in a process beside the first one."""
 
     task: Task

@@ -186,7 +186,7 @@ class Updated(nn.Module):
         return found if self.bias is None else found + self.bias
 
     @torch.no_grad()
-    def settled(self) -> nn.Module:
+    def finalized(self) -> nn.Module:
         """The layer that was there before, with what was learned."""
         self.base.copy_(self.weight.T if self.across else self.weight)
         return self.original[0]
@@ -237,7 +237,7 @@ def merge_updates(model: nn.Module) -> int:
     """Put the layers back that `adapt` took, with what was learned, in place; how many there were."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, Updated)}
     for name, layer in found.items():
-        _place(model, name, layer.settled())
+        _place(model, name, layer.finalized())
     return len(found)
 
 

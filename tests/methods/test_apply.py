@@ -41,17 +41,17 @@ def treated(statistics, index, form):
     task, sites = padded()
     site = sites[index]
     found = activation_statistics.read(statistics, index)
-    return apply.treat(task.model, site, Option.of(form, None), uncut(task, site), found, 1e-2)
+    return apply.apply_option(task.model, site, Option.of(form, None), uncut(task, site), found, 1e-2)
 
 
 def test_structure_offers_no_form_and_a_device_none_that_it_cannot_run():
     _, sites = padded()
-    assert apply.forms_of(sites[0], ["structure"], HERE) == ()
-    assert set(apply.forms_of(sites[0], ["structure", "block"], HERE)) == set(HERE.block_patterns)
-    assert apply.forms_of(sites[0], ["block", "int8"], A100) == ()
-    assert apply.forms_of(sites[0], ["2:4"], A100) == ("2:4",)
-    assert apply.forms_of(sites[0], ["int8", "int8-static", "int4"], HERE) == INTEGERS
-    assert apply.forms_of(sites[0], ["int8-static", "int4"], A100) == ()
+    assert apply.offered_forms(sites[0], ["structure"], HERE) == ()
+    assert set(apply.offered_forms(sites[0], ["structure", "block"], HERE)) == set(HERE.block_patterns)
+    assert apply.offered_forms(sites[0], ["block", "int8"], A100) == ()
+    assert apply.offered_forms(sites[0], ["2:4"], A100) == ("2:4",)
+    assert apply.offered_forms(sites[0], ["int8", "int8-static", "int4"], HERE) == INTEGERS
+    assert apply.offered_forms(sites[0], ["int8-static", "int4"], A100) == ()
 
 
 def test_levels_lie_where_blocks_fit_near_what_structure_offers():
@@ -220,7 +220,7 @@ def test_without_statistics_of_the_readers_it_is_refused(tmp_path):
     task, sites = padded()
     activation_statistics.collect(task, sites, list(task.batches("calibration", 48)), tmp_path)
     with pytest.raises(CompressError, match="no statistics of its readers"):
-        apply.treat(
+        apply.apply_option(
             task.model,
             sites[0],
             Option.of(HALF, None),

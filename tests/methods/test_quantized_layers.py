@@ -97,7 +97,7 @@ def test_settled_layers_are_plain_and_hold_what_the_codes_stand_for(precision):
     net = model()
     given = places(net, precision)
     quantized_layers.insert(net, given)
-    found = quantized_layers.settle(net)
+    found = quantized_layers.finalize(net)
     assert type(net[0]) is type(net[2][0]) is nn.Linear
     for name in NAMES:
         assert torch.equal(found[name].codes, given[name].quantized.codes)
@@ -190,7 +190,7 @@ def test_training_moves_weights_and_steps_and_lowers_the_loss(precision):
     assert names == {"weight", "bias", "change"} | ({"input_change"} if precision == "int8-static" else set())
     assert losses[-1] < 0.7 * losses[0]
     expected = net(x)
-    found = quantized_layers.settle(net)
+    found = quantized_layers.finalize(net)
     quantized_layers.insert(net, {name: Place(one) for name, one in found.items()})
     assert torch.allclose(net(x), expected, atol=1e-5)
 
@@ -235,7 +235,7 @@ def test_codes_that_are_held_are_those_of_every_pass_and_learn_again_afterwards(
     with torch.no_grad():
         net[0].weight.add_(0.01)
         expected = net(x)
-        with quantized_layers.held(net):
+        with quantized_layers.frozen_codes(net):
             assert torch.equal(net(x), expected)
             net[0].weight.mul_(2)
             assert torch.equal(net(x), expected)
@@ -248,7 +248,7 @@ def test_products_of_one_input_learn_one_step_for_it():
     quantized_layers.share_input(net, ["0.weight", "1.weight"])
     with torch.no_grad():
         net[0].input_change.fill_(0.25)
-    found = quantized_layers.settle(net)
+    found = quantized_layers.finalize(net)
     assert found["0.weight"].input_step == found["1.weight"].input_step
     assert found["0.weight"].input_step == pytest.approx(8 / 255 * 2.718281828**0.25)
 

@@ -56,7 +56,7 @@ def exported(family, kind, folder):
 def compared(job, path, *, shipped=None):
     task = job.task
     with (
-        quantized_parity.Guided(task.model, path, task.output_tensors, threads=1) as reference,
+        quantized_parity.LayerwiseParityRunner(task.model, path, task.output_tensors, threads=1) as reference,
         OrtRunner(shipped or path, 1) as runner,
     ):
         found = parity.parity(reference, runner, parity.padded_examples(task.example, 7))
@@ -99,7 +99,7 @@ def test_what_a_last_bit_becomes_is_no_difference(tmp_path):
             pytest.raises(CompressError, match="disagree"),
         ):
             parity.parity(alone, runner, examples)
-        with quantized_parity.Guided(task.model, path, task.output_tensors, threads=1) as led:
+        with quantized_parity.LayerwiseParityRunner(task.model, path, task.output_tensors, threads=1) as led:
             found = parity.parity(led, runner, examples)
     assert (found.max_abs_difference, found.agreement) == (0.0, 1.0)
     assert led.apart < 1e-5

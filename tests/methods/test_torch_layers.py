@@ -59,7 +59,7 @@ def planned(statistics, folder, form):
 def test_the_model_in_its_form_answers_as_the_one_that_was_judged(statistics, tmp_path, form):
     task, _ = wide()
     sites, shrunk, removals = planned(statistics, tmp_path, form)
-    shaped = torch_layers.formed(shrunk, sites, removals)
+    shaped = torch_layers.with_placeholders(shrunk, sites, removals)
     assert sum(p.numel() for p in shaped.parameters()) == sum(p.numel() for p in shrunk.parameters())
     reference = quantized_layers.emulated(shrunk, sites, removals)
     batch = next(iter(task.batches("calibration", 16))).inputs
@@ -68,7 +68,7 @@ def test_the_model_in_its_form_answers_as_the_one_that_was_judged(statistics, tm
         expected = reference(**batch).logits.numpy()
         dense = task.model(**batch).logits.numpy()
     runner = CudaRunner(
-        shaped, task.output_tensors, device="cpu", precision="fp32", change=torch_layers.settle
+        shaped, task.output_tensors, device="cpu", precision="fp32", change=torch_layers.deploy_kernels
     )
     with runner:
         found = runner.infer(arrays)["logits"]
@@ -83,7 +83,9 @@ def test_the_model_in_its_form_answers_as_the_one_that_was_judged(statistics, tm
 
 def test_a_half_precision_model_keeps_the_codes_and_steps_of_its_products(statistics, tmp_path):
     sites, shrunk, removals = planned(statistics, tmp_path, "int8-dynamic")
-    settled = torch_layers.settle(torch_layers.formed(shrunk, sites, removals).to(torch.float16))
+    settled = torch_layers.deploy_kernels(
+        torch_layers.with_placeholders(shrunk, sites, removals).to(torch.float16)
+    )
     name = sites[0].writer
     layer = settled.get_submodule(name.rpartition(".")[0])
     assert torch.equal(layer.codes, removals[sites[0].name].codes[name].codes)
@@ -93,12 +95,13 @@ def test_a_half_precision_model_keeps_the_codes_and_steps_of_its_products(statis
 def test_what_has_no_form_stays_and_the_given_model_is_not_touched(statistics, tmp_path):
     sites, shrunk, removals = planned(statistics, tmp_path, "2:4")
     one = {sites[0].name: removals[sites[0].name], sites[1].name: Removal(torch.arange(sites[1].units))}
-    shaped = torch_layers.formed(shrunk, sites, one)
-    assert sum(isinstance(module, torch_layers.Formed) for module in shaped.modules()) == 4
-    assert not any(isinstance(module, torch_layers.Formed) for module in shrunk.modules())
+    shaped = torch_layers.with_placeholders(shrunk, sites, one)
+    assert sum(isinstance(module, torch_layers.KernelPlaceholder) for module in shaped.modules()) == 4
+    assert not any(isinstance(module, torch_layers.KernelPlaceholder) for module in shrunk.modules())
     gone = {sites[0].name: Removal(torch.arange(0), form="2:4")}
     assert not any(
-        isinstance(m, torch_layers.Formed) for m in torch_layers.formed(shrunk, sites, gone).modules()
+        isinstance(m, torch_layers.KernelPlaceholder)
+        for m in torch_layers.with_placeholders(shrunk, sites, gone).modules()
     )
 
 
@@ -106,14 +109,14 @@ def test_a_matrix_that_is_no_linear_layer_is_refused(statistics, tmp_path):
     sites, shrunk, removals = planned(statistics, tmp_path, "2:4")
     shrunk.set_submodule(sites[0].writer.rpartition(".")[0], nn.Identity())
     with pytest.raises(CompressError, match=r"lies in a Identity; only an nn.Linear runs as 2:4 in torch"):
-        torch_layers.formed(shrunk, sites, removals)
+        torch_layers.with_placeholders(shrunk, sites, removals)
 
 
 def test_forms_offered_in_torch_are_those_that_the_gpu_has():
     _, sites = wide()
 
     def offered(moves, profile):
-        return apply.forms_of(sites[1], moves, TorchCuda(profile, 1))
+        return apply.offered_forms(sites[1], moves, TorchCuda(profile, 1))
 
     moves = ["structure", "int8", "fp8", "2:4", "block", "lowrank"]
     assert set(offered(moves, H100)) == {
@@ -121,17 +124,17 @@ def test_forms_offered_in_torch_are_those_that_the_gpu_has():
     }  # fmt: skip
     assert set(offered(moves, profiles.load("a100"))) == set(offered(moves, H100)) - {"fp8"}
     assert set(offered(moves, profiles.load("v100"))) == {*TorchCuda.block_patterns, "rank:16", "rank:8"}
-    assert set(apply.forms_of(sites[1], moves, OnnxFile(H100))) == {
+    assert set(apply.offered_forms(sites[1], moves, OnnxFile(H100))) == {
         "fp8",
         "2:4",
         "rank:16",
         "rank:8",
     }  # in a file
-    assert "fp8" not in apply.forms_of(sites[1], moves, CPU)
+    assert "fp8" not in apply.offered_forms(sites[1], moves, CPU)
     across = sites[1].model_copy(
         update={"slices": tuple(part.model_copy(update={"dim": 1 - part.dim}) for part in sites[1].slices)}
     )
-    assert apply.forms_of(across, moves, GPU) == ()
+    assert apply.offered_forms(across, moves, GPU) == ()
 
 
 def test_levels_in_torch_lie_where_its_kernels_fit():

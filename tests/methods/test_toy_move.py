@@ -36,7 +36,7 @@ def test_without_the_line_there_is_no_such_move():
 
 def test_with_the_line_its_format_is_an_option_of_every_site(known, tmp_path):
     job = prepare(recipe(tmp_path, 1.0), Quiet())
-    assert {apply.forms_of(site, ("grouped",), job.runtime) for site in job.sites} == {(FORMAT.name,)}
+    assert {apply.offered_forms(site, ("grouped",), job.runtime) for site in job.sites} == {(FORMAT.name,)}
     assert Option.of(FORMAT.name, 3).number_format == FORMAT
 
 

@@ -18,7 +18,7 @@ from compress.export.backends import onnxruntime
 from compress.export.onnx import writer
 from compress.methods import lower as in_files
 from compress.methods import quantized_layers, training_layers
-from compress.methods.quantized_parity import Guided
+from compress.methods.quantized_parity import LayerwiseParityRunner
 from compress.methods.training_layers import FactoredLinear
 from compress.pipeline import recovery
 from compress.sites import prune
@@ -43,7 +43,7 @@ def test_before_anything_is_learned_nothing_changes(candidates, form):
         assert torch.allclose(
             model(**batch.inputs).logits, reference(**batch.inputs).logits, atol=1e-4, rtol=1e-4
         )
-    equal(training_layers.settle(model, sites, removals), removals)
+    equal(training_layers.finalize(model, sites, removals), removals)
     assert list(model.state_dict()) == list(before)
     for name, value in model.state_dict().items():
         assert torch.allclose(value, before[name], atol=1e-5)
@@ -77,7 +77,7 @@ def test_what_is_tuned_is_what_the_file_computes(candidates, tmp_path, form):
     # Products that round are compared one by one: a last bit that tips a byte is nobody's mistake.
     with (
         onnxruntime.OrtRunner(file, threads=1) as runner,
-        Guided(reference, file, task.output_tensors, threads=1) as led,
+        LayerwiseParityRunner(reference, file, task.output_tensors, threads=1) as led,
     ):
         for batch in batches:
             inputs = {name: value.numpy() for name, value in batch.inputs.items()}
@@ -195,7 +195,7 @@ def test_a_layer_that_stores_its_weight_the_other_way_round_is_factored_as_it_st
     with torch.no_grad():
         made.left.mul_(2)
     expected = made(x)
-    assert made.settled() is dense
+    assert made.finalized() is dense
     assert torch.allclose(dense(x), expected, atol=1e-5)
 
 

@@ -177,7 +177,7 @@ def test_a_size_is_refused_before_anything_is_computed(tmp_path, asked_mb, words
 )
 def test_moves_that_no_site_can_take_are_refused_at_once(monkeypatch, moves, profile, why):
     if moves == ("block",):
-        monkeypatch.setattr(feasibility.apply, "forms_of", lambda *words, **more: ())
+        monkeypatch.setattr(feasibility.apply, "offered_forms", lambda *words, **more: ())
     backend = HERE if profile is CPU else None
     with pytest.raises(CompressError, match=f"leaves nothing to choose from:\n  {why}") as refusal:
         feasibility.check_moves(job(moves, profile, backend))

@@ -146,8 +146,8 @@ def test_a_plan_with_two_of_four_loses_less_in_the_order_it_finds(name, kind):
     uncut = prune.Removal(torch.arange(site.units), weight, torch.zeros(len(weight)))
     option = Option.of("2:4", None)
     bare = site.model_copy(update={"channels": ()})
-    moved, error = apply.treat(model, site, option, uncut, found, 1e-2)
-    _, plain = apply.treat(model, bare, option, uncut, found, 1e-2)
+    moved, error = apply.apply_option(model, site, option, uncut, found, 1e-2)
+    _, plain = apply.apply_option(model, bare, option, uncut, found, 1e-2)
     assert error <= plain
     assert NM().mask(moved.weight.abs()).sum() == (moved.weight != 0).sum()
     if kind == "ffn":

@@ -41,7 +41,9 @@ def split(tmp_path_factory):
         bias = task.model.get_parameter(site.bias).detach().clone()
         uncut = Removal(torch.arange(site.units), prune.writer_columns(task.model, site).clone(), bias)
         found = activation_statistics.read(folder, index)
-        removals[site.name], _ = apply.treat(task.model, site, Option.of(form, None), uncut, found, 1e-2)
+        removals[site.name], _ = apply.apply_option(
+            task.model, site, Option.of(form, None), uncut, found, 1e-2
+        )
     return task, sites, batches, removals
 
 

@@ -239,7 +239,7 @@ def untuned(task: Pictures, sparse: nn.Module, names: Sequence[str], held: Held)
         for name, made in ((words, net), (f"{words}, int8", bits)):
             scores = held.judge(made)
             plain = copy.deepcopy(made)
-            size = counted(plain, names, quantized_layers.settle(plain), sparse=is_sparse)
+            size = counted(plain, names, quantized_layers.finalize(plain), sparse=is_sparse)
             rows.append({"what": name, **scores, **size.against(full)})
             print(rows[-1], file=sys.stderr, flush=True)
     weights = sum(out * inner for out, inner in DEIT_B)
@@ -259,7 +259,7 @@ def tuned(stages: Stages, sparse: nn.Module, held: Held, seed: int) -> Iterator[
         factors = () if terms == "no factors" else factors
         made = stages.quantize(first, wanted, factors)
         scores = held.judge(made)
-        size = counted(made, stages.names, quantized_layers.settle(made), sparse=True)
+        size = counted(made, stages.names, quantized_layers.finalize(made), sparse=True)
         row: Row = {"what": terms, "seed": seed, "accuracy_2:4": held.judge(first)["accuracy"]}
         row |= {**scores, **size.against(full), "factors": [round(each, 2) for each in factors]}
         yield row | {"seconds": round(time.perf_counter() - began, 1)}

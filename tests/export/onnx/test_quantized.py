@@ -208,7 +208,7 @@ def test_a_whole_model_agrees_on_padded_batches(precision, tmp_path):
     dense = [task.model(**batch.inputs).logits.detach() for batch in batches]
     quantized_layers.insert(task.model, places)
     expected = [task.model(**batch.inputs).logits.detach() for batch in batches]
-    products = quantized_layers.settle(task.model)
+    products = quantized_layers.finalize(task.model)
     example = {name: value.contiguous() for name, value in task.example(2, 9).items()}
     export(task.model, example, tmp_path / "m.onnx", outputs=("logits",))
     lower_file(tmp_path / "m.onnx", products, tmp_path / "m.onnx")
@@ -399,7 +399,7 @@ def test_settled_layers_export_and_lower_to_what_they_computed(tmp_path):
     model = inserted(codes_of(Products(), "int8-static"))
     x = values(seed=5)
     expected = model(x).detach().numpy()
-    products = quantized_layers.settle(model)
+    products = quantized_layers.finalize(model)
     export(model, {"x": x}, tmp_path / "m.onnx", outputs=("y",))
     lower_file(tmp_path / "m.onnx", products, tmp_path / "m.onnx")
     with OrtRunner(tmp_path / "m.onnx", 1) as runner:
