@@ -191,8 +191,22 @@ def bench(session: "Session", words: Words) -> int:
     given = {name: words[name] for name in ("batch", "tokens", "phase", "blocks")}
     threads = words["threads"] or 1
     found = verbs.bench(*words["artifacts"], threads=threads, progress=session.progress, **given)
-    session.print_result(found.model_dump(mode="json"))
+    document = found.model_dump(mode="json")
+    session.print_result(document, _with_units(document))
     return 0
+
+
+def _with_units(document: Words) -> str:
+    """The result of `bench` as text, with the unit of every latency in its column's name."""
+    from compress.cli.console import plain
+    from compress.ir import Latency
+
+    timed = set(Latency.model_fields) - {"runs"}
+    rows = [
+        {f"{name}_ms" if name in timed else name: value for name, value in row.items()}
+        for row in document.get("artifacts", [])
+    ]
+    return plain({**document, "artifacts": rows} if rows else document)
 
 
 @app.command()

@@ -721,3 +721,14 @@ def test_the_options_of_each_verb_are_frozen():
         for name, command in main.app.commands.items()
     }
     assert found == {name: flags | common for name, flags in expected.items()}
+
+
+def test_bench_names_the_unit_of_every_latency(pipeline, capfd):
+    row = {"artifact": "a.onnx", "p50": 1.25, "p90": 1.5, "p99": None, "mean": 1.3, "std": 0.1, "runs": 40}
+    pipeline.result = {"artifacts": [row], "drift": 0.01}
+    assert main.perform(["bench", "a.onnx"]) == 0
+    text = capfd.readouterr().out
+    assert all(f"{name}_ms" in text for name in ("p50", "p90", "mean", "std"))
+    assert "runs_ms" not in text
+    assert main.perform(["bench", "a.onnx", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == pipeline.result

@@ -45,8 +45,8 @@ def rows(heading):
 
 def test_the_first_commands_install_and_run_and_test():
     assert SHELL[0] == (
-        "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt torch "
-        "--index-url https://download.pytorch.org/whl/cpu"
+        "python3 -m venv .venv && .venv/bin/pip install uv "
+        "&& .venv/bin/uv pip install -p .venv --torch-backend cpu -c constraints.txt torch"
     )
     assert SHELL[1] == (
         'python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e ".[dev]" '
