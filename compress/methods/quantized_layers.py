@@ -1,15 +1,15 @@
-"""Linear layers that compute what their products in low precision compute, for scoring and for training.
+"""Linear layers that emulate low-precision products, for scoring and for quantization-aware training.
 
-`insert` puts such a layer in the place of an `nn.Linear`; `remove` puts the original back. The layer is
-an `nn.Linear` with the same names of weight and bias, so nothing around it notices. It holds the weight
-that its codes stand for. A layer that learns rounds it anew in every pass, and gradients of the weight
-and the steps go through the rounding. A step learns as the logarithm of its change: an optimizer whose
-strides do not follow the size of a gradient, as Adam's, then changes every step by the same share, and
-none becomes negative (Jain et al., "Trained Quantization Thresholds", arXiv 1903.08066). `finalize` ends the
-training: plain layers with rounded weights, and the codes for the exporter.
+`insert` replaces an `nn.Linear` by such a layer and `remove` restores the original. The layer is itself an
+`nn.Linear` with the same parameter names, so surrounding code works unchanged. Its weight is the dequantized
+weight. A trainable layer quantizes its weight in every forward pass, and gradients of the weight and of the
+steps pass through the rounding (straight-through). A step is trained as the logarithm of its relative
+change: under Adam, whose update size does not follow the gradient, every step then changes by the same
+factor and none becomes negative (Jain et al., "Trained Quantization Thresholds", arXiv 1903.08066).
+`finalize` ends the training: plain layers with rounded weights, and the codes for the exporter.
 
-A layer of a masked model reads units that the file no longer has. `columns` names those that remain:
-the others take no part in the range of the input, in pairs of neighbors or in blocks.
+A layer of a masked model still reads units that the exported file lacks. `columns` lists the remaining ones;
+the others do not count for the input range, pairs of neighbors or blocks.
 """
 
 import copy
@@ -33,12 +33,12 @@ from compress.sites.modeling import owner
 from compress.sites.prune import Removal, kept_positions
 from compress.tasks.loading import Batch, Task
 
-LEAST_STEP = 1e-9  # a learned step never reaches zero
+LEAST_STEP = 1e-9  # lower bound of a learned step
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """What goes where one product is: codes, a new bias [out] or None, the columns that remain or None."""
+    """The quantized weight of one layer, its new bias [out] or None, and the kept columns or None for all."""
 
     quantized: Quantized
     bias: Tensor | None = None
@@ -47,7 +47,7 @@ class Place:
 
 @dataclass(frozen=True)
 class InputMoments:
-    """What the input of a product looked like: `E[x x^T]` [in, in], `E[x]` [in], and its values."""
+    """Statistics of a layer's input: `E[x x^T]` [in, in], `E[x]` [in], and a histogram of its values."""
 
     second: Tensor
     mean: Tensor
@@ -55,10 +55,9 @@ class InputMoments:
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer [out, in] whose answer is that of its product in low precision.
+    """A linear layer [out, in] whose output is that of its product in low precision.
 
-    While it learns, `change` [out, blocks] and, for int8-static, `input_change` are the logarithms of how
-    much larger its steps are than at the start.
+    In training `change` [out, blocks] and, for int8-static, `input_change` are log(current / initial step).
     """
 
     step: Tensor
@@ -91,7 +90,7 @@ class QuantizedLinear(nn.Linear):
             self.change = nn.Parameter(torch.zeros_like(step))
             if found.input_step is not None:
                 self.input_change = nn.Parameter(torch.zeros_like(input_step))
-        # What is not trained is rounded once.
+        # Without training the codes are constant.
         self.fixed = None if learn else found.codes.to(dense.weight)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ class QuantizedLinear(nn.Linear):
         scale = input_step * step[:, 0]
         if self.bias is None:
             return product * scale
-        if self.format.rounds_bias:  # there the bias is a whole number of the product's steps
+        if self.format.rounds_bias:  # the bias is an integer multiple of input_step * step
             return (product + fakequant.rounded(self.bias / scale)) * scale
         return product * scale + self.bias
 
@@ -127,11 +126,11 @@ class QuantizedLinear(nn.Linear):
         return step, torch.tensor(self.input_zero)
 
     def steps(self) -> Tensor:
-        """The steps of the weight as they are now, [out, blocks]."""
+        """The current steps of the weight, [out, blocks]."""
         return (self.step * self.change.exp()).clamp(min=LEAST_STEP) if self.learn else self.step
 
     def input_steps(self) -> Tensor:
-        """The step of the input as it is now, a scalar; int8-static alone has one."""
+        """The current step of the input, a scalar; only int8-static has one."""
         return (
             (self.input_step * self.input_change.exp()).clamp(min=LEAST_STEP)
             if self.learn
@@ -146,7 +145,7 @@ class QuantizedLinear(nn.Linear):
 
     @torch.no_grad()
     def quantized(self) -> Quantized:
-        """The codes and steps as they are now, of the columns that remain."""
+        """The current codes and steps of the kept columns."""
         weight = self.weight if self.columns is None else self.weight[:, self.columns]
         step = self.steps().float()
         codes = fakequant.weight_codes(weight, step, self.grid)
@@ -157,19 +156,21 @@ class QuantizedLinear(nn.Linear):
 
 
 def insert(model: nn.Module, places: Mapping[str, Place], *, learn: bool = False) -> None:
-    """Let products compute in low precision, in place.
+    """Replace linear layers by quantized ones, in place.
 
     Args:
         model: holds the layers.
         places: by the name of the weight, such as `encoder.0.dense.weight`.
-        learn: weights, biases and steps take gradients.
+        learn: weights, biases and steps are trainable.
 
     Raises:
-        CompressError: a name is no weight of an `nn.Linear`, sizes do not fit, or fp8 is to learn; nothing
-            is changed.
+        CompressError: not the weight of an `nn.Linear`, shapes differ, or fp8 is to be trained. The model is
+            unchanged then.
     """
     if learn and any(grid_of(place.quantized.precision).floating for place in places.values()):
-        raise CompressError("fp8 has one step for a whole weight, which is not trained; tune before rounding")
+        raise CompressError(
+            "fp8 layers cannot be trained (one step per weight, not learned); tune before rounding"
+        )
     layers = {name: _linear(model, name) for name in places}
     for name, layer in layers.items():
         _check(name, layer, places[name])
@@ -179,7 +180,7 @@ def insert(model: nn.Module, places: Mapping[str, Place], *, learn: bool = False
 
 
 def remove(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Put original layers back, as they were before `insert`: those of these weights, or all."""
+    """Restore the original layers as before `insert`: those of the named weights, or all."""
     found = _inserted(model)
     wanted = set(found) if names is None else {owner(name) for name in names}
     for name in wanted & set(found):
@@ -187,13 +188,13 @@ def remove(model: nn.Module, names: Iterable[str] | None = None) -> None:
 
 
 def places(model: nn.Module, site: Site, removal: Removal, *, masked: bool) -> dict[str, Place]:
-    """Where the codes of a site's removal go.
+    """The quantized weights of a site, by the name of the weight, ready for `insert`.
 
     Args:
         model: after `prune.write_weights` (masked) or `prune.shrink`; it is only read.
         site: of the original model.
-        removal: without codes there are no places.
-        masked: the model has its original shape; units that are gone take no part.
+        removal: its codes; without codes the result is empty.
+        masked: the model has its original shape, and removed units are excluded.
     """
     found = {}
     for name, codes in removal.codes.items():
@@ -207,16 +208,16 @@ def places(model: nn.Module, site: Site, removal: Removal, *, masked: bool) -> d
 
 
 def _spread(codes: Quantized, stay: Tensor, model: nn.Module, name: str) -> Quantized:
-    """The codes of kept outputs among those of all, which are zero."""
+    """Codes of the full weight: those of kept outputs, zero for all others."""
     out = len(model.get_parameter(name))
-    kept = codes.codes.view(torch.uint8)  # torch moves no rows of fp8
+    kept = codes.codes.view(torch.uint8)  # torch has no index_copy for fp8
     whole = kept.new_zeros(out, kept.shape[1]).index_copy_(0, stay, kept).view(codes.codes.dtype)
     step = codes.step.new_ones(out, codes.step.shape[1]).index_copy_(0, stay, codes.step)
     return replace(codes, codes=whole, step=step)
 
 
 def emulated(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> nn.Module:
-    """A copy of a shrunk model that computes what its file computes in low precision."""
+    """A copy of a shrunk model that emulates the low-precision products of its exported file."""
     found = copy.deepcopy(model)
     for site in sites:
         if site.name in removals:
@@ -225,10 +226,10 @@ def emulated(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Rem
 
 
 def share_input(model: nn.Module, names: Sequence[str]) -> None:
-    """Let learning int8-static products that read one tensor learn one step for it.
+    """Share one trainable input step among int8-static layers that read the same tensor.
 
-    The file turns a tensor into bytes once for all products that agree on the step; with steps of their own
-    it would have to do so for each, which costs time that nobody has measured.
+    The file quantizes a tensor once for all products with the same step. Separate steps would need one
+    quantization per product, whose time is not in the measured latency.
     """
     layers = [_inserted(model)[owner(name)] for name in names]
     for layer in layers[1:]:
@@ -237,7 +238,7 @@ def share_input(model: nn.Module, names: Sequence[str]) -> None:
 
 @contextmanager
 def frozen_codes(model: nn.Module) -> Iterator[None]:
-    """For a while learning layers round their weights once, not in every pass; nothing may move meanwhile."""
+    """Quantize the weights of trainable layers once within the context; parameters must not change there."""
     layers = [layer for layer in _inserted(model).values() if layer.learn]
     try:
         for layer in layers:
@@ -250,9 +251,9 @@ def frozen_codes(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def finalize(model: nn.Module) -> dict[str, Quantized]:
-    """Make every inserted layer a plain one with rounded weights; gives the codes by weight name.
+    """Replace every inserted layer by a plain one with rounded weights; the codes by weight name.
 
-    The file of the settled model, lowered with these codes, computes what the inserted layers did.
+    The exported file of this model, lowered with these codes, computes what the inserted layers computed.
     """
     found = {}
     for name, layer in _inserted(model).items():
@@ -270,12 +271,12 @@ def finalize(model: nn.Module) -> dict[str, Quantized]:
 
 @torch.inference_mode()
 def observe(task: Task, names: Iterable[str], batches: Sequence[Batch]) -> dict[str, InputMoments]:
-    """The inputs of products over calibration data, by the name of the weight; padding never counts.
+    """Input statistics over calibration data, by the name of the weight; padding is excluded.
 
-    Products that read the same tensor share one answer.
+    Layers that read the same tensor share one result.
 
     Raises:
-        CompressError: a name is no weight of an `nn.Linear`, or an input is NaN or infinite.
+        CompressError: a name is not the weight of an `nn.Linear`, or an input is NaN or infinite.
     """
     layers = {name: _linear(task.model, name) for name in names}
     watch = _Watch()
@@ -296,14 +297,13 @@ def observe(task: Task, names: Iterable[str], batches: Sequence[Batch]) -> dict[
             )
         found[name] = made[id(total)]
     if set(layers) - set(found):
-        raise CompressError(
-            f"{', '.join(sorted(set(layers) - set(found)))} read no data; the model skips them"
-        )
+        skipped = ", ".join(sorted(set(layers) - set(found)))
+        raise CompressError(f"{skipped} received no data: the model does not run them on these inputs")
     return found
 
 
 class _Total:
-    """Running sums of one tensor of inputs."""
+    """Running sums over one input tensor."""
 
     def __init__(self, inner: int) -> None:
         self.count = 0
@@ -319,7 +319,7 @@ class _Total:
 
 
 class _Watch:
-    """Adds up what layers read; layers that read one tensor in the first batch share a total."""
+    """Accumulates layer inputs; layers that read the same tensor in the first batch share one total."""
 
     def __init__(self) -> None:
         self.totals: dict[str, _Total] = {}
@@ -327,11 +327,11 @@ class _Watch:
         self.read: list[tuple[Tensor, _Total]] = []
 
     def begin(self, batch: Batch) -> None:
-        """The next batch comes."""
+        """Start the next batch."""
         self.batch, self.read = batch, []
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """What a layer calls before it computes."""
+        """A forward pre-hook for the layer of this weight."""
 
         def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             values = arguments[0]
@@ -357,11 +357,11 @@ def round_linear(
 ) -> tuple[Place, float]:
     """The layer's weight rounded for inputs with these moments, and its error (0 is lossless).
 
-    The mean goes into the bias where the layer has one; without, the loss is about zero.
+    With a bias, the error is centered: the bias corrects the mean. Without, it is taken about zero.
 
     Args:
-        layer: stays as it is.
-        precision: what its product becomes.
+        layer: not changed.
+        precision: number format of its product.
         second: [in, in] `E[x x^T]`, not centered.
         mean: [in] `E[x]`.
         span: the range of the input, for int8-static.
@@ -380,11 +380,13 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     try:
         layer = model.get_submodule(owner(name))
     except AttributeError as error:
-        raise CompressError(f"{name} is no weight of the model; this is a mistake in the site") from error
+        raise CompressError(
+            f"{name} is not a weight of the model; the site that lists it is wrong"
+        ) from error
     if not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear) or not name.endswith(".weight"):
         raise CompressError(
-            f"{name} belongs to a {type(layer).__name__}; only the weight of an nn.Linear that is in full "
-            "precision can be quantized"
+            f"{name} belongs to a {type(layer).__name__}; only the weight of an nn.Linear in full precision "
+            "can be quantized"
         )
     return layer
 
@@ -394,5 +396,5 @@ def _check(name: str, layer: nn.Linear, place: Place) -> None:
     if tuple(place.quantized.codes.shape) != (layer.out_features, inner):
         raise CompressError(
             f"{name} is [out={layer.out_features}, in={inner}], its codes are "
-            f"{list(place.quantized.codes.shape)}; they were made for another model or site"
+            f"{list(place.quantized.codes.shape)}; they belong to another model or site"
         )

@@ -1,10 +1,10 @@
-"""The torch model beside its file where products round: each product reads what the file's product reads.
+"""Compare a quantized torch model with its exported file layer by layer, on the file's own layer inputs.
 
-Two correct programs that round agree only until one number is on the other side of a rounding border (see
-`export.onnx.probes`). So products are compared one by one: the torch model runs up to a product, what it
-would read must be what the file reads, what it makes of the file's input must be what the file answers, and
-it goes on with that answer. Every difference is then one of float sums, and the tolerance is the one of files
-without rounding.
+Two correct programs that round agree only until one value falls on the other side of a rounding threshold
+(see `export.onnx.probes`). Layers are therefore compared one by one: the input that torch computes must match
+the file's input, the output that torch computes from the file's input must match the file's output, and torch
+continues with the file's output. Every remaining difference is one of floating-point summation, so the
+tolerance is the one of files without rounding.
 """
 
 import tempfile
@@ -27,14 +27,14 @@ from compress.methods.quantized_layers import QuantizedLinear
 from compress.tasks.loading import Batch
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
-AGAIN = "the file is not shipped. Export again, and report this model if it stays"
+AGAIN = "the file is not shipped. Export again, and report this model if the error persists"
 
 
 class LayerwiseParityRunner:
-    """A runner: the torch model, its products in low precision led by those of a file.
+    """A runner of the torch model whose quantized layers continue with the outputs of the exported file.
 
-    `products` is how many there are, `apart` how far any was from the file's, as a share of the largest
-    value there (at least 1).
+    `products` counts the compared layers. `apart` is the largest absolute difference from the file, relative
+    to the largest value of the tensor (at least 1).
     """
 
     def __init__(self, model: nn.Module, file: Path, tensors: Tensors, *, threads: int) -> None:
@@ -51,7 +51,7 @@ class LayerwiseParityRunner:
 
     @property
     def products(self) -> int:
-        """How many products in low precision the file has."""
+        """The number of low-precision products in the file."""
         return len(self._watched)
 
     def __enter__(self) -> Self:
@@ -73,10 +73,10 @@ class LayerwiseParityRunner:
         self._open.close()
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The outputs of the torch model, as `TorchRunner.infer` gives it.
+        """The outputs of the torch model, as from `TorchRunner.infer`.
 
         Raises:
-            CompressError: a product reads or answers something else than in the file.
+            CompressError: the input or the output of a layer differs from the file.
         """
         seen = self._runner.infer(inputs)
         mask = inputs.get("attention_mask")
@@ -85,11 +85,11 @@ class LayerwiseParityRunner:
         for product in self._watched:
             if product.weight not in waiting:
                 raise CompressError(
-                    f"{product.weight} is in low precision in the exported file and not in torch; {AGAIN}"
+                    f"{product.weight} is quantized in the exported file but not in torch; {AGAIN}"
                 )
             waiting[product.weight].append((seen[product.reads], seen[product.answers]))
         hooks = [
-            layer.register_forward_hook(self._led(name, waiting[name], batch))
+            layer.register_forward_hook(self._comparing_hook(name, waiting[name], batch))
             for name, layer in self.layers.items()
         ]
         try:
@@ -102,39 +102,42 @@ class LayerwiseParityRunner:
             raise CompressError(f"the exported file runs {left[0]} more often than torch does; {AGAIN}")
         return found
 
-    def _led(self, name: str, waiting: list[tuple[Array, Array]], batch: Batch) -> Hook:
-        """A hook that compares one product with the file's and goes on with the answer of the file."""
+    def _comparing_hook(self, name: str, waiting: list[tuple[Array, Array]], batch: Batch) -> Hook:
+        """A forward hook that compares one layer with the file and returns the file's output."""
 
-        def led(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def compare(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             assert isinstance(layer, QuantizedLinear)
             if not waiting:
                 raise CompressError(f"the exported file runs {name} less often than torch does; {AGAIN}")
             reads, answers = (torch.from_numpy(part) for part in waiting.pop(0))
             if (reads.numel(), answers.numel()) != (inputs[0].numel(), output.numel()):
                 raise CompressError(
-                    f"{name} makes {answers.numel()} numbers of {reads.numel()} in the exported file, and "
-                    f"{output.numel()} of {inputs[0].numel()} in torch; {AGAIN}"
+                    f"{name} maps {reads.numel()} values to {answers.numel()} in the exported file, and "
+                    f"{inputs[0].numel()} to {output.numel()} in torch; {AGAIN}"
                 )
-            # What is padding may be anything in the file, and matters to nothing but the range of bytes.
+            # Padded rows may differ in the file; they only affect the dynamic range of the input.
             given = reads.reshape(inputs[0].shape)
             pairs = (real_rows(inputs[0], batch), real_rows(given, batch))
-            self._compare(f"{name} reads", *pairs, parity.TOLERANCE)
+            self._compare(f"the input of {name}", *pairs, parity.TOLERANCE)
             answer = answers.reshape(output.shape)
             self._compare(
-                f"{name} answers", layer.forward(given), answer, layer.format.tolerance or parity.TOLERANCE
+                f"the output of {name}",
+                layer.forward(given),
+                answer,
+                layer.format.tolerance or parity.TOLERANCE,
             )
             return answer
 
-        return led
+        return compare
 
     def _compare(self, what: str, expected: Tensor, found: Tensor, relative: float) -> None:
         apart = (expected - found).abs()
         share = float(apart.max()) / max(1.0, float(expected.abs().max()))
-        if not share <= relative:  # what is no number is not
+        if not share <= relative:  # also true for NaN
             place = int(apart.nan_to_num(torch.inf).argmax())
             raise CompressError(
-                f"{what} something else in the exported file than in torch: "
-                f"{float(found.flatten()[place]):.6g}, not {float(expected.flatten()[place]):.6g}, "
-                f"{share:.2g} of the largest apart, tolerance {relative:.2g}; {AGAIN}"
+                f"{what} differs between the exported file and torch: "
+                f"{float(found.flatten()[place]):.6g} instead of {float(expected.flatten()[place]):.6g}, "
+                f"{share:.2g} of the largest value, tolerance {relative:.2g}; {AGAIN}"
             )
         self.apart = max(self.apart, share)

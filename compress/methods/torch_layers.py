@@ -1,7 +1,8 @@
-"""A shrunk model whose products run in the forms of its plan, where torch runs it on a GPU.
+"""A shrunk model whose linear layers run as GPU kernels for the options of its plan, under torch.
 
-The model keeps its float weights and says which layer is to become what; on the device, in its precision,
-each of these layers becomes the product that `export.backends.torch_kernels` has for its form.
+`with_placeholders` keeps the float weights and marks the layers to replace. After the model was moved to its
+device and precision, `deploy_kernels` replaces each marked layer by the kernel that
+`export.backends.torch_kernels` has for its option.
 """
 
 import copy
@@ -18,34 +19,34 @@ from compress.sites.prune import Removal, readers
 
 
 class KernelPlaceholder(nn.Linear):
-    """A linear layer that is to run in a form; until it is settled it is any other one of its weights."""
+    """A linear layer that `deploy_kernels` will replace; until then a plain layer with these weights."""
 
     def __init__(
         self, layer: nn.Linear, option: Option, factors: tuple[Tensor, Tensor] | None, codes: Quantized | None
     ) -> None:
-        """Take over the weights of `layer`; factors or codes are what its weight was made of."""
+        """Share the parameters of `layer`; its weight equals that of `factors` or `codes`."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self.option, self.codes, self.factors = option, codes, factors
 
     def product(self) -> nn.Module:
-        """The layer in its form, where its weight lies.
+        """The kernel module for the option, on the device of the weight.
 
         Raises:
-            CompressError: the device has no such product, or the weight is not as the form wants it.
+            CompressError: the device has no such kernel, or the weight does not fit it.
         """
         weights = self.factors if self.codes is None else self.codes
         return torch_kernels.required_kernel(self.option.form).deploy(weights, self)
 
 
 def with_placeholders(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> nn.Module:
-    """A copy of a shrunk model whose products say in which form they are to run.
+    """A copy of a shrunk model with a placeholder for every layer that gets a kernel.
 
     Args:
         model: shrunk by the same removals.
         sites: those of the original model.
-        removals: by site name; those without a form change nothing.
+        removals: by site name; dense ones change nothing.
     """
     found = copy.deepcopy(model)
     for site in sites:
@@ -56,8 +57,8 @@ def with_placeholders(model: nn.Module, sites: Iterable[Site], removals: Mapping
             layer = found.get_submodule(owner(name))
             if not isinstance(layer, nn.Linear):
                 raise CompressError(
-                    f"{name} lies in a {type(layer).__name__}; only an nn.Linear runs as "
-                    f"{removal.form} in torch"
+                    f"{name} belongs to a {type(layer).__name__}; torch runs {removal.form} only in an "
+                    "nn.Linear"
                 )
             parts = removal.factors.get(name), removal.codes.get(name)
             found.set_submodule(owner(name), KernelPlaceholder(layer, Option.of(removal.form, None), *parts))
@@ -65,13 +66,13 @@ def with_placeholders(model: nn.Module, sites: Iterable[Site], removals: Mapping
 
 
 def deploy_kernels(model: nn.Module) -> nn.Module:
-    """The model itself, every layer that says so run in its form from now on.
+    """Replace every placeholder by its kernel, in place; the same model.
 
     Args:
         model: on its device and in its precision.
 
     Raises:
-        CompressError: the device has no product of a form.
+        CompressError: the device has no kernel for an option.
     """
     waiting = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, KernelPlaceholder)]
     for name, layer in waiting:

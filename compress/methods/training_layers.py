@@ -22,7 +22,7 @@ from compress.sites.prune import Removal, readers
 
 
 class FactoredLinear(nn.Module):
-    """`S x + L (R x) + b` in the place of a linear layer; without `sparse` there is no S."""
+    """Computes `S x + L (R x) + b` in place of a linear layer; S is absent if `sparse` is None."""
 
     sparse: nn.Parameter | None
     bias: nn.Parameter | None
@@ -30,16 +30,16 @@ class FactoredLinear(nn.Module):
     def __init__(
         self, dense: nn.Module, factors: tuple[Tensor, Tensor], *, across: bool, sparse: bool
     ) -> None:
-        """Take a layer apart.
+        """Split a layer into its parts.
 
         Args:
-            dense: has a weight that is S + L R, and a bias or None, which stays the same parameter.
+            dense: its weight is S + L R; its bias (or None) is used as the same parameter.
             factors: L [out, rank] and R [rank, in].
             across: the weight is stored as [in, out].
-            sparse: there is an S.
+            sparse: whether there is an S.
         """
         super().__init__()
-        self.original = (dense,)  # in a tuple, so that it is no part of this module
+        self.original = (dense,)  # in a tuple, so that it is not registered as a submodule
         self.across = across
         stored = dense.get_parameter("weight").detach()
         self.left, self.right = (nn.Parameter(part.to(stored, copy=True)) for part in factors)
@@ -49,7 +49,7 @@ class FactoredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The one matrix [out, in] that computes the same."""
+        """The equivalent dense matrix [out, in]."""
         merged = self.left @ self.right
         return merged if self.sparse is None else self.sparse + merged
 
@@ -60,27 +60,27 @@ class FactoredLinear(nn.Module):
 
     @torch.no_grad()
     def finalized(self) -> nn.Module:
-        """The layer that was there before, with what was learned."""
+        """The original layer with the trained weight."""
         dense = self.original[0]
         dense.get_parameter("weight").copy_(self.weight.T if self.across else self.weight)
         return dense
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """L [out, rank] and R [rank, in] as they are now."""
+        """Copies of the current L [out, rank] and R [rank, in]."""
         return self.left.detach().clone(), self.right.detach().clone()
 
 
 def insert(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> dict[str, Tensor]:
-    """Let the products of a shrunk model learn in their forms, in place; the zeros that must be held.
+    """Make the layers of a shrunk model trainable in their options, in place; masks of zeros to keep.
 
     Args:
-        model: what `prune.shrink` gave for `removals`.
+        model: the result of `prune.shrink` for `removals`.
         sites: of the original model.
         removals: by site name.
 
     Returns:
-        A bool mask by the name of a parameter, True where it is zero by its pattern. A weight of a pattern
-        that was rounded to zero counts as one of its zeros.
+        By parameter name, a bool mask that is True where the parameter is zero by its pattern. A kept weight
+        that was rounded to zero counts as zero too.
     """
     zeros: dict[str, Tensor] = {}
     for site in sites:
@@ -105,12 +105,13 @@ def insert(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Remov
 
 
 def finalize(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Removal]) -> dict[str, Removal]:
-    """Put plain layers with the learned weights back; the removals with learned codes and factors.
+    """Put plain layers with the trained weights back; the removals with trained codes and factors.
 
     Args:
-        model: with layers that `insert` put in; afterwards it is shaped as it was before.
+        model: with the layers of `insert`; afterwards it has the same modules as before `insert`.
         sites: of the original model.
-        removals: those that `insert` was given. Their weights, biases and readers say what was tuned from.
+        removals: the ones passed to `insert`. Their weights, biases and readers are returned unchanged: they
+            are the values before training.
     """
     codes = quantized_layers.finalize(model)
     found = dict(removals)
@@ -131,7 +132,7 @@ def finalize(model: nn.Module, sites: Iterable[Site], removals: Mapping[str, Rem
 
 
 def fingerprint(removals: Mapping[str, Removal]) -> list[bytes | str]:
-    """What learning in these forms starts from besides the weights: forms, steps and factors."""
+    """The initial state of training besides the weights (forms, steps, factors), for hashing."""
     parts: list[bytes | str] = []
     for name, one in removals.items():
         parts += [name, one.form]
@@ -143,7 +144,7 @@ def fingerprint(removals: Mapping[str, Removal]) -> list[bytes | str]:
 
 
 def _is_trainable(option: Option) -> bool:
-    """Whether the steps of its number format can be learned; without one there are none."""
+    """Whether the steps of its number format can be trained; True without a number format."""
     return option.number_format is None or option.number_format.trainable
 
 

@@ -108,7 +108,7 @@ def test_what_has_no_form_stays_and_the_given_model_is_not_touched(statistics, t
 def test_a_matrix_that_is_no_linear_layer_is_refused(statistics, tmp_path):
     sites, shrunk, removals = planned(statistics, tmp_path, "2:4")
     shrunk.set_submodule(sites[0].writer.rpartition(".")[0], nn.Identity())
-    with pytest.raises(CompressError, match=r"lies in a Identity; only an nn.Linear runs as 2:4 in torch"):
+    with pytest.raises(CompressError, match=r"belongs to a Identity; torch runs 2:4 only in an nn.Linear"):
         torch_layers.with_placeholders(shrunk, sites, removals)
 
 
