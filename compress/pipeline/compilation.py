@@ -1,11 +1,11 @@
-"""The whole compilation as one readable function: what is asked, measured, chosen, built and proved.
+"""The whole compilation as one function: price, plan, build, recover, evaluate.
 
     job -> costs -> candidates -> (plan -> file -> timing)* -> refit -> file -> recovery -> file -> proof
 
-Where the hidden width may be cut, costs to timing run once for every width that may win. Split weights are
-matched block by block right after the refit.
-Every arrow leaves an artifact in `<out>/compression/`, stored with the hash of what it was made from:
-a second run takes up whatever is still valid, and a killed run loses at most the stage it was in.
+If the hidden width may be pruned, the steps from costs to timing run once per candidate width. Weights with a
+low-rank part are reconstructed block by block right after the refit.
+Every arrow stores an artifact in `<out>/compression/` with the hash of its inputs: a second run reuses those
+that are still valid, and an interrupted run loses at most the stage that it was in.
 """
 
 from collections.abc import Mapping
@@ -55,14 +55,14 @@ from compress.tasks.task import Task
 from compress.training.block_reconstruction import reconstruct
 
 ATTEMPTS = 3
-SURE = 0.98  # of what was asked: where the interval of a proof should begin
+MIN_INTERVAL_LOW = 0.98  # lower end of the final interval, as a share of the requested speedup
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A finished compilation: the report, the model that it is about, and the units kept by site.
+    """A finished compilation: the report, the compressed model, and the kept units by site.
 
-    `job` is the one that the plan was made for, whose model may be narrower than the dense one.
+    `job` is the one that the plan was searched for; its model may be narrower than the dense one.
     """
 
     job: Job
@@ -71,7 +71,7 @@ class Compiled:
     kept: dict[str, Tensor]
 
     def expanded(self) -> nn.Module:
-        """The finished model at the shapes of the model that its plan was made for."""
+        """The compressed model expanded to the shapes of `job`'s model; removed units are zero."""
         return expand(self.job.task.model, self.job.sites, self.kept, self.model)
 
 
@@ -79,15 +79,15 @@ def run(recipe: Recipe, progress: Progress, task: Task | None = None) -> Report:
     """Compile the recipe's model, or that of `task`, to its budget on its target, into `recipe.out`.
 
     Raises:
-        CompressError: the request cannot be carried out; the message says what can.
+        CompressError: the request cannot be met; the message names an alternative.
     """
     return compiled(prepare(recipe, progress, task)).report
 
 
 def compiled(job: Job, before: Compiled | None = None) -> Compiled:
-    """Carry out a job; pruning begins at the model that was made before, where there is one.
+    """Run a job; pruning starts from the model of `before`, if given.
 
-    Costs, the teacher and the baseline of the proof are the dense model's whatever the start.
+    Costs, teacher and baseline of the evaluation are always those of the dense model.
     """
     with job.stages.accounted("price"):
         pruned, calmed = smooth_model(
@@ -107,18 +107,18 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
     with job.stages.accounted("build"):
         for attempt in range(ATTEMPTS):
             model, removals, notes = build(found)
-            comparison = _proof_timing(job, model, removals, asked, last=attempt == ATTEMPTS - 1)
+            comparison = _final_timing(job, model, removals, asked, last=attempt == ATTEMPTS - 1)
             missed = comparison is not None and evaluation.timing_of(comparison).speedup < asked
             if comparison is None or not missed or attempt == ATTEMPTS - 1:
                 break
             proof = evaluation.timing_of(comparison)
             job.stages.progress.say(
-                f"the proof measured {proof.speedup:.2f}x where {asked:.2f}x was asked: search again with it"
+                f"the final timing is {proof.speedup:.2f}x of {asked:.2f}x requested: searching again with it"
             )
             rounds = _with_timing(found.rounds, found.iteration, proof)
             found = choose(found.space, asked, rounds)
     if before is not None:
-        notes.append("Pruned from another member of its family: the errors of sites are relative to that.")
+        notes.append("Pruned from another member of the family: site errors are relative to that model.")
     notes += calmed
     own = found.space.job
     if job.recipe.recovery.mode != "none":
@@ -127,7 +127,7 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
             removals, learned = recovery.recover(own, model, removals)
             notes += learned
             save(own, found.iteration, model, removals)
-            comparison = _proof_timing(job, model, removals, asked, last=True)
+            comparison = _final_timing(job, model, removals, asked, last=True)
     result = evaluation.assemble(
         own,
         found.space.costs,
@@ -151,10 +151,10 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
 
 
 def search_space(job: Job, costs: Costs) -> SearchSpace:
-    """Everything that plans of a job are chosen by: prices, candidates, and what judges them."""
+    """Everything needed to search a plan: prices, candidates and the objective."""
     prices = energy_budget.price(job, costs) if job.recipe.budget.name in energy_budget.ASKED else None
     if prices is not None:
-        energy_budget.limit_mj(job, costs, prices)  # what cannot be had is told before anything is computed
+        energy_budget.limit_mj(job, costs, prices)  # raises before the expensive stages
     errors = plan_search.build_candidates(job, costs)
     menus = plan_search.build_table(job, costs, errors)
     judge = plan_search.build_objective(job, menus)
@@ -164,7 +164,7 @@ def search_space(job: Job, costs: Costs) -> SearchSpace:
 def search(
     ground: SearchSpace, stream: Stream | None, asked: float
 ) -> tuple[SearchResult, tuple[Width, ...]]:
-    """The plan to keep, and the hidden widths that were tried where that was asked for."""
+    """The selected plan, and the hidden widths that were tried (empty unless requested)."""
     if stream is None:
         return choose(ground, asked, SearchHistory()), ()
     return width_search.search_widths(
@@ -177,10 +177,10 @@ def search(
 
 
 def asked_speedup(job: Job, costs: Costs) -> float:
-    """The budget as a speedup over the dense model; size, energy and power ask for none (0).
+    """The budget as a speedup over the dense model; 0 for size, energy and power budgets.
 
     Raises:
-        CompressError: the dense model already keeps the budget.
+        CompressError: the dense model already meets the budget.
     """
     budget = job.recipe.budget
     if budget.name in ("size_mb", *energy_budget.ASKED):
@@ -190,14 +190,14 @@ def asked_speedup(job: Job, costs: Costs) -> float:
     dense = costs.dense_ms
     if dense <= budget.value:
         raise CompressError(
-            f"--{budget.name.replace('_', '-')} {budget.value:g} is already kept: the dense model takes "
+            f"--{budget.name.replace('_', '-')} {budget.value:g} is already met: the dense model takes "
             f"{dense:.3g} ms on {job.profile.name}; there is nothing to compress"
         )
     return dense / budget.value
 
 
 def choose(ground: SearchSpace, asked: float, rounds: SearchHistory) -> SearchResult:
-    """The turn to keep: of the closed loop where time is measured, else of one search."""
+    """The selected iteration: of the closed loop if time is measured here, else of a single search."""
     job, costs, menus, judge = ground.job, ground.costs, ground.table, ground.objective
     if ground.prices is not None:
         meter = meter_plan(job, ground.prices)
@@ -213,13 +213,13 @@ def choose(ground: SearchSpace, asked: float, rounds: SearchHistory) -> SearchRe
 
 
 def meter_plan(job: Job, prices: Prices) -> energy_search.Meter | None:
-    """A function that builds a plan and gives the energy of one run; None where nothing is metered."""
+    """A function that builds a plan and meters the energy of one run in mJ; None without a meter."""
     backend = job.backend
     if backend is None or prices.source != "measured":
         return None
 
     def act(choices: Mapping[str, Option]) -> float | None:
-        model, file = _trial(job, backend, choices)
+        model, file = _build_for_timing(job, backend, choices)
         used = energy_budget.metered(job, model, file)
         file.unlink(missing_ok=True)
         return None if used is None else used.energy_mj
@@ -227,8 +227,8 @@ def meter_plan(job: Job, prices: Prices) -> energy_search.Meter | None:
     return act
 
 
-def _trial(job: Job, backend: Backend, choices: Mapping[str, Option]) -> tuple[nn.Module, Path]:
-    """A plan as a model, and as a file where it is the file that is timed."""
+def _build_for_timing(job: Job, backend: Backend, choices: Mapping[str, Option]) -> tuple[nn.Module, Path]:
+    """A plan built for timing: the model as the backend builds it, and the path of its ONNX file."""
     file = job.work / "trial.onnx"
     removals = plan_search.load_removals(job, choices)
     model = prune.shrink(job.task.model, job.sites, removals)
@@ -243,10 +243,10 @@ def _trial(job: Job, backend: Backend, choices: Mapping[str, Option]) -> tuple[n
 def time_plan(job: Job) -> TimePlan:
     """A function that builds a plan and times it against the dense model."""
     backend = job.backend
-    assert backend is not None, "only what is here is timed"
+    assert backend is not None, "plans are timed only if the target is this machine"
 
     def act(choices: dict[str, Option]) -> Timing:
-        model, file = _trial(job, backend, choices)
+        model, file = _build_for_timing(job, backend, choices)
         found = evaluation.timing_of(
             evaluation.compare(job, backend, model, file, blocks=job.recipe.bench.blocks)
         )
@@ -258,7 +258,7 @@ def time_plan(job: Job) -> TimePlan:
 
 
 def export(job: Job, model: nn.Module, file: Path, removals: Mapping[str, Removal]) -> None:
-    """Write one compressed model of the job as ONNX, its products in the forms of the plan."""
+    """Write one compressed model of the job as ONNX, with its products lowered as the plan says."""
     written = block_patterns.find_patterns(job).written
     with job.stages(f"export {file.stem}"):
         model_files.write(
@@ -267,7 +267,7 @@ def export(job: Job, model: nn.Module, file: Path, removals: Mapping[str, Remova
 
 
 def build(found: SearchResult) -> tuple[nn.Module, dict[str, Removal], list[str]]:
-    """The finished model, saved as a directory and as ONNX; what was removed, and what is worth a note."""
+    """Build the selected plan and save it as a directory and as ONNX: model, removals, notes."""
     job, turn = found.space.job, found.iteration
     removals = plan_search.load_removals(job, turn.choices)
     notes = []
@@ -275,7 +275,7 @@ def build(found: SearchResult) -> tuple[nn.Module, dict[str, Removal], list[str]
         removals, note = _refitted(job, removals, turn, found.space.objective)
         notes.append(note)
         if any(removal.factors for removal in removals.values()):
-            removals, note = _matched(job, removals, found.space.objective)
+            removals, note = _reconstructed(job, removals, found.space.objective)
             notes.append(note)
     model = prune.shrink(job.task.model, job.sites, removals)
     save(job, turn, model, removals)
@@ -283,7 +283,7 @@ def build(found: SearchResult) -> tuple[nn.Module, dict[str, Removal], list[str]
 
 
 def save(job: Job, turn: Iteration, model: nn.Module, removals: Mapping[str, Removal]) -> None:
-    """Write the finished model as a directory, and as the ONNX file that ships."""
+    """Save the compressed model as a directory and as the ONNX file to deploy."""
     out = Path(job.recipe.out)
     units = {name: option.units for name, option in turn.choices.items() if option.units is not None}
     sites, less = list(job.sites), job.narrowed
@@ -298,7 +298,7 @@ def save(job: Job, turn: Iteration, model: nn.Module, removals: Mapping[str, Rem
 def _refitted(
     job: Job, removals: dict[str, Removal], turn: Iteration, judge: ModelObjective
 ) -> tuple[dict[str, Removal], str]:
-    """The removals after the sequential refit, unless unseen inputs say that it did harm."""
+    """The removals after the sequential refit, if it lowers the loss on validation inputs; and a note."""
     with job.stages("refit") as tick:
         better = refit(
             job.task.model,
@@ -314,37 +314,43 @@ def _refitted(
     if found < turn.loss:
         return (
             better,
-            f"Sequential refit: divergence from dense {turn.loss:.4g} -> {found:.4g}",
+            f"Sequential refit used: divergence from the dense model {turn.loss:.4g} -> {found:.4g}",
         )
-    return removals, f"Sequential refit not used: divergence {turn.loss:.4g} would become {found:.4g}"
+    return removals, f"Sequential refit not used: divergence {turn.loss:.4g} -> {found:.4g}, not lower"
 
 
-def _matched(job: Job, removals: dict[str, Removal], judge: ModelObjective) -> tuple[dict[str, Removal], str]:
-    """The removals after the matching of whole blocks, unless unseen inputs say that it did harm."""
+def _reconstructed(
+    job: Job, removals: dict[str, Removal], judge: ModelObjective
+) -> tuple[dict[str, Removal], str]:
+    """The removals after block reconstruction, if it lowers the loss on validation inputs; and a note."""
 
     def loss(found: Mapping[str, Removal]) -> float:
         small = prune.shrink(job.task.model, job.sites, found)
         return judge.of(quantized_layers.emulated(small, job.sites, found))
 
-    with job.stages("match blocks") as tick:
+    with job.stages("reconstruct blocks") as tick:
         memory_mb = job.recipe.calibration.memory_mb
         better = reconstruct(
             job.task.model, job.sites, removals, job.calibration, memory_mb=memory_mb, progress=tick
         )
         before, after = loss(removals), loss(better)
     if after < before:
-        return better, f"Blocks matched: divergence from dense {before:.4g} -> {after:.4g}"
-    return removals, f"Matching of blocks not used: divergence {before:.4g} would become {after:.4g}"
+        return (
+            better,
+            f"Block reconstruction used: divergence from the dense model {before:.4g} -> {after:.4g}",
+        )
+    return removals, f"Block reconstruction not used: divergence {before:.4g} -> {after:.4g}, not lower"
 
 
-def _proof_timing(
+def _final_timing(
     job: Job, model: nn.Module, removals: Mapping[str, Removal], asked: float, *, last: bool
 ) -> Comparison | None:
-    """The shipped model against the dense one; None when this machine is not the target.
+    """Time the deployed model against the dense one; None when this machine is not the target.
 
-    Where it is fast enough, but its interval begins far below what was asked, it is timed again twice as
-    long, and that alone counts. So it is, met or missed alike, where its interval holds what was asked and
-    no other plan can follow (`last`): a second look at misses alone would favor the verdict MET.
+    The timing is repeated with twice as many blocks, and only the second result counts, in two cases: the
+    speedup is reached but its interval starts below `MIN_INTERVAL_LOW` times the request; or no other plan
+    can follow (`last`) and the interval contains the request. The second case applies to reached and missed
+    requests alike, since repeating only the misses would bias the verdict toward MET.
     """
     if job.backend is None:
         return None
@@ -353,16 +359,18 @@ def _proof_timing(
     comparison = evaluation.compare(job, job.backend, runs, job.file, blocks=blocks)
     found = evaluation.timing_of(comparison)
     interval = Interval(*found.interval95)
-    if (found.speedup >= asked and interval.low < SURE * asked) or (last and not interval.decides(asked)):
+    if (found.speedup >= asked and interval.low < MIN_INTERVAL_LOW * asked) or (
+        last and not interval.decides(asked)
+    ):
         job.stages.progress.say(
             f"{found.speedup:.2f}x [{interval.low:.2f}, {interval.high:.2f}] is too uncertain: "
-            "once more, longer"
+            "timing again with twice as many blocks"
         )
         comparison = evaluation.compare(job, job.backend, runs, job.file, blocks=2 * blocks)
     return comparison
 
 
 def _with_timing(rounds: SearchHistory, turn: Iteration, timing: Timing) -> SearchHistory:
-    """The rounds with a longer measurement in the place of a turn's first one, as the newest turn."""
+    """The history with `turn` moved to the end and its timing replaced by a longer measurement."""
     rest = tuple(one for one in rounds.rounds if one != turn)
     return SearchHistory(rounds=(*rest, turn.model_copy(update={"timing": timing})))

@@ -1,8 +1,8 @@
-"""What cannot be had, told before anything is computed for it: from the request, then from its prices.
+"""Refuse requests that cannot be met before the expensive stages run.
 
-Statistics and candidates are most of a run's work, and a budget that no plan keeps needs none of them. The
-fastest plan is known from the prices; where the budget is near what is predicted of it, its shapes alone are
-built and timed, which takes seconds.
+Statistics and candidates are most of the work of a run, and a budget that no plan meets needs neither. The
+fastest plan is known from the prices. If the budget is close to its predicted speedup, a model of its shapes
+alone is built and timed, which takes seconds.
 """
 
 import torch
@@ -19,16 +19,18 @@ from compress.search.closed_loop import CandidateTable, Timing
 from compress.sites import prune
 from compress.sites.prune import Removal
 
-NEAR, FAR = 0.75, 1.5  # of the predicted reach: below nothing is in doubt, beyond nothing is worth timing
-INSTEAD = "Ask for --moves structure, which removes whole heads and neurons and pays everywhere"
-ZEROS = "; onnxruntime multiplies zeros like any other number"
+# As shares of the largest predicted speedup: up to the first a request is accepted and beyond the second
+# refused, both without timing.
+ACCEPT_SHARE, REFUSE_SHARE = 0.75, 1.5
+INSTEAD = "Use --moves structure, which removes whole heads and neurons and gains on every target"
+ZEROS = "; onnxruntime does not skip zeros"
 
 
 def check_moves(job: Job) -> None:
-    """Say which moves no site can take on the target; refuse the request when that is all of them.
+    """Report moves that no site supports on the target; refuse the request if no move is left.
 
     Raises:
-        CompressError: there is nothing to choose from.
+        CompressError: no requested move is supported.
     """
     moves, name = job.recipe.options.moves, job.profile.name
     idle = [
@@ -37,25 +39,25 @@ def check_moves(job: Job) -> None:
         if formats.MOVES[move].implementation
         and not any(apply.offered_forms(site, (move,), job.runtime) for site in job.sites)
     ]
-    lines = [f"{move} is not possible on {name}: {job.runtime.explain_refusal(move)}" for move in idle]
+    lines = [f"{move} is not supported on {name}: {job.runtime.explain_refusal(move)}" for move in idle]
     if idle and len(idle) == len(moves):
-        told = "".join(f"\n  {line}." for line in lines)
-        raise CompressError(f"--moves {','.join(moves)} leaves nothing to choose from:{told}\n  {INSTEAD}")
+        reasons = "".join(f"\n  {line}." for line in lines)
+        raise CompressError(f"--moves {','.join(moves)} leaves no option:{reasons}\n  {INSTEAD}")
     for line in lines:
         job.stages.progress.say(f"{line}; the other moves are used")
 
 
 def check(job: Job, costs: Costs, asked: float) -> None:
-    """Refuse a budget that no plan keeps, from its prices, and where they leave doubt from one timing.
+    """Refuse a budget that no plan meets, by the prices and, if these are not decisive, by one timing.
 
     Args:
-        job: what is asked.
+        job: the request.
         costs: its prices.
-        asked: the budget as a speedup, 0 for one of another kind.
+        asked: the budget as a speedup, 0 for budgets of another kind.
 
     Raises:
-        CompressError: no move saves anything.
-        OutOfReachError: the fastest plan, or the smallest, is not enough.
+        CompressError: no move saves time or bytes.
+        OutOfReachError: even the fastest, or smallest, plan does not meet the budget.
     """
     nothing = {site.name: dict.fromkeys([o.key for o in costs.options(site)], 0.0) for site in job.sites}
     menus = plan_search.build_table(job, costs, nothing)
@@ -66,47 +68,48 @@ def check(job: Job, costs: Costs, asked: float) -> None:
     if asked == 0.0:
         return
     predicted = costs.dense_ms / menus.latency_ms(menus.cheapest())
-    if asked <= NEAR * predicted or (job.backend is None and asked <= predicted):
+    if asked <= ACCEPT_SHARE * predicted or (job.backend is None and asked <= predicted):
         return
-    timing = None if asked > FAR * predicted else _fastest(job, menus)
-    if timing is None and asked <= FAR * predicted and job.backend is not None:
-        return  # only the loop can tell
+    timing = None if asked > REFUSE_SHARE * predicted else _fastest(job, menus)
+    if timing is None and asked <= REFUSE_SHARE * predicted and job.backend is not None:
+        return  # no timing without weights: left to the closed loop
     if timing is None or timing.interval95[1] < asked:
         raise closed_loop.unreachable(menus, asked, costs.dense_ms, timing)
 
 
 def _check_size(job: Job, menus: CandidateTable, asked_mb: float) -> None:
-    """Refuse a size that the dense model keeps, or that the smallest plan does not."""
+    """Refuse a size that the dense model already meets, or that the smallest plan does not."""
     dense_mb = (job.dense_file).stat().st_size / 1e6
     if dense_mb <= asked_mb:
         raise CompressError(
-            f"--size-mb {asked_mb:g} is already kept: the dense model takes {dense_mb:.1f} MB; there is "
+            f"--size-mb {asked_mb:g} is already met: the dense model takes {dense_mb:.1f} MB; there is "
             "nothing to compress"
         )
     plan_search.size_costs(job, menus)
 
 
 def _no_gain(job: Job, costs: Costs) -> str:
-    """Why there is nothing to choose from although sites were looked at in some form."""
+    """The message when options were priced and none of them is faster or smaller."""
     moves, name = job.recipe.options.moves, job.profile.name
-    said = f"({costs.source}{', an estimate' if costs.source == 'estimated' else ''})"
+    source = f"({costs.source}{', an estimate' if costs.source == 'estimated' else ''})"
     lines = [
-        f"{form}: {attribution.span(gains)} as fast as dense on a whole site {said}"
+        f"{form}: {attribution.span(gains)} as fast as dense on a whole site {source}"
         + (ZEROS if formats.nm_of(form) else "")
         for form, gains in attribution.by_form(costs.gains).items()
     ]
-    lines += [f"{form}: no site could be timed in it here" for form in costs.untimed]
+    lines += [f"{form}: could not be timed at any site here" for form in costs.untimed]
     return (
-        f"--moves {','.join(moves)} gains nothing on {name}, so there is nothing to choose from:\n  "
+        f"--moves {','.join(moves)} gains nothing on {name}:\n  "
         + "\n  ".join(lines)
-        + f"\n  A form is taken from {1 / MAX_COST_SHARE:.2f}x on. {INSTEAD}"
+        + f"\n  An option is used from {1 / MAX_COST_SHARE:.2f}x on. {INSTEAD}"
     )
 
 
 def _fastest(job: Job, menus: CandidateTable) -> Timing | None:
-    """The fastest plan timed against the dense model: its shapes, with whatever weights are there.
+    """Timing of the fastest plan against the dense model, built by its shapes with arbitrary weights.
 
-    None where nothing is timed here, or where the plan runs in forms, which need their weights.
+    None if the target is not this machine, or if the plan has quantized, sparse or low-rank sites, whose
+    weights do not exist yet.
     """
     backend = job.backend
     chosen = menus.named(menus.cheapest())

@@ -1,7 +1,7 @@
-"""A model of a job as the file that is timed, and the inputs that it is timed on.
+"""Write a model of a job as the file that is timed, and prepare the inputs for timing.
 
-Decoders are written with their key-value cache, all other models as they are. One run is the phase that
-was asked for: a prompt of the recipe's length, or one token after a past of that length.
+Decoders are exported with their key-value cache, other models as they are. For a decoder one timed run is the
+requested phase: prefill of a prompt of the recipe's length, or one decode step after a past of that length.
 """
 
 from collections.abc import Mapping
@@ -38,25 +38,25 @@ def write(job: Job, model: nn.Module, path: Path, *, lower: Lower | None = None)
 
 
 def inputs(job: Job, runner: OrtRunner, phase: Phase | None = None) -> dict[str, NDArray[np.generic]]:
-    """What one run of a file takes, in the phase asked for unless another is named."""
+    """The inputs of one run of a file, in `phase` or by default the recipe's."""
     prompt = job.prompt
     return generation.inputs_of(runner, prompt, phase or job.recipe.shapes.phase) if job.decodes else prompt
 
 
 def opened(job: Job, backend: Backend, model: nn.Module, file: Path) -> OpenRunner:
-    """A model, built by the job's backend, as it is timed."""
+    """Open a model, built by the job's backend, for timing."""
     return backend.open(model, file, job.task.output_tensors, torch_layers.deploy_kernels)
 
 
 def deployed(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> nn.Module:
-    """A shrunk model, whose file is written, as the job's backend opens it."""
+    """A shrunk model, whose file exists, prepared for `opened` by the job's backend."""
     if job.backend is None:
         return model
     return job.backend.build(model, deploy=lambda: torch_layers.with_placeholders(model, job.sites, removals))
 
 
 def timed(job: Job, runner: OpenRunner, phase: Phase | None = None) -> timing.Runner:
-    """One run of a model, ready to be timed; of a decoder one phase, which the recipe names unless given."""
+    """A callable for one timed run; for a decoder one run of `phase`, by default the recipe's."""
     if job.decodes:
         return runner.timed_phase(job.prompt, phase or job.recipe.shapes.phase)
     return runner.timed(job.prompt)

@@ -1,10 +1,10 @@
-"""Recovery of a narrow plan by pruning-aware tuning: the width falls while the model learns.
+"""Recovery of a plan with a smaller hidden width by pruning-aware tuning: the width falls during training.
 
-A plan that was searched at a narrow width has lost all other directions at once. Here the dense model
-loses the plan's units alone, its writers are solved again, and the width goes little by little while the
-model is distilled (`pruning_aware`). What comes out has the shapes of the plan's model, so neither the graph
-nor its time changes; the weights are taken where the judge of recovery likes them better, and plain
-distillation goes on from the better ones.
+A plan that was searched at a smaller width lost all removed directions at once. Here only the units of the
+plan are removed from the dense model, its writers are refitted, and the width is reduced gradually while the
+model is distilled (`training.pruning_aware`). The result has the shapes of the plan's model, so neither graph
+nor latency change. Its weights are used only if the validation score improves; plain distillation then
+continues from the better weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,17 +33,18 @@ WEIGHTS_FILE = "aware.safetensors"
 
 
 def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list[str]:
-    """Give a narrow plan's `model` the weights of pruning-aware tuning, where they are better; notes.
+    """Load the weights of pruning-aware tuning into a narrow plan's `model` if they score better; notes.
 
-    Where it cannot be done (a pattern, codes or factors stand for weights of the narrow model; or the
-    stream is not found again once units are gone) the note says so, and `model` stays.
+    It is not possible if the plan has sparse, quantized or low-rank sites, whose parameters belong to the
+    narrow model, or if no residual stream is found after units were removed. Then `model` is unchanged and
+    the note gives the reason.
     """
     less = job.narrowed
     if less is None:
         return []
     formed = [name for name, one in removals.items() if one.form != "dense"]
     if formed:
-        return [f"No pruning-aware tuning: {formed[0]} runs as {removals[formed[0]].form}."]
+        return [f"No pruning-aware tuning: {formed[0]} is compressed as {removals[formed[0]].form}."]
     path, made_from = (
         job.work / WEIGHTS_FILE,
         artifacts.digest(job.key, job.recipe.recovery, *fingerprint(model)),
@@ -61,15 +62,15 @@ def recover(job: Job, model: nn.Module, removals: Mapping[str, Removal]) -> list
     first = judge(model)
     model.load_state_dict(weights)
     second = judge(model)
-    said = f"Pruning-aware tuning: {judge.name} {judge.format_score(first)} -> {judge.format_score(second)}"
+    note = f"Pruning-aware tuning: {judge.name} {judge.format_score(first)} -> {judge.format_score(second)}"
     if second >= first:
-        return [said]
+        return [note]
     model.load_state_dict(before)
-    return [f"{said}, so it was not used"]
+    return [f"{note}; not used"]
 
 
 def _tune(job: Job, units: int, removals: Mapping[str, Removal]) -> dict[str, Tensor]:
-    """The weights of the plan's model, tuned while the width fell to `units`."""
+    """The state dict of the plan's model after tuning while the width fell to `units`."""
     wide, wanted = job.baseline, job.recipe.recovery
     cut = prune_wide(wide, removals)
     for module in cut.modules():
@@ -92,11 +93,11 @@ def _tune(job: Job, units: int, removals: Mapping[str, Removal]) -> dict[str, Te
     inside = tuple(HiddenState(f"model.{place.name}", place.output) for place in at)
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
-        net.eval()  # as in all of recovery, the teacher speaks without noise
+        net.eval()  # no dropout, as everywhere in recovery
         with torch.no_grad():
             goal = distillation.run_model(job.task, wide.task.model, batch, at)
-        said = distillation.run_model(job.task, net, batch, inside)
-        return distillation.loss(job.task, batch, said, goal, wanted)
+        outputs = distillation.run_model(job.task, net, batch, inside)
+        return distillation.loss(job.task, batch, outputs, goal, wanted)
 
     with job.stages("pruning-aware tuning") as tick:
         merged = pruning_aware.tune(pruner, _shuffled_epochs(job), loss, tick)
@@ -104,7 +105,7 @@ def _tune(job: Job, units: int, removals: Mapping[str, Removal]) -> dict[str, Te
 
 
 def prune_wide(wide: Job, removals: Mapping[str, Removal]) -> nn.Module:
-    """The dense model without the units of a plan, its writers solved again at the whole width."""
+    """The dense model without the units of a plan, its writers refitted at the full width."""
     dense = wide.task.model
     start: dict[str, Removal] = {}
     for site in wide.sites:
@@ -114,7 +115,7 @@ def prune_wide(wide: Job, removals: Mapping[str, Removal]) -> nn.Module:
             stay = columns[:, index_of(site.column, kept)].clone()
             start[site.name] = Removal(kept, stay, torch.zeros(len(stay)) if bias is None else bias)
     wanted = wide.recipe.calibration
-    with wide.stages("refit at the whole width") as tick:
+    with wide.stages("refit at the full width") as tick:
         better = refit(
             dense,
             wide.sites,
@@ -133,7 +134,7 @@ def _training_batches(job: Job) -> Iterator[Batch]:
 
 
 def _shuffled_epochs(job: Job) -> Iterator[Batch]:
-    """The batches of every epoch, each in an order of its own."""
+    """The batches of all epochs, shuffled anew in each."""
     wanted = job.recipe.recovery
     for epoch in range(wanted.epochs):
         for _, batch in shuffled(_training_batches(job), (wanted.seed, epoch)):
@@ -141,7 +142,7 @@ def _shuffled_epochs(job: Job) -> Iterator[Batch]:
 
 
 def _load_weights(path: Path, made_from: str) -> dict[str, Tensor] | None:
-    """Weights that were tuned before, None when there are none of the same."""
+    """Stored weights made from the same inputs, else None."""
     try:
         with safe_open(path, framework="pt") as file:
             if file.metadata()["made_from"] != made_from:

@@ -1,4 +1,4 @@
-"""A process beside the first one: it takes its share of the work, and neither measures, writes nor speaks."""
+"""The loop of a secondary process, which runs its share of calibration and training without any output."""
 
 import contextlib
 import tempfile
@@ -20,37 +20,37 @@ from compress.tasks.task import Batch, Task
 
 
 def serve() -> int:
-    """Do what the first process calls for until it says that this is the end; the exit code it gives.
+    """Execute the commands of the main process until the final one; returns the exit code it carries.
 
     Raises:
-        CompressError: the first process has ended without a word.
+        CompressError: the main process ended without a final command.
     """
-    follower = Worker()
+    worker = Worker()
     acts: dict[str, Callable[[Command], None]] = {
-        "load": follower.load,
-        "calibrate": follower.calibrate,
-        "recover": follower.recover,
+        "load": worker.load,
+        "calibrate": worker.calibrate,
+        "recover": worker.recover,
     }
     while True:
         call = collectives.receive_command()
         if call.act == collectives.END:
             return int(call.words["code"])
-        with contextlib.suppress(Exception):  # the first process knows of it, and says what follows
+        with contextlib.suppress(Exception):  # the main process detects and handles failures
             acts[call.act](call)
 
 
 class Worker:
-    """The dense model and its data in a process beside the first one."""
+    """The dense model and its data in a secondary process."""
 
     task: Task
     batches: tuple[Batch, ...]
 
     def load(self, call: Command) -> None:
-        """Load what the first process loads."""
+        """Load the same model and data as the main process."""
         self.task, self.batches = job.load(Recipe.model_validate(call.words["recipe"]))
 
     def calibrate(self, call: Command) -> None:
-        """Observe a share of the calibration data."""
+        """Collect activation statistics on a share of the calibration data."""
         activation_statistics.observe(
             self.task,
             _sites(call),
@@ -62,7 +62,7 @@ class Worker:
         )
 
     def recover(self, call: Command) -> None:
-        """Tune the same student on a part of every batch."""
+        """Train the same student on a part of every batch."""
         with collectives.synchronized(), tempfile.TemporaryDirectory(prefix="compress-") as answers:
             sites = _sites(call)
             removals = {
@@ -87,12 +87,12 @@ class Worker:
 
 
 def _nothing(_: nn.Module) -> float:
-    """The first process judges."""
+    """Validation runs in the main process only."""
     return 0.0
 
 
 def _unseen(done: int, work: int) -> None:
-    """The first process draws progress."""
+    """Progress is shown by the main process only."""
 
 
 def _sites(call: Command) -> tuple[Site, ...]:

@@ -1,13 +1,13 @@
-"""Blocks whose weights were split into a sparse and a thin part, tuned as wholes to the dense model's blocks.
+"""Train blocks with sparse plus low-rank weights to reproduce the outputs of the dense model's blocks.
 
-`core.lowrank` matches every weight alone. Here all split weights of one block learn together, so that the
-block gives what the dense model's gives, from what the compressed blocks before it really feed it: one may
-now make up for another, and all for what came before. Sparse values stay on their support and factors keep
-their rank, so neither the form of the file nor its time changes. Blocks follow in the order of the model,
-and what did not come nearer goes back to where it was.
+`core.lowrank` fits every weight separately. Here all split weights of one block are trained together, so that
+the block reproduces the dense block's output from the inputs that the compressed model really feeds it:
+weights can compensate for each other and for earlier blocks. Sparse values keep their support and factors
+their rank, so neither the structure of the exported file nor its latency changes. Blocks are processed in
+model order, and a block whose distance does not decrease is restored.
 
-Norms, the biases of readers and weights without factors stay: a removal has no place for them, and what is
-rounded must not move.
+Norms, biases of readers and weights without factors are not trained: a removal cannot store the first two,
+and quantized weights must not change.
 
 Reference: Makni et al., "3BASiL", arXiv 2603.01376 (transformer matching).
 """
@@ -34,16 +34,16 @@ from compress.training.sltrain_layers import SparseLowRank
 
 EPOCHS = 4
 LEARNING_RATE = 5e-4
-FINAL_RATE_SHARE = 0.2  # of the rate, at the end of its cosine
+FINAL_RATE_SHARE = 0.2  # final learning rate of the cosine schedule, as a share of the initial one
 
 
 class _ForwardStoppedError(Exception):
-    """What was wanted of a forward pass is there; the rest is not needed."""
+    """Raised by a hook to end a forward pass once the needed value was captured."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockExample:
-    """One call of a block: its arguments, the dense model's answer in real rows, and where padding is."""
+    """One call of a block: its arguments, the dense block's output without padding, and the batch."""
 
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
@@ -60,15 +60,15 @@ def reconstruct(
     memory_mb: int = 2048,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Removal]:
-    """The same removals with split weights that match whole blocks.
+    """The same removals with split weights trained block by block.
 
     Args:
-        model: the dense model, left untouched.
+        model: the dense model, not changed.
         sites: in the order in which the model runs them.
         removals: by site name; those without factors stay as they are.
-        batches: calibration inputs; padding never enters.
-        memory_mb: what the calls of one block may take; batches beyond that are left out.
-        progress: called with blocks done and blocks in all.
+        batches: calibration inputs; padding is excluded.
+        memory_mb: limit for the stored calls of one block; further batches are skipped.
+        progress: called with blocks done and the number of blocks.
     """
     small = prune.shrink(model, sites, removals).requires_grad_(False)
     found = dict(removals)
@@ -94,7 +94,7 @@ def reconstruct(
 def collect_examples(
     model: nn.Module, small: nn.Module, place: HiddenState, batches: Sequence[Batch], memory_mb: int
 ) -> list[BlockExample]:
-    """How a compressed model calls one block, and what that block answers in the dense one; at least one."""
+    """Inputs of one block in the compressed model with its outputs in the dense one; at least one."""
     found: list[BlockExample] = []
     held = 0
     for batch in batches:
@@ -110,7 +110,7 @@ def collect_examples(
 def _block_arguments(
     model: nn.Module, place: HiddenState, batch: Batch
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """What the block is called with. A cache of keys and values is left out: it would grow at every call."""
+    """The arguments of the block, without a key-value cache, which would grow with every call."""
     caught: list[tuple[tuple[object, ...], dict[str, object]]] = []
 
     def before(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -125,7 +125,7 @@ def _block_arguments(
 
 
 def _block_output(model: nn.Module, place: HiddenState, batch: Batch) -> Tensor:
-    """What the block gives."""
+    """The hidden state that the block returns."""
     caught: list[object] = []
 
     def after(_: nn.Module, __: object, output: object) -> None:
@@ -153,7 +153,7 @@ def _hidden(output: object, place: HiddenState) -> Tensor:
 
 
 def distance(block: nn.Module, place: HiddenState, example: BlockExample) -> Tensor:
-    """Squared distance of a block's answer from the goal, in units of the goal."""
+    """Squared distance of a block's output from the target, relative to the target's squared norm."""
     found = real_rows(_hidden(block(*example.args, **example.kwargs), place), example.batch)
     return (found - example.goal).square().sum() / example.goal.square().sum()
 
@@ -167,15 +167,15 @@ def train_block(
     epochs: int = EPOCHS,
     rate: float = LEARNING_RATE,
 ) -> tuple[float, float]:
-    """Tune the split layers of a block in place; its mean distance before and after, never larger.
+    """Train the split layers of a block in place; its mean distance before and after, never increased.
 
     Args:
-        block: holds the layers; nothing else in it moves.
-        place: which of its outputs counts.
+        block: contains the layers; its other parameters are not changed.
+        place: which of its outputs is compared.
         layers: by the name of their weight.
-        shown: what it is called with, and what it should give.
-        epochs: over all examples, in an order that is the same every time.
-        rate: of Adam, falling along a cosine.
+        shown: inputs and target outputs.
+        epochs: passes over all examples, in a fixed random order.
+        rate: initial learning rate of Adam, with cosine decay.
     """
     values = [value for layer in layers.values() for value in layer.parameters() if value.requires_grad]
     start = [value.detach().clone() for value in values]
@@ -210,14 +210,14 @@ def _mean_distance(block: nn.Module, place: HiddenState, shown: Sequence[BlockEx
 def _split(
     small: nn.Module, sites: Sequence[Site], removals: Mapping[str, Removal]
 ) -> dict[str, SparseLowRank]:
-    """Put a layer of parts in the place of every `nn.Linear` that has factors; by the weight's name."""
+    """Replace every `nn.Linear` that has factors by a sparse plus low-rank layer; by weight name."""
     made = {}
     for site in sites:
         removal = removals[site.name]
         dense = not Option.of(removal.form, None).patterned
         for name, (left, right) in removal.factors.items():
             layer = small.get_submodule(owner(name))
-            if type(layer) is not nn.Linear:  # what stores its weight the other way round stays
+            if type(layer) is not nn.Linear:  # Conv1D stores [in, out] and is not trained
                 continue
             rest = lowrank.apart(layer.weight, left, right)
             mask = torch.zeros_like(rest, dtype=torch.bool) if dense else rest != 0
@@ -230,7 +230,7 @@ def _split(
 
 
 def _removal(site: Site, removal: Removal, layers: Mapping[str, SparseLowRank]) -> Removal:
-    """A removal with what its layers have learned."""
+    """The removal with the trained values of its layers."""
     factors, readers = dict(removal.factors), dict(removal.readers)
     weight, bias = removal.weight, removal.bias
     for name in removal.factors:

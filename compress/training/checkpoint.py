@@ -1,7 +1,7 @@
-"""A file of named tensors that is written one tensor at a time, so that no two need to be in memory at once.
+"""Write a file of named tensors one tensor at a time, so that no two need to be in memory at once.
 
-It is a safetensors file: eight bytes with the length of a JSON header, which says type, shape and place of
-every tensor, then the tensors. `state`, a text, travels with it.
+The format is safetensors: eight bytes with the length of a JSON header, which gives type, shape and offsets
+of every tensor, then the tensors. A text, `state`, is stored in the metadata.
 """
 
 import json
@@ -21,7 +21,7 @@ DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is open: what is in it, and where to read from."""
+    """An open checkpoint: its state text, its tensor names and the file to read from."""
 
     state: str
     names: frozenset[str]
@@ -39,13 +39,13 @@ def write(
     shapes: Mapping[str, tuple[torch.dtype, Sequence[int]]],
     tensors: Iterable[Tensor],
 ) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Args:
-        path: replaced at the end.
-        state: comes back with the tensors.
-        shapes: type (a floating one) and shape by name.
-        tensors: in the same order; each is asked for after the one before was written.
+        path: replaced once all is written.
+        state: text stored with the tensors.
+        shapes: floating-point type and shape by name.
+        tensors: in the same order; each is requested after the previous one was written.
     """
     header: dict[str, object] = {"__metadata__": {"state": state}}
     end = 0
@@ -64,7 +64,7 @@ def write(
 
 
 def open_checkpoint(path: Path, stack: ExitStack) -> Checkpoint | None:
-    """A checkpoint that stays open as long as the stack does; None where there is no whole one."""
+    """Open a checkpoint until the stack closes; None if there is no complete one."""
     try:
         file = stack.enter_context(safe_open(path, framework="pt"))
         return Checkpoint(file.metadata()["state"], frozenset(file.keys()), file)

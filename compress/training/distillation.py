@@ -1,13 +1,13 @@
-"""How far a student is from its teacher: losses on answers, on hidden states, on rankings; and the teacher.
+"""Distillation losses between student and teacher (logits, hidden states, rankings), and the cached teacher.
 
-Removing structure leaves every layer where it was and as wide as it was outside, so hidden states are
-compared token by token and layer by layer without any mapping; those of a student with a narrower stream
-with what that stream can hold of the teacher's. Padding enters nothing. The answers of
-a teacher never change: they are computed once and kept on disk, up to a bound.
+Pruning keeps every layer and its outer width, so hidden states are compared token by token and layer by layer
+without a learned mapping. For a student with a smaller hidden width, the teacher's states are first projected
+(`project_teacher`). Padding is excluded. The outputs of the teacher are computed once and cached on disk, up
+to a size limit.
 
-The features of GPUSQ are the hidden states of late layers alone, and only of inputs on which student and
-teacher agree: what a student that is wrong looks like inside teaches nothing. Once one course of training
-is over, layers that it brought near count more, those that it left far count less (`pruning_aware_recovery`).
+The feature loss of GPUSQ uses the hidden states of late layers only, and only those of inputs on which
+student and teacher predict the same. After a first stage of training, layers whose loss became small get a
+larger weight and layers whose loss stayed large a smaller one (`layer_factors`).
 
 References: Kurtic, Frantar, Alistarh, "ZipLM", arXiv 2302.04089 (task, logits and token losses);
 Yu et al., "Boost Vision Transformer with GPU-Friendly Sparsity and Quantization", arXiv 2305.10727;
@@ -35,12 +35,12 @@ from compress.tasks.feature_extraction import FeatureExtraction, pooled
 from compress.tasks.loading import Batch, Task
 
 MEGABYTE = 10**6
-LAYER_FACTOR_RANGE = (0.25, 4.0)  # how little and how much one layer's features may count
+LAYER_FACTOR_RANGE = (0.25, 4.0)  # smallest and largest weight of one layer's feature loss
 
 
 @dataclass(frozen=True)
 class HiddenState:
-    """Where a hidden state is read: what the module `name` returns, at `output` when it is a tuple."""
+    """A hidden state: the output of the module `name`, item `output` if it is a tuple."""
 
     name: str
     output: int = 0
@@ -48,17 +48,17 @@ class HiddenState:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What a model says to one batch: its logits, and [real tokens, hidden] at every place."""
+    """Outputs of a model for one batch: logits, and [real tokens, hidden] for every hidden state read."""
 
     logits: Tensor
     hidden: tuple[Tensor, ...]
 
 
 def hidden_states(model: nn.Module, sites: Sequence[Site]) -> tuple[HiddenState, ...]:
-    """One place for every layer that holds a site, in the order of the sites.
+    """One hidden state for every layer that contains a site, in the order of the sites.
 
-    A layer is the outermost entry of a list of modules; a site outside of any list is read where its
-    writer ends. Both are there in the student too, also where the site itself was dropped.
+    A layer is the outermost entry of a module list. For a site outside of any list, it is the output of the
+    module that contains its writer. Both exist in the student too, even if the site was dropped.
     """
     found = []
     for site in sites:
@@ -71,7 +71,7 @@ def hidden_states(model: nn.Module, sites: Sequence[Site]) -> tuple[HiddenState,
 
 
 def _layer(model: nn.Module, steps: Sequence[str]) -> str | None:
-    """The outermost entry of a list of modules on the way to a module."""
+    """The outermost entry of a module list on the path to a module."""
     for end in range(len(steps)):
         if isinstance(model.get_submodule(".".join(steps[:end])), (nn.ModuleList, nn.Sequential)):
             return ".".join(steps[: end + 1])
@@ -79,7 +79,7 @@ def _layer(model: nn.Module, steps: Sequence[str]) -> str | None:
 
 
 def run_model(task: Task, model: nn.Module, batch: Batch, at: Sequence[HiddenState]) -> ModelOutputs:
-    """One forward pass; gradients flow where they are enabled."""
+    """One forward pass that also returns hidden states; gradients flow if they are enabled."""
     caught: dict[HiddenState, Tensor] = {}
 
     def catch(place: HiddenState) -> RemovableHandle:
@@ -104,12 +104,12 @@ def run_model(task: Task, model: nn.Module, batch: Batch, at: Sequence[HiddenSta
 
 
 def project_teacher(teacher: ModelOutputs, student: ModelOutputs, down: Tensor) -> ModelOutputs:
-    """What the teacher says, its hidden states as a narrower student can have them.
+    """The outputs of the teacher with its hidden states projected to the width of a narrower student.
 
     Args:
-        teacher: hidden states of width d, or of another one where they lie outside of the stream.
-        student: says which of them are narrower in it.
-        down: [n, d] from a state of the stream to the one that stands for it.
+        teacher: hidden states of width d, or of another width outside of the residual stream.
+        student: its widths decide which hidden states are projected.
+        down: [n, d] projection of the residual stream.
     """
     narrow = down.to(teacher.logits)
     pairs = zip(teacher.hidden, student.hidden, strict=True)
@@ -120,15 +120,15 @@ def project_teacher(teacher: ModelOutputs, student: ModelOutputs, down: Tensor) 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over layers and tokens of `|h_student - h_teacher|^2 / |h_teacher|^2`.
 
-    Relative to each token, so that neither a deep layer's scale nor one token with huge activations
-    outweighs the rest. Each entry is [tokens, hidden].
+    Relative to each token, so that neither the scale of deep layers nor single tokens with very large
+    activations dominate. Each entry is [tokens, hidden].
     """
     each = [_relative_distance(ours, theirs).mean() for ours, theirs in zip(student, teacher, strict=True)]
     return torch.stack(each).mean()
 
 
 def _relative_distance(ours: Tensor, theirs: Tensor) -> Tensor:
-    """[tokens] squared distances in units of the teacher's token."""
+    """[tokens] squared distances divided by the squared norm of the teacher's token."""
     return (ours - theirs).square().sum(-1) / theirs.square().sum(-1).clamp(min=1e-12)
 
 
@@ -137,9 +137,9 @@ def feature_losses(
 ) -> Tensor:
     """[late layers] mean over all tokens of `1[agreed] |h_student - h_teacher|^2 / |h_teacher|^2`.
 
-    A token counts where both models answer its input alike; embeddings are no choice, so all count, as
-    they do when `wanted.gated` is off. The paper's distance is absolute; relative ones leave it to the
-    factors alone how layers are weighed. Of `n` layers the last `ceil(n * wanted.late)` are read.
+    A token counts if both models predict the same for its input. For embeddings, which have no prediction,
+    and if `wanted.gated` is off, all tokens count. The paper uses absolute distances; with relative ones the
+    weights of layers depend on the factors alone. Of `n` layers the last `ceil(n * wanted.late)` are used.
     """
     late = max(1, math.ceil(len(teacher.hidden) * wanted.late))
     pairs = zip(student.hidden[-late:], teacher.hidden[-late:], strict=True)
@@ -150,13 +150,13 @@ def feature_losses(
 
 
 def agreement_mask(student: Tensor, teacher: Tensor, batch: Batch, tokens: int) -> Tensor:
-    """[tokens] bool: whether the two choose the same label for what a token belongs to.
+    """[tokens] bool: whether student and teacher predict the same label for the input of a token.
 
     Args:
-        student: logits, [inputs, labels], or [inputs, tokens of one, labels] with a choice for each token.
+        student: logits, [inputs, labels], or [inputs, tokens, labels] with one prediction per token.
         teacher: the same of the teacher.
-        batch: says where padding is.
-        tokens: how many rows a hidden state has: all tokens, or those that are no padding.
+        batch: its padding mask is used.
+        tokens: rows of a hidden state: all tokens, or all without padding.
     """
     same = (student.argmax(-1) == teacher.argmax(-1)).reshape(len(student), -1)
     padded = batch.real is not None and int(batch.real.sum()) == tokens
@@ -166,10 +166,10 @@ def agreement_mask(student: Tensor, teacher: Tensor, batch: Batch, tokens: int) 
 
 
 def layer_factors(apart: Sequence[float]) -> tuple[float, ...]:
-    """How much the features of each late layer count, from what earlier training left of their losses.
+    """The weight of each late layer's feature loss, from its loss `l_k` after the first training stage.
 
-    `(1 / l_k) / mean(1 / l)`, held between 0.25 and 4: a layer that stayed far cannot be had, and is
-    not insisted on. The paper gives the direction; the map is the simplest one with mean 1.
+    `(1 / l_k) / mean(1 / l)`, clamped to [0.25, 4]: layers that could not be matched get a smaller weight.
+    The paper states only the direction; this is the simplest such map with mean 1 before clamping.
 
     >>> [round(factor, 3) for factor in layer_factors([0.1, 0.2])]
     [1.333, 0.667]
@@ -199,9 +199,9 @@ def margin_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def cosines(hidden: Tensor, batch: Batch, part: BatchShare = WHOLE) -> Tensor:
-    """[texts, texts] cosines between the embeddings of a batch, each text a query among the others.
+    """[texts, texts] cosine similarities between the embeddings of a batch; each text is a query.
 
-    Where processes hold a part of the batch each, these are the cosines of all its texts.
+    In distributed training the parts of all processes are gathered first, so these cover the whole batch.
     """
     unit = part.gather_rows(nn.functional.normalize(pooled(hidden, batch.real), dim=-1))
     return unit @ unit.T
@@ -216,15 +216,15 @@ def loss(
     part: BatchShare = WHOLE,
     factors: Sequence[float] = (),
 ) -> Tensor:
-    """The weighted sum of all losses; those of weight 0, or without what they need, are left out.
+    """The weighted sum of all losses; losses of weight 0, or whose inputs are missing, are skipped.
 
-    Of a part of a batch it is what this part adds to the loss of the whole one, and its gradient is this
-    part's share of the whole gradient.
+    For a part of a batch (`part`) it is the contribution of this part to the loss of the whole batch, and its
+    gradient is the contribution to the whole gradient.
 
-    The divergence from the teacher is the task's own: KL of softened distributions, times the squared
-    temperature so that its gradient keeps its size, or for embeddings 1 - cosine, which no temperature
-    changes; these also keep their margins (Margin-MSE within the batch). `factors` weigh the features of
-    each late layer, which are added up; without any, all count 1.
+    The divergence from the teacher depends on the task: the KL divergence of softened distributions, times
+    the squared temperature to keep the scale of its gradient; for embeddings 1 - cosine, without temperature,
+    plus Margin-MSE within the batch (`wanted.ranking`). `factors` weight the feature loss of each late layer
+    before these are summed; the default is 1 for all.
     """
     total = student.logits.sum() * 0.0
     if wanted.task and task.labelled and batch.labels is not None:
@@ -247,19 +247,19 @@ def loss(
 
 
 class Teacher:
-    """The dense model's answers by the number of a batch: from disk, or computed and, with room, kept."""
+    """The dense model's outputs by batch number, cached on disk within a size limit."""
 
     def __init__(
         self, task: Task, model: nn.Module, at: Sequence[HiddenState], directory: Path, room_mb: float
     ) -> None:
-        """Take up what `directory` holds.
+        """Reuse the outputs already in `directory`.
 
         Args:
-            task: reads the logits.
-            model: the dense model, which is not changed.
-            at: where hidden states are read.
-            directory: one file a batch; the caller makes sure that they belong to this model and data.
-            room_mb: all files together stay below it.
+            task: extracts the logits.
+            model: the dense model, not changed.
+            at: the hidden states to read.
+            directory: one file per batch; the caller ensures that they belong to this model and data.
+            room_mb: limit for all files together, in megabytes.
         """
         self.at = tuple(at)
         self._task, self._model, self._directory = task, model, directory
@@ -272,7 +272,7 @@ class Teacher:
         return self._used / MEGABYTE
 
     def __call__(self, number: int, batch: Batch) -> ModelOutputs:
-        """The answers to batch `number`, the same bits whether they are read or computed."""
+        """The outputs for batch `number`; cached and computed ones are bit-identical."""
         path = self._directory / f"{number:06d}.safetensors"
         stored = _read(path, len(self.at))
         if stored is not None:
@@ -283,7 +283,7 @@ class Teacher:
         return found
 
     def clear(self) -> None:
-        """Remove all answers from disk."""
+        """Delete all cached outputs."""
         for path in self._directory.glob("*.safetensors"):
             path.unlink()
         self._used = 0
@@ -291,7 +291,9 @@ class Teacher:
     def _keep(self, path: Path, found: ModelOutputs) -> None:
         tensors = {f"hidden.{place}": value for place, value in enumerate(found.hidden)}
         tensors = {name: value.contiguous() for name, value in [*tensors.items(), ("logits", found.logits)]}
-        size = sum(value.numel() * value.element_size() for value in tensors.values()) + 4096  # and a header
+        size = (
+            sum(value.numel() * value.element_size() for value in tensors.values()) + 4096
+        )  # room for the header
         damaged = path.stat().st_size if path.exists() else 0
         if self._used - damaged + size > self._room:
             return
@@ -302,7 +304,7 @@ class Teacher:
 
 
 def _read(path: Path, hidden: int) -> ModelOutputs | None:
-    """Answers in a whole file, None when there is none."""
+    """The outputs in a complete file, else None."""
     try:
         found = load_file(path)
         return ModelOutputs(found["logits"], tuple(found[f"hidden.{place}"] for place in range(hidden)))

@@ -1,11 +1,11 @@
-"""Pruning-aware tuning: the hidden width shrinks while the model learns, then a plain model is left.
+"""Pruning-aware tuning: the hidden width is reduced during training; the result is a plain, narrower model.
 
-After each writer of the residual stream stands D = I + L1 diag(v) L0, a rotation and scale of low rank, and
-one mask shared by all (PAT, arXiv 2408.14721). What is different here: directions come from the PCA of the
-stream, so that the mask starts from those that carry least; the mask adds up to its budget exactly, the
-budget falls by a cubic schedule, and the last part of the steps runs with the hard mask, so that what was
-tuned is what is merged. Everything acts on weights: in training the model runs with effective weights
-U diag(m) D U^T W, and merging writes those down and narrows the model.
+After each writer of the residual stream stands D = I + L1 diag(v) L0, a low-rank change of basis, followed by
+one mask shared by all writers (PAT, arXiv 2408.14721). Differences from the paper: directions come from the
+PCA of the stream, so the mask first closes those of least variance; the mask sums exactly to its budget; the
+budget falls by a cubic schedule; and the last steps run with the hard mask, so that the tuned model is the
+merged model. Everything acts on weights: training runs with effective weights U diag(m) D U^T W, and merging
+stores those and narrows the model.
 """
 
 import copy
@@ -24,7 +24,7 @@ from compress.sites.modeling import owner
 from compress.sites.residual_stream import Stream
 from compress.tasks.task import Batch
 
-INITIAL_SCORE = 1.0  # scores start between this and its negative, by rank of the direction
+INITIAL_SCORE = 1.0  # initial scores fall linearly from this to its negative, by rank
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -36,16 +36,16 @@ class Settings(Document):
         steps: optimizer steps.
         learning_rate: of weights, adapters and hybrid modules.
         score_rate: learning rate of the mask's scores.
-        warmup: share of the steps in which the rates rise.
-        adapters: rank of the adapters on the linear layers (LoRA); 0 tunes all weights themselves.
-        adapter_scale: what an adapter's product is multiplied by.
+        warmup: share of the steps in which the learning rates rise.
+        adapters: rank of the adapters on the linear layers (LoRA); 0 tunes all weights directly.
+        adapter_scale: factor of an adapter's product.
         hybrid: rank of D - I, as a share of the width.
         identity: weight of the identity loss.
         hard: share of the steps, at the end, with the hard mask.
         hot: temperature of the mask at the start.
-        cold: temperature where it becomes hard.
+        cold: temperature when the mask becomes hard.
         decay: weight decay of the weights.
-        clip: largest norm of the gradient.
+        clip: maximum gradient norm.
         seed: of the initial adapters and hybrid modules.
     """
 
@@ -66,7 +66,7 @@ class Settings(Document):
 
 
 class HybridRotation(nn.Module):
-    """D = I + L1 diag(v) L0 on k directions; the identity at first, with orthonormal L0 and L1."""
+    """D = I + L1 diag(v) L0 on k directions; initially the identity, with orthonormal L0 and L1."""
 
     def __init__(self, directions: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class HybridRotation(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A change of low rank to one matrix, as it is stored; zero at first (LoRA, arXiv 2106.09685)."""
+    """A low-rank update of one matrix in its stored layout; initially zero (LoRA, arXiv 2106.09685)."""
 
     def __init__(self, shape: torch.Size, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -97,14 +97,14 @@ class Adapter(nn.Module):
         self.factor = scale
 
     def forward(self) -> Tensor:
-        """The change, shaped as the matrix."""
+        """The update, in the shape of the matrix."""
         return self.factor * self.left @ self.right
 
 
 class Pruner(nn.Module):
-    """A model at full shape whose stream is masked: called as the model is, merged when it is tuned.
+    """A full-size model with a masked residual stream; called like the model, merged after tuning.
 
-    `model` is a copy; where embeddings are tied they stay so until the merge.
+    `model` is a copy. Tied embeddings stay tied until the merge.
     """
 
     basis: Tensor
@@ -119,7 +119,7 @@ class Pruner(nn.Module):
         """
         super().__init__()
         basis, _ = principal(second, centered=stream.centered)
-        narrowing(basis, width, centered=stream.centered)  # refuses a width that cannot be
+        narrowing(basis, width, centered=stream.centered)  # raises for an impossible width
         generator = torch.Generator().manual_seed(settings.seed)
         self.model = copy.deepcopy(model)
         self.stream, self.width, self.settings = stream, width, settings
@@ -143,7 +143,7 @@ class Pruner(nn.Module):
         self.at(0.0)
 
     def at(self, progress: float) -> None:
-        """Set the mask for the next run; `progress` goes from 0 to 1 over all steps."""
+        """Set the mask for the next forward pass; `progress` goes from 0 to 1 over all steps."""
         self.progress = progress / (1 - self.settings.hard)
 
     @property
@@ -152,7 +152,7 @@ class Pruner(nn.Module):
         return self.progress >= 1
 
     def mask(self) -> Tensor:
-        """[k] between 0 and 1, its sum exactly the budget of this moment."""
+        """[k] values between 0 and 1 that sum exactly to the current budget."""
         if self.is_hard:
             return hard_mask(self.scores, self.active)
         budget = annealed(self.progress, float(len(self.scores)), float(self.active))
@@ -160,7 +160,7 @@ class Pruner(nn.Module):
         return soft_mask(self.scores, budget, heat)
 
     def weights(self) -> dict[str, Tensor]:
-        """By name, the effective tensors where they are not the model's own: adapted, masked, or both."""
+        """By name, the effective tensors that differ from the model's own: adapted, masked, or both."""
         named: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         named |= dict(self.model.named_buffers())
         made = {name: named[name] + self.adapters[_key(name)]() for name in self._adapted()}
@@ -178,11 +178,11 @@ class Pruner(nn.Module):
         return made
 
     def forward(self, **inputs: object) -> object:
-        """What the masked model answers."""
+        """The output of the masked model."""
         return torch.func.functional_call(self.model, self.weights(), (), inputs, tie_weights=False)
 
     def identity_loss(self) -> Tensor:
-        """The sum over all hybrid modules."""
+        """The sum of the identity losses of all hybrid modules."""
         losses = [hybrid.loss() for hybrid in self.hybrids.values() if isinstance(hybrid, HybridRotation)]
         return torch.stack(losses).sum()
 
@@ -190,11 +190,11 @@ class Pruner(nn.Module):
         """The plain narrower model that computes what this one does with its hard mask.
 
         Raises:
-            CompressError: the mask is not hard yet, so what would be merged was never run.
+            CompressError: the mask is not hard yet, so the merged model was never trained.
         """
         if not self.is_hard:
             raise CompressError(
-                f"the mask is still soft ({self.progress:.0%} of its way); run the steps with the hard mask "
+                f"the mask is still soft ({self.progress:.0%} of its schedule); run the hard-mask steps "
                 "before merging"
             )
         with torch.no_grad():
@@ -212,7 +212,7 @@ class Pruner(nn.Module):
         return merged
 
     def groups(self) -> list[dict[str, object]]:
-        """Parameters by learning rate and decay, for an optimizer."""
+        """Parameter groups for an optimizer, by learning rate and weight decay."""
         extra = {id(p) for part in (self.hybrids, self.adapters) for p in part.parameters()}
         plain = [p for p in self.model.parameters() if p.requires_grad]
         rate, decay = self.settings.learning_rate, self.settings.decay
@@ -228,7 +228,7 @@ class Pruner(nn.Module):
         return (name for name in self._matrices() if _key(name) in self.adapters)
 
     def _matrices(self) -> Iterator[str]:
-        """Names of the linear layers' matrices: what adapters go on."""
+        """Names of the weights of linear layers, which get adapters."""
         yield from dict.fromkeys(product.weight for product in self.stream.products)
 
 
@@ -243,9 +243,9 @@ def tune(
     Args:
         pruner: made for a model.
         batches: one for each step; at least as many as `settings.steps`.
-        loss: of a model, which is called by keyword as the original is, on a batch; a distance to the
-            dense model's answers may be part of it.
-        progress: called with steps done and steps in all.
+        loss: takes the model, which accepts the keyword arguments of the original, and a batch; it may
+            include a distance to the outputs of the dense model.
+        progress: called with steps done and the number of steps.
 
     Raises:
         CompressError: there are too few batches, or the loss is NaN or infinite.
@@ -258,7 +258,7 @@ def tune(
     for step in range(settings.steps):
         batch = next(stream, None)
         if batch is None:
-            raise CompressError(f"pruning-aware tuning wants {settings.steps} batches; there were {step}")
+            raise CompressError(f"pruning-aware tuning needs {settings.steps} batches, the data gave {step}")
         pruner.at(step / settings.steps)
         value = loss(pruner, batch) + settings.identity * pruner.identity_loss()
         if not bool(torch.isfinite(value)):
@@ -275,7 +275,7 @@ def tune(
 
 
 def rate_at(step: int, settings: Settings) -> float:
-    """The share of the learning rate at a step: a linear rise, then a line down to 0.
+    """The share of the learning rate at a step: linear warmup, then linear decay to 0.
 
     >>> [round(rate_at(step, Settings(steps=10, warmup=0.2)), 2) for step in (0, 1, 2, 6, 10)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
@@ -285,11 +285,11 @@ def rate_at(step: int, settings: Settings) -> float:
 
 
 def _place(tensor: str) -> str:
-    """The key of the hybrid module of a writer: one for a layer's weight and bias."""
+    """The key of a writer's hybrid module; the weight and bias of a layer share one."""
     last = tensor.rpartition(".")[2]
     return _key(owner(tensor) if last in ("weight", "bias") else tensor)
 
 
 def _key(name: str) -> str:
-    """A dotted name as a key of a ModuleDict, which takes no dots and no names of its own methods."""
+    """A dotted name as a key of a ModuleDict, which allows neither dots nor names of its methods."""
     return f"of/{name.replace('.', '/')}"

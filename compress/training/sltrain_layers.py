@@ -1,12 +1,12 @@
-"""Linear layers trained as sparse plus low rank: put into a model, trained, merged back to dense.
+"""Linear layers trained as sparse plus low rank: insert into a model, train, merge back to dense layers.
 
-convert(model, names, rank=32, density=0.03)     from scratch, within less memory
+convert(model, names, rank=32, density=0.03)     train from scratch with less memory
 train(model)
-merge(model)                                     plain linear layers, equal outputs
+merge(model)                                     plain linear layers with equal outputs
 
-adapt(model, {}, rank=16, density=0.03)          from the weights that are there, which stay
+adapt(model, {}, rank=16, density=0.03)          train an update of the existing, frozen weights
 train(model)
-fold(model)                                      the same layers as before, with what was learned
+merge_updates(model)                             the original layers with the update added
 """
 
 from collections import Counter
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from compress.core import sltrain
 from compress.errors import CompressError
 
-ALPHA = 16.0  # factors count ALPHA / rank
-LAYERS = ("Linear", "Conv1D")  # the second is GPT-2's, and stores [in, out]
+ALPHA = 16.0  # the product of the factors is scaled by ALPHA / rank
+LAYERS = ("Linear", "Conv1D")  # Conv1D is GPT-2's and stores [in, out]
 
 
 class SparseLowRank(nn.Module):
-    """`x -> x (scale * left @ right + S)^T + b`, where S has fixed places.
+    """`x -> x (scale * left @ right + S)^T + b`, where S is sparse with a fixed support.
 
-    Parameters are `left` [out, rank], `right` [rank, in], `values` [places] and maybe `bias` [out];
-    the places are buffers and travel with the state dict.
+    Parameters are `left` [out, rank], `right` [rank, in], `values` [nonzeros] and optionally `bias` [out];
+    the support is stored in buffers and part of the state dict.
     """
 
     pointers: Tensor
@@ -46,7 +46,7 @@ class SparseLowRank(nn.Module):
 
     @property
     def places(self) -> sltrain.Places:
-        """Where the sparse values stand."""
+        """The support of the sparse part."""
         return sltrain.Places(self.pointers, self.columns)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class SparseLowRank(nn.Module):
         return found if self.bias is None else found + self.bias
 
     def merged(self) -> nn.Linear:
-        """The dense layer that computes the same."""
+        """The equivalent dense layer."""
         with torch.no_grad():
             weight = sltrain.merged(self.left, self.scale * self.right, self.values, self.places)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=self.bias is not None, device="meta")
@@ -93,11 +93,11 @@ def convert(
         names: dotted names of `nn.Linear` modules.
         rank: of the factors.
         density: share of the weights that the sparse part holds, at random places.
-        alpha: the factors count `alpha / rank`.
-        seed: of places and starting values; every layer draws its own.
+        alpha: the product of the factors is scaled by `alpha / rank`.
+        seed: of support and initial values; every layer draws its own.
 
     Raises:
-        CompressError: a name is no linear layer, or the rank or density is out of range.
+        CompressError: a name is not a linear layer, or the rank or density is out of range.
     """
     generator = torch.Generator().manual_seed(seed)
     for name in names:
@@ -107,7 +107,7 @@ def convert(
         out, inner = old.weight.shape
         if not 1 <= rank <= min(out, inner):
             raise CompressError(
-                f"{name} is [{out}, {inner}]: a rank of {rank} is asked for; it must be at least 1 and "
+                f"{name} is [{out}, {inner}]: a rank of {rank} was requested; it must be at least 1 and "
                 f"at most {min(out, inner)}"
             )
         places = sltrain.places_of(sltrain.random_mask(out, inner, density, generator))
@@ -117,7 +117,7 @@ def convert(
 
 
 def merge(model: nn.Module) -> int:
-    """Replace every sparse plus low-rank layer by its dense equal, in place; how many there were."""
+    """Replace every sparse plus low-rank layer by its dense equivalent, in place; their number."""
     found = [name for name, module in model.named_modules() if isinstance(module, SparseLowRank)]
     for name in found:
         layer = model.get_submodule(name)
@@ -127,10 +127,10 @@ def merge(model: nn.Module) -> int:
 
 
 class Updated(nn.Module):
-    """A trained layer whose weight stays while an update of it is learned: sparse, plus low rank.
+    """A layer with a frozen weight and a trainable update of it: sparse plus low rank.
 
-    Parameters are `left` [out, rank], `right` [rank, in], `values` [places], and the layer's weight (`base`)
-    and bias.
+    Parameters are `left` [out, rank], `right` [rank, in], `values` [nonzeros], and the original weight
+    (`base`) and bias.
     """
 
     pointers: Tensor
@@ -140,17 +140,17 @@ class Updated(nn.Module):
     def __init__(
         self, dense: nn.Module, rank: int, density: float, generator: torch.Generator, *, hold: bool
     ) -> None:
-        """Begin at the layer as it is.
+        """Start with an update of zero.
 
         Args:
             dense: a linear layer, or one that stores its weight as [in, out].
             rank: of the factors.
-            density: share of the weights that the sparse part moves.
-            generator: draws places and factors.
-            hold: zeros of the weight stay zeros.
+            density: share of the weights that the sparse part updates.
+            generator: draws the support and the factors.
+            hold: keep zeros of the weight zero.
         """
         super().__init__()
-        self.original = (dense,)  # in a tuple, so that it is no part of this module
+        self.original = (dense,)  # in a tuple, so that it is not registered as a submodule
         self.across, self.hold = not isinstance(dense, nn.Linear), hold
         self.base = dense.get_parameter("weight")
         self.register_parameter("bias", getattr(dense, "bias", None))
@@ -168,12 +168,12 @@ class Updated(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The one matrix [out, in] that computes the same."""
+        """The equivalent dense matrix [out, in]."""
         return sltrain.merged(*self._parts(), hold=self.hold)
 
     @property
     def _start(self) -> Tensor:
-        """The weight that stays, [out, in]."""
+        """The frozen weight, [out, in]."""
         return self.base.detach().T if self.across else self.base.detach()
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, sltrain.Places, Tensor]:
@@ -187,7 +187,7 @@ class Updated(nn.Module):
 
     @torch.no_grad()
     def finalized(self) -> nn.Module:
-        """The layer that was there before, with what was learned."""
+        """The original layer with the update added to its weight."""
         self.base.copy_(self.weight.T if self.across else self.weight)
         return self.original[0]
 
@@ -195,20 +195,20 @@ class Updated(nn.Module):
 def adapt(
     model: nn.Module, zeros: Mapping[str, Tensor], *, rank: int, density: float, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Let updates of a model's linear layers be learned in the place of the layers, in place.
+    """Replace linear layers by ones that train an update of a frozen weight, in place.
 
-    Left as they are: layers that share their weight with another module, and those for which the update
-    would hold as many numbers as the weight does.
+    Not replaced: layers that share their weight with another module, and layers for which the update would
+    have at least as many parameters as the weight.
 
     Args:
         model: changed in place.
-        zeros: by parameter name, a mask that is True where it is, and stays, zero.
-        rank: of the factors, where a layer allows it.
-        density: share of the weights that the sparse part moves, at random places.
-        seed: of places and starting values.
+        zeros: by parameter name, a mask that is True where the parameter must stay zero.
+        rank: of the factors.
+        density: share of the weights that the sparse part updates, at random positions.
+        seed: of support and initial values.
 
     Returns:
-        The masks that are left for somebody else to hold.
+        The masks of parameters that were not replaced, which the caller has to enforce.
     """
     generator = torch.Generator().manual_seed(seed)
     uses = Counter(
@@ -234,7 +234,7 @@ def adapt(
 
 
 def merge_updates(model: nn.Module) -> int:
-    """Put the layers back that `adapt` took, with what was learned, in place; how many there were."""
+    """Put the original layers back with their trained updates added, in place; their number."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, Updated)}
     for name, layer in found.items():
         _place(model, name, layer.finalized())

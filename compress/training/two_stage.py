@@ -28,17 +28,17 @@ from compress.sites.prune import Removal
 from compress.tasks.loading import Batch, Task
 
 EPOCHS_SHARE, RATE_SHARE = 0.5, 0.4  # of the second stage, as shares of the first
-MAX_MOMENT_BYTES = 2**30  # bytes of moments that are held at a time
-STATISTICS_BATCHES = 32  # batches that say what products on integers read
+MAX_MOMENT_BYTES = 2**30  # limit for the second moments held at a time
+STATISTICS_BATCHES = 32  # batches for the input statistics of quantized layers
 
 
 def applies(sites: Sequence[Site], removals: Mapping[str, Removal], *, narrow: bool = False) -> bool:
-    """Whether a plan both removes something and runs products on integers.
+    """Whether a plan both prunes and quantizes.
 
     Args:
         sites: of the original model.
         removals: by site name.
-        narrow: the hidden width is smaller than the teacher's.
+        narrow: whether the hidden width is smaller than the teacher's.
     """
     units = {site.name: site.units for site in sites}
     sparse = any(
@@ -48,10 +48,10 @@ def applies(sites: Sequence[Site], removals: Mapping[str, Removal], *, narrow: b
 
 
 def float_stage(removals: Mapping[str, Removal]) -> dict[str, Removal]:
-    """The plan without its integers: for `prune.shrink`, the student of the first stage.
+    """The plan without quantization, for `prune.shrink`: the student of the first stage.
 
-    Readers are the dense model's own again where no pattern and no factors stand for them; all else has
-    the values that its codes stood for.
+    Readers without a pattern or factors get the dense model's own weights; all other weights have their
+    dequantized values.
     """
     found = dict(removals)
     for name, one in removals.items():
@@ -76,17 +76,17 @@ def quantize_model(
     removals: Mapping[str, Removal],
     batches: Sequence[Batch],
 ) -> dict[str, Removal]:
-    """Round a tuned float model onto a plan's integers, in place; the removals with the new codes.
+    """Quantize a tuned float model as a plan says, in place; the removals with the new codes.
 
-    Codes are those of least output error on what products read in this very model, and ranges of inputs
-    those of least squared error. Exact zeros stay.
+    Codes minimize the output error on the inputs of the layers in this model, and input ranges minimize the
+    squared error. Exact zeros stay zero.
 
     Args:
-        task: of the model that was pruned; it is only read.
-        model: with plain layers; its weights become what their codes stand for, and biases take up the rest.
+        task: of the model that was pruned; not changed.
+        model: with plain layers; its weights become the dequantized weights, and biases correct the mean.
         sites: of the original model.
-        removals: of the plan on integers.
-        batches: what products are shown.
+        removals: of the quantized plan.
+        batches: calibration inputs.
     """
     places: dict[str, tuple[str, quantized_layers.Place]] = {}
     wanted = {site.name: removals[site.name] for site in sites if site.name in removals}
@@ -124,12 +124,12 @@ def _is_quantized(removal: Removal) -> bool:
 
 
 def _float_form(form: str) -> str:
-    """A form in the model's own precision."""
+    """The option without quantization."""
     return Option.of(form, None).model_copy(update={"precision": FLOAT}).form
 
 
 def _groups(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
-    """Weights whose inputs are observed in one pass, so that their moments fit."""
+    """Groups of weights whose input moments fit in memory together; one pass each."""
     group: list[str] = []
     held = 0
     for name in names:

@@ -129,10 +129,10 @@ def test_a_proof_that_is_too_uncertain_is_timed_for_longer(monkeypatch, asked, f
     job = SimpleNamespace(
         backend="here", file=None, recipe=SimpleNamespace(bench=Bench(blocks=40)), stages=Stages(Quiet())
     )
-    found = compilation._proof_timing(job, None, {}, asked, last=last)
+    found = compilation._final_timing(job, None, {}, asked, last=last)
     assert seen == lengths
     assert found == (first if len(lengths) == 1 else (2.04, 2.0))
-    assert compilation._proof_timing(SimpleNamespace(backend=None), None, {}, asked, last=last) is None
+    assert compilation._final_timing(SimpleNamespace(backend=None), None, {}, asked, last=last) is None
 
 
 class Answers:

@@ -97,7 +97,7 @@ def test_a_plan_is_tuned_while_its_width_falls_and_keeps_its_shapes(plan, monkey
     monkeypatch.setattr(recovery, "Validator", Contrary)
     left = copy.deepcopy(small)
     (note,) = pruning_aware_recovery.recover(job, left, removals)
-    assert note.endswith(", so it was not used")
+    assert note.endswith("; not used")
     assert all(torch.equal(value, before[name]) for name, value in left.state_dict().items())
 
 
@@ -108,6 +108,6 @@ def test_what_cannot_be_tuned_so_is_said_and_left_alone(plan):
     formed = {**removals, name: Removal(removals[name].kept, form="rank:4")}
     before = {key: value.clone() for key, value in small.state_dict().items()}
     assert pruning_aware_recovery.recover(job, small, formed) == [
-        f"No pruning-aware tuning: {name} runs as rank:4."
+        f"No pruning-aware tuning: {name} is compressed as rank:4."
     ]
     assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())

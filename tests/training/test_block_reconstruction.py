@@ -231,12 +231,12 @@ def test_the_compilation_keeps_it_only_where_unseen_inputs_say_that_it_helps(spl
     job = SimpleNamespace(task=task, sites=sites, calibration=batches, recipe=asked, stages=stage)
     marks = iter([0.5, 0.25 if helps else 0.75])
     judge = SimpleNamespace(of=lambda model: next(marks))
-    found, note = compilation._matched(job, removals, judge)
+    found, note = compilation._reconstructed(job, removals, judge)
     if helps:
-        assert note == "Blocks matched: divergence from dense 0.5 -> 0.25"
+        assert note == "Block reconstruction used: divergence from the dense model 0.5 -> 0.25"
         assert away(split, found)[1] < away(split, removals)[1]
     else:
-        assert note == "Matching of blocks not used: divergence 0.5 would become 0.75"
+        assert note == "Block reconstruction not used: divergence 0.5 -> 0.75, not lower"
         assert found is removals
 
 

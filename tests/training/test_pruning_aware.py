@@ -248,7 +248,7 @@ def test_what_cannot_be_done_is_said():
     pruner, model, example = pruner_of("vit")
     with pytest.raises(CompressError, match="still soft"):
         pruner.merge()
-    with pytest.raises(CompressError, match="wants 10 batches; there were 3"):
+    with pytest.raises(CompressError, match="needs 10 batches, the data gave 3"):
         tune(pruner, [lesson(example)] * 3, cross_entropy)
     with pytest.raises(CompressError, match="loss of step 1 is nan"):
         tune(pruner, [lesson(example)] * 10, lambda net, batch: cross_entropy(net, batch) * torch.nan)
