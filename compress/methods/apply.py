@@ -1,9 +1,8 @@
-"""Options of a site beside removing units, and the site's weights under one of them.
+"""Options of a site besides removing units, and the weights of the site under one of them.
 
-An option says how the products of a site run: with a pattern of zeros, with a low-rank part, in another
-number format. It is laid over whatever units were kept. Errors are relative to the dense output; readers
-are matched about zero, since what comes after them is not linear, the writer about its mean, which its
-bias takes up.
+An option adds a sparsity pattern, a low-rank part or a number format to the products of a site, at any number
+of kept units. Errors are relative to the dense output. Readers are fitted about zero, since a nonlinearity
+follows them; the writer is fitted about its mean, which its bias compensates.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from compress.methods.move import InputStatistics, Move, WeightUnderOption
 from compress.sites import permutation, prune
 from compress.sites.prune import Removal
 
-MAX_LEVELS = 8  # numbers of units at which a site is tried in an option
+MAX_LEVELS = 8  # numbers of units per option of a site
 
 
 def offered_forms(
@@ -30,7 +29,7 @@ def offered_forms(
     runtime: Capabilities,
     blocks: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
-    """The forms in which a site is tried on a runtime; `blocks` are the patterns that were found to pay."""
+    """The option strings of a site on a runtime; `blocks` are the block patterns that are faster there."""
     if blocks is None:
         blocks = runtime.block_patterns
     if _has_shared_rows(site):
@@ -38,15 +37,15 @@ def offered_forms(
     asked = [found for move in moves if (found := formats.implementation(move)) is not None]
     options = [option for move in asked for option in move.options(site, runtime, blocks)]
     options += [option for move in asked for option in move.joint_options(site, runtime, blocks, moves)]
-    # Codes stand for [out, in] weights; a matrix that is stored the other way round keeps its floats.
+    # Codes are [out, in]; a matrix that is stored as [in, out] cannot be quantized.
     transposed = site.column.dim == 0
     return tuple(option.form for option in options if runtime.executes(option, transposed=transposed))
 
 
 def levels(site: Site, form: str, units: Sequence[int], runtime: Capabilities) -> list[int]:
-    """Units at which a site is offered in a form, at most `MAX_LEVELS`, the most first.
+    """Numbers of units at which an option is offered, at most `MAX_LEVELS`, in descending order.
 
-    They are those that structure offers, moved to where the form fits.
+    These are the levels of structured pruning, moved to the nearest number of units that fits the option.
     """
     option = Option.of(form, None)
     steps = runtime.multiples(option)
@@ -67,18 +66,18 @@ def apply_option(
     statistics: Statistics,
     damping: float,
 ) -> tuple[Removal, float]:
-    """A structural removal with its matrices in the option's form, and the error that this adds.
+    """A structured removal with the option applied to its matrices, and the error that this adds.
 
     Args:
         model: the dense model.
-        site: where.
-        option: the form; its units are those of the removal.
-        removal: with the writer's weight and bias in it.
-        statistics: of the site, with those of the readers.
+        site: the site to compress.
+        option: pattern, rank and number format; the units are those of `removal`.
+        removal: with the weight and bias of the writer.
+        statistics: of the site, including its readers.
         damping: relative to each diagonal entry of a second moment.
 
     Raises:
-        CompressError: the statistics say nothing about the readers.
+        CompressError: the statistics do not include the readers.
     """
     if statistics.reader is None or removal.weight is None or removal.bias is None:
         raise CompressError(f"{site.name}: no statistics of its readers; calibrate with readers = true")
@@ -113,7 +112,7 @@ def apply_option(
         readers = permutation.permute_readers(model, site, removal.kept, order, readers)
     return (
         Removal(
-            removal.kept.clone(),  # a file stores no tensor twice under two names
+            removal.kept.clone(),  # safetensors does not store shared tensors
             writer.values.to(removal.weight.dtype),
             removal.bias + writer.shift.to(removal.bias.dtype),
             readers,
@@ -128,10 +127,7 @@ def apply_option(
 def _solve_writer(
     site: Site, option: Option, weight: Tensor, inputs: InputStatistics
 ) -> tuple[WeightUnderOption, Tensor | None]:
-    """The writer's kept columns under the option, and the new order that they are in, if any.
-
-    An order is taken only where less is lost in it.
-    """
+    """The writer's kept columns under the option, and their new order if one has a lower error, else None."""
     plain = solve(option, weight, inputs)
     orders = [
         order
@@ -148,24 +144,24 @@ def _solve_writer(
 
 
 def from_twin(site: Site, option: Option, twin: Removal, statistics: Statistics) -> Removal:
-    """The site under an option whose codes are those of `twin` (`twin_of`)."""
+    """The site under an option that shares the codes of `twin` (see `twin_of`)."""
     made: Removal = formats.move_of_format(option.precision).from_twin(site, twin, statistics)
     return made
 
 
 def twin_of(option: Option) -> Option | None:
-    """The option in the number format that has the same codes, None where there is none."""
+    """The option in the number format with the same codes, None if there is none."""
     shared = option.number_format
     return option.model_copy(update={"precision": shared.codes_of}) if shared and shared.codes_of else None
 
 
 def solve(option: Option, weight: Tensor, inputs: InputStatistics) -> WeightUnderOption:
-    """One matrix under an option, each part by its move.
+    """One matrix under an option, each part solved by its move.
 
     Args:
-        option: pattern, rank and number format; its units are not read.
+        option: pattern, rank and number format; its units are ignored.
         weight: [out, in] float64.
-        inputs: what it is solved against.
+        inputs: statistics of the inputs.
     """
     made = WeightUnderOption.dense(weight)
     for move in _in_order(option):
@@ -174,22 +170,22 @@ def solve(option: Option, weight: Tensor, inputs: InputStatistics) -> WeightUnde
 
 
 def _in_order(option: Option) -> list[Move]:
-    """The moves that an option is made of: zeros and factors first, then what rounds them."""
+    """The moves of an option: sparsity and low rank first, then quantization."""
     own = [move for move in formats.implementations() if move.applies(option)]
     rounding = None if option.number_format is None else formats.move_of_format(option.precision)
     return sorted(own, key=lambda move: move is rounding)
 
 
 def _fits(site: Site, option: Option, steps: tuple[int, int], units: int) -> bool:
-    """Whether every product of the site, at these units, is of the multiples and keeps something."""
+    """Whether every product of the site, at these units, has the required multiples and keeps a block."""
     rows, columns = steps
-    least = columns / 2 / option.density  # of inputs: half a block is rounded to a whole one
+    least = columns / 2 / option.density  # inputs; half a block is rounded up to one
     shapes = [matmul.features(units) for matmul in site.matmuls]
     return all(out % rows == 0 and inner % columns == 0 and inner >= least for out, inner in shapes)
 
 
 def _has_shared_rows(site: Site) -> bool:
-    """Whether a matrix of the site has rows that no unit owns, which a form would change as well."""
+    """Whether a matrix of the site has rows outside of its units, which an option would change too."""
     owned: dict[str, int] = {}
     for part in site.slices:
         owned[part.tensor] = owned.get(part.tensor, 0) + part.width

@@ -1,4 +1,4 @@
-"""Every candidate of every site, built once, one site at a time, and answered from for any budget."""
+"""Build and store every candidate of every site, one site at a time; searches for any budget reuse them."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from compress.sites.prune import Removal, take_snapshot, writer_columns
 PARTS = ("kept", "weight", "bias")
 READER, LEFT, RIGHT, CODES, STEP, READ = "reader/", "left/", "right/", "codes/", "step/", "read/"
 Errors = dict[str, dict[str, float]]
-Candidate = tuple[Removal, float]  # what is stored of one option, all of it present, and its layer error
+Candidate = tuple[Removal, float]  # the weights under one option, complete, and their layer error
 
 
 def build(
@@ -34,21 +34,21 @@ def build(
     *,
     score: str = "obs",
     damping: float = 1e-2,
-    felt: Path | None = None,
+    saliency: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Errors:
-    """Write `directory/<index>.safetensors` for every site; the layer errors by site and option.
+    """Write `directory/<index>.safetensors` for every site; returns layer errors by site and option.
 
     Args:
         model: the dense model.
         sites: in the order of the statistics.
-        statistics: what `activation_statistics.collect` wrote.
-        options: by site name, the dense one left out; 0 units drop the site.
-        directory: sites that are whole there already are not built again.
-        score: "obs" refits what stays; "magnitude", "wanda" and "taylor" only choose it.
+        statistics: the output of `activation_statistics.collect`.
+        options: by site name, without the dense one; 0 units drop the site.
+        directory: sites with a complete file there are not built again.
+        score: "obs" selects units and refits the rest; "magnitude", "wanda" and "taylor" only select.
         damping: relative to each diagonal entry of the second moments.
-        felt: what `block_saliency.collect` wrote, where blocks are to be ranked by it.
-        progress: called with sites done and sites in all.
+        saliency: the output of `block_saliency.collect`, to rank weight blocks by it.
+        progress: called with sites done and the number of sites.
     """
     errors: Errors = {}
     for index, site in enumerate(sites):
@@ -56,8 +56,8 @@ def build(
         found = _stored(directory, index, wanted)
         if found is None:
             moments = activation_statistics.read(statistics, index)
-            if felt is not None:
-                moments = replace(moments, saliency=block_saliency.read(felt, index))
+            if saliency is not None:
+                moments = replace(moments, saliency=block_saliency.read(saliency, index))
             made = _build_site(model, site, moments, wanted, damping, score)
             found = _write(_path(directory, index), made)
         errors[site.name] = found
@@ -70,7 +70,7 @@ def removal(directory: Path, index: int, option: Option) -> Removal:
     """One stored candidate.
 
     Raises:
-        CompressError: it is not there, or its file is damaged.
+        CompressError: its file is missing or damaged.
     """
     path, prefix = _path(directory, index), f"{option.key}/"
     try:
@@ -83,7 +83,7 @@ def removal(directory: Path, index: int, option: Option) -> Removal:
 
 
 def packed(one: Removal) -> dict[str, Tensor]:
-    """The tensors of a removal by name; with its form, everything that there is to say of it."""
+    """The tensors of a removal by name; with `form` they describe it completely."""
     parts = zip(PARTS, (one.kept, one.weight, one.bias), strict=True)
     tensors = {name: value for name, value in parts if value is not None}
     tensors |= {READER + name: value for name, value in one.readers.items()}
@@ -97,7 +97,7 @@ def packed(one: Removal) -> dict[str, Tensor]:
 
 
 def unpacked(tensors: Mapping[str, Tensor], form: str) -> Removal:
-    """The removal that `packed` took apart."""
+    """The inverse of `packed`."""
     precision = Option.of(form, None).precision
     left, codes = below(tensors, LEFT), below(tensors, CODES)
     return Removal(
@@ -115,18 +115,18 @@ def unpacked(tensors: Mapping[str, Tensor], form: str) -> Removal:
 
 
 def _quantized(precision: str, codes: Tensor, step: Tensor, read: Tensor | None) -> Quantized:
-    """A stored weight in low precision; `read` holds step and zero point of its input, if they are fixed."""
+    """A stored quantized weight; `read` has the step and zero point of a static input range, else None."""
     fixed = () if read is None else (float(read[0]), int(read[1]))
     return Quantized(precision, codes, step, *fixed)
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """All tensors below a prefix, by what follows it."""
+    """The tensors whose names start with a prefix, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _write(path: Path, made: Mapping[str, Candidate]) -> dict[str, float]:
-    """Store the candidates of one site whole or not at all; their errors."""
+    """Store the candidates of one site atomically; their errors."""
     tensors: dict[str, Tensor] = {}
     for key, (one, _) in made.items():
         tensors |= {f"{key}/{name}": value for name, value in packed(one).items()}
@@ -144,7 +144,7 @@ def _path(directory: Path, index: int) -> Path:
 
 
 def _stored(directory: Path, index: int, options: Sequence[Option]) -> dict[str, float] | None:
-    """The errors in a file that is whole and holds every option, else None."""
+    """The errors in a complete file with every option, else None."""
     try:
         with safe_open(_path(directory, index), framework="pt") as file:
             found = {str(key): float(value) for key, value in json.loads(file.metadata()["errors"]).items()}
@@ -165,7 +165,7 @@ def _build_site(
 ) -> dict[str, Candidate]:
     """All candidates of one site, by the option's key."""
     weight = writer_columns(model, site).detach().double()
-    bias = take_snapshot(model, site).bias  # its own, or one that it gained when it was pruned before
+    bias = take_snapshot(model, site).bias  # its own, or one added by earlier pruning
     own = torch.zeros(len(weight)) if bias is None else bias
     levels = sorted({option.units for option in options if option.units is not None})
     if score in SELECTIONS:
@@ -192,7 +192,7 @@ def _build_site(
 def _solved(
     weight: Tensor, own: Tensor, site: Site, statistics: Statistics, levels: Sequence[int], damping: float
 ) -> dict[int, Candidate]:
-    """Structured removal at every level, with the writer refitted."""
+    """Structured pruning at every level, with the writer refitted."""
     found: dict[int, Candidate] = {}
     width = site.column.width
     for level in obs.solve(weight, statistics.second, statistics.mean, levels, width=width, damping=damping):
@@ -204,13 +204,13 @@ def _solved(
 def _selected(
     weight: Tensor, own: Tensor, ranked: Tensor, statistics: Statistics, units: int, width: int
 ) -> Candidate:
-    """A baseline: the best `units` units with the writer's own columns, nothing refitted."""
+    """Baseline: the best `units` units with the writer's own columns, without refitting."""
     kept = scores.best(ranked, units)
     stay = obs.columns(kept, width)
     lost = weight.clone()
     lost[:, stay] = 0
     centered = statistics.second - torch.outer(statistics.mean, statistics.mean)
-    # Nothing makes up for the mean here, so the lost mean is damage too.
+    # No bias compensates for the mean here, so its loss counts as error too.
     damage = float(((lost @ statistics.second) * lost).sum())
     total = float(((weight @ centered) * weight).sum())
     removal = Removal(kept, weight[:, stay].float(), own.float().clone())

@@ -1,9 +1,9 @@
-"""The hidden width of a pre-norm model: its stream found and proven, then the model with fewer channels.
+"""Prune the hidden width of a pre-norm model: find and verify its residual stream, then remove channels.
 
-`find_stream` says what the residual stream is, `moments` what flows through it, `narrow` gives a plain
-model of the same class with fewer channels. Scales and shifts of the normalizations move into the matrices
-behind them, so every normalization is left plain; tied embeddings part, because only the output side takes
-the scale of the last normalization.
+`find_stream` returns the residual stream, `moments` the second moment of the normalized states in it,
+`narrow` a plain model of the same class with fewer channels. Scale and shift of each normalization are folded
+into the following matrices, so the normalizations become plain. Tied embeddings are untied, because only the
+output projection takes the scale of the last normalization.
 """
 
 import copy
@@ -22,29 +22,29 @@ from compress.sites.residual_stream import Norm, Reader, Stream, stream_of
 from compress.sites.trace import Program, evaluating, plain_attention, without_cache
 from compress.tasks.task import Batch
 
-SHARE = 0.75  # of the width, in the trial
+SHARE = 0.75  # of the width, in the equivalence check
 
 
 def find_stream(model: nn.Module, example: dict[str, Tensor]) -> Stream:
-    """The residual stream of `model`, proven by a trial; the model is untouched.
+    """The residual stream of `model`, verified by an equivalence check; the model is not changed.
 
     Args:
         model: any module; on the CPU, in float32 or float64.
         example: keyword arguments of one valid call, without padding.
 
     Raises:
-        CompressError: the width cannot be cut, and why: a post-norm model, a stream that something else
-            reads, a model that cannot be traced, or one that computes something else once narrowed.
+        CompressError: the width cannot be pruned: a post-norm model, a residual stream with other readers, a
+            model that cannot be traced, or one whose narrowed copy computes something else.
     """
     with evaluating(model), torch.no_grad():
         example = without_cache(model, example)
         batch = next((value.shape[0] for value in example.values() if getattr(value, "ndim", 0)), 1)
         try:
             program = Program(model, example)
-        except Exception as error:  # a tracer meets any code
+        except Exception as error:  # tracing arbitrary code may raise anything
             raise CompressError(
-                f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}), and a residual "
-                "stream is found in a trace alone; cut heads and neurons instead"
+                f"torch.export cannot trace {type(model).__name__} ({type(error).__name__}), and the "
+                "residual stream can only be found in a trace; prune heads and neurons instead"
             ) from error
         stream = stream_of(model, program, batch)
         _try(model, stream, example)
@@ -52,12 +52,13 @@ def find_stream(model: nn.Module, example: dict[str, Tensor]) -> Stream:
 
 
 def moments(model: nn.Module, stream: Stream, batches: Iterable[Batch]) -> Tensor:
-    """[width, width] second moment, float64, of what the readers see: each token's stream over its length.
+    """[width, width] second moment, float64, of the residual states, each divided by its RMS.
 
-    Every normalization counts alike, and a token of great length (an attention sink) as much as any other.
+    All normalizations have equal weight, and so have all tokens, including those of large norm (attention
+    sinks).
 
     Raises:
-        CompressError: no token came, or the stream holds NaN or infinity.
+        CompressError: there are no tokens, or the residual stream contains NaN or infinity.
     """
     total = torch.zeros(stream.width, stream.width, dtype=torch.float64)
     count = 0
@@ -87,18 +88,19 @@ def moments(model: nn.Module, stream: Stream, batches: Iterable[Batch]) -> Tenso
 
 
 def narrow(model: nn.Module, stream: Stream, second: Tensor, width: int) -> nn.Module:
-    """A copy that keeps the `width` channels' worth of directions which carry most; `model` is untouched.
+    """A copy with `width` channels, which keeps the principal components of largest variance.
 
-    At the full width it computes what `model` computes. Under LayerNorm `width - 1` directions stay.
+    At the full width it is equivalent to `model`. With LayerNorm `width - 1` directions remain. `model` is
+    not changed.
 
     Args:
-        model: what `stream` was found in.
+        model: the model of `stream`.
         stream: its residual stream.
         second: [width, width] as from `moments`.
-        width: channels that stay.
+        width: channels to keep.
 
     Raises:
-        CompressError: the width is impossible.
+        CompressError: the width is out of range.
     """
     basis, _ = principal(second, centered=stream.centered)
     made = narrowing(basis, width, centered=stream.centered)
@@ -108,7 +110,7 @@ def narrow(model: nn.Module, stream: Stream, second: Tensor, width: int) -> nn.M
 
 
 def rewrite(model: nn.Module, stream: Stream, made: Narrowing) -> None:
-    """Narrow `model` itself, which `stream` was found in, or a copy of it."""
+    """Narrow `model`, the model of `stream` or a copy of it, in place."""
     untie(model, stream)
     written: set[int] = set()
     for part in stream.writers:
@@ -126,10 +128,10 @@ def rewrite(model: nn.Module, stream: Stream, made: Narrowing) -> None:
 
 
 def site_of(stream: Stream) -> Site:
-    """The hidden width as a site: what `huggingface` and `prune.parameters_after` need of it.
+    """The hidden width as a site, for `huggingface` and `prune.parameters_after`.
 
-    Its slices say which dimension of which tensor is as wide as the stream; which values a narrower stream
-    leaves there is for `narrow` to say, not for `prune.shrink`. `writer` is the first matrix that reads.
+    Its slices list the dimensions that have the width of the residual stream; their values after pruning
+    come from `narrow`, not from `prune.shrink`. `writer` is the first matrix that reads the stream.
     """
     parts = [*stream.writers, *(Slice(tensor=r.weight, dim=r.dim, width=1) for r in stream.readers)]
     for norm in stream.norms:
@@ -143,10 +145,10 @@ def site_of(stream: Stream) -> Site:
 
 
 def recorded(model: nn.Module, stream: Stream) -> tuple[list[Site], dict[str, int]]:
-    """Sites and units kept that `huggingface.save` has to be told of a narrow `model`.
+    """Sites and kept units to pass to `huggingface.save` for a narrow `model`.
 
-    None where its configuration states the new width: such a directory is a plain model, which loads
-    anywhere.
+    Both are empty if its configuration states the new width: the saved directory is then a plain model that
+    loads without this package.
     """
     width = _stored(model, stream.readers[0].weight).shape[stream.readers[0].dim]
     if getattr(getattr(model, "config", None), "hidden_size", None) == width:
@@ -156,7 +158,7 @@ def recorded(model: nn.Module, stream: Stream) -> tuple[list[Site], dict[str, in
 
 
 def _try(model: nn.Module, stream: Stream, example: dict[str, Tensor]) -> None:
-    """Refuse unless the narrow model does what the model does whose writers are projected, at full shape."""
+    """Raise unless the narrowed model is equivalent to the full-size model with projected writers."""
     rows = torch.randn(2 * stream.width, stream.width, generator=torch.Generator().manual_seed(0))
     basis, _ = principal(rows.T @ rows, centered=stream.centered)
     width = max(2, round(SHARE * stream.width))
@@ -171,7 +173,7 @@ def _try(model: nn.Module, stream: Stream, example: dict[str, Tensor]) -> None:
         expected = masked(**example)
         try:
             found = narrowed(**example)
-        except Exception as error:  # whatever a forward makes of fewer channels
+        except Exception as error:  # a forward pass may fail in any way with fewer channels
             raise CompressError(
                 f"{type(model).__name__} does not run with {width} of {stream.width} channels: "
                 f"{type(error).__name__}: {error}"
@@ -184,7 +186,7 @@ def _try(model: nn.Module, stream: Stream, example: dict[str, Tensor]) -> None:
 
 
 def untie(model: nn.Module, stream: Stream) -> None:
-    """Give each reader that shares its matrix with a writer a copy of its own."""
+    """Give each reader that shares its matrix with a writer its own copy."""
     written = {id(_stored(model, part.tensor)) for part in stream.writers}
     for reader in stream.readers:
         value = _stored(model, reader.weight)
@@ -197,7 +199,7 @@ def untie(model: nn.Module, stream: Stream) -> None:
 
 
 def _rewrite_reader(model: nn.Module, stream: Stream, reader: Reader, up: Tensor, constant: set[str]) -> None:
-    """Take in the scale and shift of the normalization before, and turn the input features."""
+    """Fold the scale and shift of the preceding normalization into a reader and project its inputs."""
     norm = None if reader.norm is None else model.get_submodule(reader.norm)
     gamma, beta = (getattr(norm, name, None) for name in ("weight", "bias"))
     weight = _stored(model, reader.weight)
@@ -214,7 +216,7 @@ def _rewrite_reader(model: nn.Module, stream: Stream, reader: Reader, up: Tensor
 
 
 def _needs_ones(model: nn.Module, stream: Stream, norm: Norm) -> bool:
-    """Whether a shift behind this normalization has to reach a reader that has no bias."""
+    """Whether this normalization has a shift and a reader without a bias to fold it into."""
     without = any(reader.norm == norm.module and reader.bias is None for reader in stream.readers)
     return norm.shift and without and bool(_stored(model, f"{norm.module}.bias").any())
 
@@ -230,10 +232,10 @@ def _plain_norm(norm: nn.Module, width: int, shift: float) -> None:
 
 
 def _restate_config(model: nn.Module, old: int, new: int) -> None:
-    """Let the configuration say the new width where the class then builds this very model.
+    """Set the new width in the configuration if the class then builds a model of exactly these shapes.
 
-    Classes that tie the width to heads times head size (GPT-2, OPT) would build another one: their
-    configuration keeps the old width, and what was cut is told by the record that `huggingface` writes.
+    Classes whose width is heads times head size (GPT-2, OPT) would not: their configuration keeps the old
+    width, and the record that `huggingface` writes has the new one.
     """
     config = getattr(model, "config", None)
     if config is None or getattr(config, "hidden_size", None) != old:
@@ -246,7 +248,7 @@ def _restate_config(model: nn.Module, old: int, new: int) -> None:
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             fresh = type(model)(stated)
-    except Exception:  # a constructor may refuse a width in any way
+    except Exception:  # a constructor may raise anything for a width
         return
     if _shapes(fresh) == _shapes(model):
         for name in ("head_dim", "hidden_size"):
@@ -265,6 +267,6 @@ def _stored(model: nn.Module, name: str) -> Tensor:
 
 
 def _set(tensor: Tensor, value: Tensor) -> None:
-    """New contents for the same tensor object, in its own dtype: whatever shares it keeps sharing it."""
+    """Replace the contents of a tensor in its own dtype; modules that share it keep sharing it."""
     tensor.grad = None
     tensor.data = value.to(tensor.device, tensor.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""The forms of a plan's sites in an exported file: blocks, low rank and integers."""
+"""Lower the products of a plan's sites in an exported ONNX graph: block-sparse, low-rank, quantized."""
 
 from collections.abc import Iterable, Mapping
 
@@ -20,13 +20,13 @@ def lower(
     removals: Mapping[str, Removal],
     written: SiteLayouts = default_layouts,
 ) -> None:
-    """Write the products of every site in the form that its removal states, in place.
+    """Rewrite the products of every site as its removal's option requires, in place.
 
     Args:
-        graph: as `export.onnx.writer` writes it, of the model shrunk by the same removals.
+        graph: exported by `export.onnx.writer` from the model shrunk by the same removals.
         sites: those of the original model.
-        removals: by site name; those without a form change nothing.
-        written: the layout of a site's products in blocks.
+        removals: by site name; dense ones change nothing.
+        written: chooses the layout of a site's block-sparse products.
     """
     products: dict[str, Lowering] = {}
     codes: dict[str, Quantized] = {}
@@ -48,7 +48,7 @@ def lower(
 def _lowering(
     graph: ir.Model, name: str, option: Option, removal: Removal, choose: LayoutChooser
 ) -> Lowering:
-    """How one product of a finished model is written."""
+    """The lowering of one product of a compressed model."""
     weight = block_sparse.values(graph.graph.initializers[name])
     left = right = rest = None
     if option.rank:

@@ -1,9 +1,9 @@
-"""A chosen plan's writers, solved again block by block on the compressed model's own inputs.
+"""Refit the writers of a selected plan in model order, on the inputs that the compressed model gives them.
 
-The database fits every site to inputs of the dense model. Once the plan is fixed, the sites before a
-site are compressed too, and its inputs are no longer those: each writer is therefore solved again,
-in order, so that it gives the dense model's output from the inputs it will really see (methods
-1(f)3; sequential statistics, 0.2.2). Only weights change, so neither the plan nor its time does.
+The stored candidates are fitted to inputs of the dense model. Once the plan is fixed, the sites before a site
+are compressed too and change its inputs. Each writer is therefore refitted in model order by least squares,
+so that it reproduces the dense model's output from the compressed model's input (sequential statistics). Only
+weights change, so neither the plan nor its latency does.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _ReachedError(Exception):
-    """The forward pass arrived at the wanted module; what follows is not needed."""
+    """Raised by a hook to end a forward pass at the requested module."""
 
 
 def refit(
@@ -37,16 +37,16 @@ def refit(
     memory_mb: int = 2048,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Removal]:
-    """The same removals with writers refitted to the inputs of the compressed prefix.
+    """The same removals with writers refitted to inputs from the already compressed sites.
 
     Args:
-        model: the dense model, left untouched.
+        model: the dense model, not changed.
         sites: in the order in which the model runs them.
-        removals: what the plan removes; sites without one stay dense.
-        batches: calibration inputs; padding never enters.
+        removals: those of the plan, by site name; sites without one stay dense.
+        batches: calibration inputs; padding is excluded.
         damping: ridge toward the stored solution, relative to each diagonal entry.
-        memory_mb: what the dense model's outputs that are held at a time may take.
-        progress: called with sites done and sites in all.
+        memory_mb: limit for the outputs of the dense model held at a time.
+        progress: called with sites done and the number of sites.
     """
     compressed = prune.mask(model, sites, {})
     fitted = [
@@ -60,7 +60,7 @@ def refit(
     for done, site in enumerate(sites, 1):
         removal = removals.get(site.name)
         if removal is not None:
-            if site.writer in fitted:  # not those in a form: its zeros and codes are not to be lost
+            if site.writer in fitted:  # not sparse or quantized ones, whose zeros and codes must stay
                 removal = _refit_site(goals, prefix, site, removal, damping)
             prune.write_weights(compressed, site, removal)
             result[site.name] = removal
@@ -70,7 +70,7 @@ def refit(
 
 
 class _Goals:
-    """What the dense model's writers give, for as many of them at a time as there is room for."""
+    """Outputs of the dense model's writers, for as many writers at a time as fit in memory."""
 
     def __init__(
         self, model: nn.Module, writers: Sequence[str], batches: Sequence[Batch], room: float
@@ -82,13 +82,13 @@ class _Goals:
         self.held: dict[str, list[Tensor]] = {}
 
     def of(self, writer: str) -> list[Tensor]:
-        """Real rows [rows, out] of every batch, once; writers are asked for in the order of the model."""
+        """Rows without padding [rows, out] of every batch; call once per writer, in model order."""
         if writer not in self.held:
             self._collect(self.writers[self.writers.index(writer) :])
         return self.held.pop(writer)
 
     def _collect(self, wanted: list[str]) -> None:
-        """One pass over the data for the first of `wanted`; the last ones go where room runs out."""
+        """One pass over the data for `wanted`; the last ones are dropped if memory runs out."""
         self.held = {name: [] for name in wanted}
         for batch in self.batches:
             modules = [name.rpartition(".")[0] for name in self.held]
@@ -102,11 +102,11 @@ class _Goals:
 
 
 class _Prefix:
-    """What the compressed model's writers read; blocks before the one at work are not run again.
+    """Inputs of the compressed model's writers, without running earlier blocks again.
 
-    In a list of blocks, each of which answers what the next one is called with, a pass can start at any
-    block from the calls kept of it. That a model is of this kind is not believed but checked on the first
-    batch at every block; where it is not so, the pass starts from the model's inputs.
+    If the output of each block in a module list is the input of the next one, a pass can start at any block
+    from its stored calls. This is checked on the first batch at every block; if it does not hold, the pass
+    starts from the inputs of the model.
     """
 
     def __init__(self, model: nn.Module, writers: Sequence[str], batches: Sequence[Batch]) -> None:
@@ -117,7 +117,7 @@ class _Prefix:
         self.calls: list[Call] = []
 
     def of(self, writer: str) -> Iterator[Tensor]:
-        """Real rows [rows, in] of every batch; writers are asked for in the order of the model."""
+        """Rows without padding [rows, in] of every batch; call in model order."""
         name = writer.rpartition(".")[0]
         if self.place is not None:
             self._advance(int(writer.removeprefix(f"{self.place}.").partition(".")[0]))
@@ -131,7 +131,7 @@ class _Prefix:
             yield real_rows(arguments[0], batch)
 
     def _advance(self, number: int) -> None:
-        """Come to the calls of block `number`."""
+        """Compute the calls of block `number`."""
         if self.number == number:
             return
         if self.calls and _repeatable(self.calls[0]):
@@ -149,7 +149,7 @@ class _Prefix:
 
 
 def _refit_site(goals: _Goals, prefix: _Prefix, site: Site, removal: Removal, damping: float) -> Removal:
-    """One writer, least squares from the compressed model's inputs to the dense model's outputs."""
+    """Refit one writer: least squares from the compressed model's inputs to the dense outputs."""
     width = site.column.width
     columns = (removal.kept[:, None] * width + torch.arange(width)).reshape(-1)
     count, sum_x, sum_y = 0, torch.zeros(0), torch.zeros(0)
@@ -173,12 +173,12 @@ def _refit_site(goals: _Goals, prefix: _Prefix, site: Site, removal: Removal, da
 
 
 def _call_of(model: nn.Module, name: str, batch: Batch) -> Call:
-    """What the module `name` is called with on a batch; the forward pass ends there."""
+    """The arguments of the module `name` for a batch; the forward pass ends there."""
     return _halted(model, name, (), dict(batch.inputs))
 
 
 def _halted(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """What the module `name` inside of `model` is called with; the forward pass ends there."""
+    """The arguments of the module `name` in a call of `model`; the forward pass ends there."""
     caught: list[Call] = []
 
     def before(_: nn.Module, inner: tuple[Any, ...], words: dict[str, Any]) -> None:
@@ -195,14 +195,14 @@ def _halted(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _next_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The call of the block after this one, if it gets this one's answer in the place of its hidden state."""
+    """The call of the next block, if it takes this block's output as its hidden state."""
     answer = block(*args, **kwargs)
     hidden = answer[0] if isinstance(answer, tuple) else answer
     return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 
 
 def _list_of_blocks(model: nn.Module, writers: Sequence[str]) -> str | None:
-    """The name of the list of modules that all writers lie in, None where there is none."""
+    """The name of the module list that contains all writers, else None."""
     for name, module in model.named_modules():
         inside = all(
             writer.startswith(f"{name}.") and writer.removeprefix(f"{name}.").count(".") > 1
@@ -214,7 +214,7 @@ def _list_of_blocks(model: nn.Module, writers: Sequence[str]) -> str | None:
 
 
 def _repeatable(call: Call) -> bool:
-    """Whether a call changes nothing: a cache of keys and values would grow by it."""
+    """Whether a call can be repeated: a key-value cache among its arguments would grow."""
     plain = (Tensor, bool, int, float, str, type(None))
     values = [*call[0], *call[1].values()]
     flat = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
@@ -222,7 +222,7 @@ def _repeatable(call: Call) -> bool:
 
 
 def _same(one: Call, other: Call) -> bool:
-    """Whether two calls say the same, to the last bit."""
+    """Whether two calls have bit-identical arguments."""
 
     def equal(left: object, right: object) -> bool:
         if isinstance(left, Tensor) and isinstance(right, Tensor):

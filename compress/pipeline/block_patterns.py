@@ -1,10 +1,10 @@
-"""The block patterns that a site is offered, and the layouts its products are written in, by measurement.
+"""Select the block patterns of each site, and the layouts of its block-sparse products, by measurement.
 
-What blocks gain is decided by their shape as much as by their number: tall ones read their inputs once for
-more outputs, fine ones lose less of the weight. So every product of a job is timed once in a few shapes and
-all layouts that hold them (`export.backends.block_layouts`). For each density a site gets
-the finest blocks that come near the fastest, and its files are
-written in the layouts that were fastest: those that its price was timed in.
+The speed of block sparsity depends on the shape of the blocks as much as on their number: tall blocks read
+their inputs once for more outputs, small ones lose less of the weight. Every product of a job is therefore
+timed once in a few block shapes and in all layouts that support them (`export.backends.block_layouts`). For
+each density a site gets the smallest blocks whose gain is close to the fastest, and its products are exported
+in the fastest layouts, which are also those that its price was timed in.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,12 +22,12 @@ from compress.pipeline.job import Job
 
 BLOCK_SHAPES = ("64x32", "64x64", "128x32", "128x64")
 DENSITIES = (0.5, 0.25)
-MIN_GAIN_SHARE = 0.9  # of the fastest shape's gain is enough for a finer one
-MAX_DENSITY_ERROR = 0.25  # a density may be off by this share of it where it meets few blocks
+MIN_GAIN_SHARE = 0.9  # share of the fastest shape's gain that a shape with smaller blocks has to reach
+MAX_DENSITY_ERROR = 0.25  # largest relative deviation from a density in products with few blocks
 
 
 class TimedProduct(Document):
-    """One product in one pattern: its fastest layout, and how many times faster than dense it is there."""
+    """One product in one pattern: its fastest layout, and its speedup over dense in that layout."""
 
     rows: int
     out: int
@@ -38,29 +38,29 @@ class TimedProduct(Document):
 
     @property
     def shape(self) -> Shape:
-        """What was timed."""
+        """The timed shape."""
         return block_layouts.shape_of(self.rows, self.out, self.inner, self.pattern)
 
 
 class SitePatterns(Document):
-    """The patterns that a site is offered, and all that were timed of its products."""
+    """The selected patterns of a site, and all timings of its products."""
 
     patterns: tuple[str, ...]
     products: tuple[TimedProduct, ...]
 
 
 class Patterns(Document):
-    """What blocks do on the target, by `Site.shape`; nothing where that cannot be measured here."""
+    """Measured block patterns by `Site.shape`; empty if they cannot be measured here."""
 
     sites: dict[str, SitePatterns] = Field(default_factory=dict)
 
     def offered(self, site: Site) -> tuple[str, ...] | None:
-        """The block patterns that a site may take; None where nothing was measured."""
+        """The selected block patterns of a site; None if nothing was measured."""
         known = self.sites.get(site.shape)
         return None if known is None else known.patterns
 
     def written(self, site: Site) -> LayoutChooser:
-        """The layout of a site's products in blocks, in the file that is timed and in that which ships."""
+        """The layout of a site's block-sparse products, in timed and in deployed files."""
         known = self.sites.get(site.shape)
         return block_layouts.layout_chooser(
             {} if known is None else {one.shape: one.layout for one in known.products}
@@ -68,7 +68,7 @@ class Patterns(Document):
 
 
 def find_patterns(job: Job) -> Patterns:
-    """The patterns of a job: timed once on a machine, then read from its table."""
+    """The patterns of a job: timed once per machine, then read from its table."""
     backend = job.backend
     if backend is None or not backend.times_block_layouts or formats.BLOCKS not in job.recipe.options.moves:
         return Patterns()
@@ -79,7 +79,7 @@ def find_patterns(job: Job) -> Patterns:
 
 
 def _measure(job: Job, backend: Backend) -> Patterns:
-    """Every product of every site in every pattern that fits it."""
+    """Time every product of every site in every pattern that fits."""
     able = [site for site in job.sites if apply.offered_forms(site, (formats.BLOCKS,), backend)]
     wanted = {site.shape: fitting_patterns(site, backend) for site in able}
     shapes = {shape for found in wanted.values() for own in found.values() for shape in own}
@@ -102,9 +102,10 @@ def _measure(job: Job, backend: Backend) -> Patterns:
 
 
 def fitting_patterns(site: Site, runtime: Capabilities) -> dict[str, list[Shape]]:
-    """The products of a site, at the most units that fit, by pattern; without those that fit nowhere.
+    """The products of a site by pattern, at the largest number of units that fits the pattern.
 
-    A pattern that keeps quite another share of a product than it says is left out too.
+    Left out are patterns that fit at no number of units, and those whose kept share of a product deviates
+    from their density by more than `MAX_DENSITY_ERROR`.
     """
     found = {}
     for density in DENSITIES:
@@ -124,7 +125,7 @@ def fitting_patterns(site: Site, runtime: Capabilities) -> dict[str, list[Shape]
 
 
 def select_patterns(gains: dict[str, float]) -> tuple[str, ...]:
-    """Of each density the pattern with the smallest blocks that gains nearly what the fastest does.
+    """For each density the pattern of smallest blocks with at least `MIN_GAIN_SHARE` of the best gain.
 
     >>> select_patterns({"block:32x32@0.5": 1.2, "block:64x32@0.5": 1.7, "block:128x64@0.5": 1.8})
     ('block:64x32@0.5',)
@@ -138,12 +139,12 @@ def select_patterns(gains: dict[str, float]) -> tuple[str, ...]:
 
 
 def _block_size(pattern: str) -> int:
-    """Weights of one block."""
+    """The number of weights in one block."""
     rows, columns = Option(pattern=pattern).block
     return rows * columns
 
 
 def _gain(products: Iterable[tuple[Shape, float]]) -> float:
-    """The speedup of several products together, each weighed by its dense size."""
+    """The speedup of several products together, weighted by their dense sizes."""
     sizes: Sequence[tuple[int, float]] = [(shape.out * shape.inner, gain) for shape, gain in products]
     return sum(size for size, _ in sizes) / sum(size / gain for size, gain in sizes)

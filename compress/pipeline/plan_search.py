@@ -69,7 +69,7 @@ def build_candidates(job: Job, costs: Costs) -> Errors:
             artifacts.folder(job.work / "candidates", key),
             score=job.recipe.options.score,
             damping=wanted.damping,
-            felt=saliency,
+            saliency=saliency,
             progress=tick,
         )
 

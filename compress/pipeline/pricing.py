@@ -1,4 +1,4 @@
-"""What every option of every site takes on the target: costs.json, measured here or estimated."""
+"""Price every option of every site on the target: costs.json, measured on this machine or estimated."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,18 +25,18 @@ from compress.pipeline.job import Job
 from compress.profiles import Profile
 
 SIZE_BUDGET = "size_mb"
-FORM_LEVELS = 6  # widths timed in a form; between them its time is a line
-MAX_COST_SHARE = 0.97  # of the plain site's time or bytes, above which a form is not worth its damage
+FORM_LEVELS = 6  # numbers of units timed per option; interpolated linearly between them
+MAX_COST_SHARE = 0.97  # largest time or size of an option, as a share of the dense site's, to be considered
 STORED_PRECISION = "fp32"  # of plain weights in a file
 
 
 class Costs(Document):
     """Latencies in milliseconds on the target at the recipe's shapes.
 
-    `rows[site][form][units]` is the time that a site adds to a small model, `whole` makes of their sum
-    the time of the model: both measured when `source` says so. Only what pays is in `rows`;
-    `gains[site][form]` is the speedup of the uncut site in every form that was looked at; `untimed` are
-    the forms that were to be timed here, and could not be at any site.
+    `rows[site][form][units]` is the time that a site adds to a small model; `whole` maps the sum of these
+    times to the time of the whole model. `source` says whether both are measured. `rows` has only options
+    that are faster or smaller. `gains[site][form]` is the speedup of the unpruned site for every option
+    considered. `untimed` lists options that could not be timed at any site.
     """
 
     whole: Whole
@@ -52,15 +52,15 @@ class Costs(Document):
 
     @property
     def fixed_ms(self) -> float:
-        """Time that lies outside every site."""
+        """Time outside of all sites."""
         return self.whole.fixed_ms
 
     def latency_ms(self, site: Site, option: Option) -> float:
-        """What the site takes with the option."""
+        """The time of the site with the option."""
         return self.rows[site.name][option.form][site.units if option.units is None else option.units]
 
     def options(self, site: Site) -> tuple[Option, ...]:
-        """Everything that a site may become, the dense one first."""
+        """All options of a site, the dense one first."""
         return tuple(
             Option.of(form, None if units == site.units else units)
             for form, row in self.rows[site.name].items()
@@ -69,7 +69,7 @@ class Costs(Document):
 
 
 def price(job: Job) -> Costs:
-    """The costs of a job, measured on this machine or looked up for another one."""
+    """The costs of a job, measured on this machine or estimated for another one."""
     export_dense(job)
     found = block_patterns.find_patterns(job)
     levels = wanted_levels(job, found)
@@ -88,7 +88,7 @@ def price(job: Job) -> Costs:
 
 
 def export_dense(job: Job) -> Path:
-    """The dense model as a file: the baseline of every comparison."""
+    """Export the dense model, the baseline of every comparison; its path."""
     path = job.dense_file
     stamp = job.work / "dense.json"
     if path.is_file() and _identity(path, job.model_key) == _read(stamp):
@@ -111,12 +111,12 @@ def _read(path: Path) -> object:
 
 
 def wanted_levels(job: Job, found: Patterns) -> dict[str, dict[str, list[int]]]:
-    """Units to price by site and form, dense first; `found` says which blocks are offered."""
+    """Units to price by site and option, dense first; `found` gives the offered block patterns."""
     return {site.name: _site_levels(job, site, found.offered(site)) for site in job.sites}
 
 
 def _site_levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[str, list[int]]:
-    """Those of one site; the recipe's fractions replace the grid."""
+    """Levels of one site: the recipe's fractions if given, else the default grid."""
     options = job.recipe.options
     fractions = options.units
     if fractions is None:
@@ -136,7 +136,7 @@ def _site_levels(job: Job, site: Site, offered: Sequence[str] | None) -> dict[st
 def latency_table_of(
     job: Job, backend: Backend, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns
 ) -> Table:
-    """This machine's table; widths between the timed ones are interpolated."""
+    """The latency table of this machine; numbers of units between timed ones are interpolated."""
     sites = {site.shape: site for site in job.sites}
     wanted = {
         latency_table.row_key(site, form): site_timing.sample_levels(
@@ -159,7 +159,7 @@ def latency_table_of(
 def _measure_costs(
     job: Job, backend: Backend, levels: Mapping[str, Mapping[str, list[int]]], found: Patterns
 ) -> Costs:
-    """Times on this machine: a table of sites, brought to the level of whole models."""
+    """Times on this machine: a table of single sites, scaled to timings of whole models."""
     timing.check_threads(backend.threads)
     table = latency_table_of(job, backend, levels, found)
     alone = {
@@ -188,10 +188,10 @@ def _measure_costs(
 
 
 def _select_costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Whole, source: Source) -> Costs:
-    """The costs without what does not pay: a form that is no faster than the plain site at its units.
+    """The costs without options that are not faster than the dense site at the same number of units.
 
-    A form may fit only between the units that structure offers: the plain site's time is interpolated there.
-    Under a size budget a form that is no smaller in the file either, since time is not what is short.
+    If an option fits only between the levels of structured pruning, the time of the dense site is
+    interpolated there. With a size budget, options that are smaller in the file are kept as well.
     """
     sized = job.recipe.budget.name == SIZE_BUDGET
     rows: dict[str, dict[str, dict[int, float]]] = {}
@@ -218,7 +218,7 @@ def _select_costs(job: Job, alone: Mapping[str, Rows], factor: float, whole: Who
 
 
 def _is_smaller(site: Site, form: str, units: int) -> bool:
-    """Whether a form takes fewer bytes in a file; zeros of 2:4 are written out like any number."""
+    """Whether an option takes fewer bytes in a file; the zeros of 2:4 are stored explicitly."""
     option = Option.of(form, units)
     plain = latency_table.weight_bytes(site, Option(units=units), STORED_PRECISION)
     return (
@@ -228,7 +228,7 @@ def _is_smaller(site: Site, form: str, units: int) -> bool:
 
 
 def shipped_table(profile: Profile) -> Table | None:
-    """The table of sites that was measured on such a device and ships with its profile."""
+    """The measured latency table that ships with the profile, if any."""
     for origin in table_origins(profile):
         stored = profiles.measured(profile.name, origin)
         if stored is not None:
@@ -237,9 +237,9 @@ def shipped_table(profile: Profile) -> Table | None:
 
 
 def _estimate_costs(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> Costs:
-    """Times for a device that is not here: from its shipped table where that knows a shape, else roofline."""
+    """Times for another device: from its shipped table if that has the shape, else from the roofline."""
     profile = job.profile
-    # A table knows the shapes of one width; two widths are compared by one way of estimating.
+    # The table has shapes of one hidden width only; two widths must be estimated in the same way.
     table = shipped_table(profile) if job.narrowed is None else None
     threads = 1 if table is None else table.threads
     alone = {
@@ -269,9 +269,9 @@ def _estimate_costs(job: Job, levels: Mapping[str, Mapping[str, list[int]]]) -> 
 
 
 def _estimate_outside_ms(job: Job) -> float:
-    """A rough estimate of what lies outside every site: norms and sums, and the model's other products.
+    """A rough estimate of the time outside of all sites: norms, additions and other products.
 
-    Two operators follow every site; embedding tables are looked up and cost next to nothing.
+    Two operators are counted per site; embedding lookups are neglected.
     """
     inside = {m.weight for site in job.found.sites for m in site.matmuls}
     tables = {id(m.weight) for m in job.task.model.modules() if isinstance(m, nn.Embedding)}

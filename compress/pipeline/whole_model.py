@@ -1,8 +1,8 @@
-"""How far a table of single sites is from the whole model: the model at four sizes, timed in turn.
+"""Calibrate the sum of single-site times against whole models: the model at four sizes, timed alternately.
 
-A site that is timed alone has the caches to itself, and a table may come from a day when the machine
-was faster. What the table says of widths relative to each other is therefore kept, and its level is
-taken from whole models with every site at the same share of its units.
+A site that is timed alone has the caches to itself, and a stored table may come from a time when the machine
+was faster. Ratios between the entries of the table are therefore kept, and their scale is fitted to timings
+of whole models in which every site keeps the same share of its units.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ Prices = Mapping[str, Mapping[int, float]]
 
 
 def fit(whole_ms: Sequence[float], alone_ms: Sequence[float]) -> tuple[float, Whole]:
-    """What the times of sites alone are multiplied by, and what makes of their sum the model's time.
+    """The factor for times of single sites, and the curve from their scaled sum to the model's time.
 
-    The factor is that of the smallest models, where the sites' times simply add up; what larger models
-    take beyond that is in the curve.
+    The factor is fitted to the smallest models, where the times of sites add up; the additional time of
+    larger models is in the curve.
 
     Args:
-        whole_ms: time of the whole model, dense first, then ever smaller ones.
-        alone_ms: the sum over the same model's sites of what each takes alone, falling.
+        whole_ms: times of whole models, the dense one first, then in decreasing size.
+        alone_ms: sums of the single-site times of the same models, decreasing.
 
     >>> fit([11.0, 5.0, 1.0], [4.0, 2.0, 0.0])
     (2.0, Whole(inside_ms=(8.0, 4.0, 0.0), whole_ms=(11.0, 5.0, 1.0)))
@@ -43,10 +43,10 @@ def fit(whole_ms: Sequence[float], alone_ms: Sequence[float]) -> tuple[float, Wh
 
 
 def measure(job: Job, backend: Backend, prices: Prices) -> tuple[float, Whole]:
-    """Time the dense model and smaller ones here, and fit their sums of `prices[site][units]`.
+    """Time the dense model and smaller ones here, and fit the sums of `prices[site][units]` to them.
 
-    The dense model of a narrow job is wider, and no price is about it: it counts as this job's uncut model
-    with sites that are slower by as much as it is.
+    For a job with a smaller hidden width, the dense model is wider and has no prices: its sum is that of
+    this job's unpruned model times the measured ratio of the two models.
     """
     sizes: list[dict[str, int]] = []
     for share in UNIT_SHARES:
@@ -73,9 +73,9 @@ def _sum_ms(prices: Prices, size: Mapping[str, int]) -> float:
 
 
 def _time_models(job: Job, backend: Backend, sizes: Sequence[Mapping[str, int]]) -> list[float]:
-    """Milliseconds of the dense model, whose file is there, and of this job's at every size.
+    """Milliseconds of the dense model, whose file exists, and of this job's model at every size.
 
-    The first size leaves everything in place, which is the dense model itself unless the job is narrow.
+    The first size is unpruned, which is the dense model itself unless the job has a smaller hidden width.
     """
     threads = job.recipe.bench.threads
     uncut = [job] if job.narrowed is None else [job.baseline, job]

@@ -128,7 +128,9 @@ def test_the_blocks_of_what_stays_are_those_of_the_largest_saliency(collected, t
     found = {}
     for ranked in ("felt", "obs"):
         felt = collected / "felt" if ranked == "felt" else None
-        candidate_store.build(task.model, sites, collected / "statistics", only, tmp_path / ranked, felt=felt)
+        candidate_store.build(
+            task.model, sites, collected / "statistics", only, tmp_path / ranked, saliency=felt
+        )
         found[ranked] = candidate_store.removal(tmp_path / ranked, index, option)
     batch = next(task.batches("calibration", 6))
     made = found["felt"]
@@ -207,7 +209,7 @@ def test_a_recipe_says_how_blocks_are_ranked(tmp_path, monkeypatch, asked, tile)
     monkeypatch.setattr(
         block_saliency, "collect", lambda *given, **_: said.update(tile=given[4], at=given[3])
     )
-    monkeypatch.setattr(candidate_store, "build", lambda *_, **words: said.update(felt=words["felt"]))
+    monkeypatch.setattr(candidate_store, "build", lambda *_, **words: said.update(felt=words["saliency"]))
     plan_search.build_candidates(job, costs)
     assert said.get("tile") == tile
     assert said["felt"] == said.get("at")
