@@ -90,7 +90,7 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
     Costs, teacher and baseline of the evaluation are always those of the dense model.
     """
     with job.stages.accounted("price"):
-        pruned, calmed = smooth_model(
+        pruned, smoothing_notes = smooth_model(
             job if before is None else width_search.from_previous(job, before.job, before.expanded())
         )
         stream = width_search.requested_stream(
@@ -119,7 +119,7 @@ def compiled(job: Job, before: Compiled | None = None) -> Compiled:
             found = choose(found.space, asked, rounds)
     if before is not None:
         notes.append("Pruned from another member of the family: site errors are relative to that model.")
-    notes += calmed
+    notes += smoothing_notes
     own = found.space.job
     if job.recipe.recovery.mode != "none":
         with job.stages.accounted("recover"):
@@ -156,19 +156,17 @@ def search_space(job: Job, costs: Costs) -> SearchSpace:
     if prices is not None:
         energy_budget.limit_mj(job, costs, prices)  # raises before the expensive stages
     errors = plan_search.build_candidates(job, costs)
-    menus = plan_search.build_table(job, costs, errors)
-    judge = plan_search.build_objective(job, menus)
-    return SearchSpace(job, costs, plan_search.measure_losses(job, menus, judge), judge, prices)
+    table = plan_search.build_table(job, costs, errors)
+    judge = plan_search.build_objective(job, table)
+    return SearchSpace(job, costs, plan_search.measure_losses(job, table, judge), judge, prices)
 
 
-def search(
-    ground: SearchSpace, stream: Stream | None, asked: float
-) -> tuple[SearchResult, tuple[Width, ...]]:
+def search(space: SearchSpace, stream: Stream | None, asked: float) -> tuple[SearchResult, tuple[Width, ...]]:
     """The selected plan, and the hidden widths that were tried (empty unless requested)."""
     if stream is None:
-        return choose(ground, asked, SearchHistory()), ()
+        return choose(space, asked, SearchHistory()), ()
     return width_search.search_widths(
-        ground,
+        space,
         stream,
         asked,
         lambda narrow: search_space(narrow, price(narrow)),
@@ -196,20 +194,20 @@ def asked_speedup(job: Job, costs: Costs) -> float:
     return dense / budget.value
 
 
-def choose(ground: SearchSpace, asked: float, rounds: SearchHistory) -> SearchResult:
+def choose(space: SearchSpace, asked: float, rounds: SearchHistory) -> SearchResult:
     """The selected iteration: of the closed loop if time is measured here, else of a single search."""
-    job, costs, menus, judge = ground.job, ground.costs, ground.table, ground.objective
-    if ground.prices is not None:
-        meter = meter_plan(job, ground.prices)
-        turn = energy_search.choose(job, costs, menus, judge, ground.prices, meter)
+    job, costs, table, judge = space.job, space.costs, space.table, space.objective
+    if space.prices is not None:
+        meter = meter_plan(job, space.prices)
+        turn = energy_search.choose(job, costs, table, judge, space.prices, meter)
     elif asked == 0.0:
-        turn = plan_search.search_by_size(job, costs, menus, judge)
+        turn = plan_search.search_by_size(job, costs, table, judge)
     elif not job.here:
-        turn = plan_search.search_once(job, menus, judge, costs.dense_ms / asked, asked)
+        turn = plan_search.search_once(job, table, judge, costs.dense_ms / asked, asked)
     else:
-        rounds = plan_search.run_closed_loop(job, costs, menus, judge, asked, time_plan(job), rounds)
-        return SearchResult(ground, rounds, rounds.chosen(asked))
-    return SearchResult(ground, SearchHistory(rounds=(turn,)), turn)
+        rounds = plan_search.run_closed_loop(job, costs, table, judge, asked, time_plan(job), rounds)
+        return SearchResult(space, rounds, rounds.chosen(asked))
+    return SearchResult(space, SearchHistory(rounds=(turn,)), turn)
 
 
 def meter_plan(job: Job, prices: Prices) -> energy_search.Meter | None:

@@ -60,24 +60,24 @@ def check(job: Job, costs: Costs, asked: float) -> None:
         OutOfReachError: even the fastest, or smallest, plan does not meet the budget.
     """
     nothing = {site.name: dict.fromkeys([o.key for o in costs.options(site)], 0.0) for site in job.sites}
-    menus = plan_search.build_table(job, costs, nothing)
-    if all(len(options) == 1 for options in menus.options):
+    table = plan_search.build_table(job, costs, nothing)
+    if all(len(options) == 1 for options in table.options):
         raise CompressError(_no_gain(job, costs))
     if job.recipe.budget.size_mb is not None:
-        _check_size(job, menus, job.recipe.budget.size_mb)
+        _check_size(job, table, job.recipe.budget.size_mb)
     if asked == 0.0:
         return
-    predicted = costs.dense_ms / menus.latency_ms(menus.cheapest())
+    predicted = costs.dense_ms / table.latency_ms(table.cheapest())
     if asked <= ACCEPT_SHARE * predicted or (job.backend is None and asked <= predicted):
         return
-    timing = None if asked > REFUSE_SHARE * predicted else _fastest(job, menus)
+    timing = None if asked > REFUSE_SHARE * predicted else _fastest(job, table)
     if timing is None and asked <= REFUSE_SHARE * predicted and job.backend is not None:
         return  # no timing without weights: left to the closed loop
     if timing is None or timing.interval95[1] < asked:
-        raise closed_loop.unreachable(menus, asked, costs.dense_ms, timing)
+        raise closed_loop.unreachable(table, asked, costs.dense_ms, timing)
 
 
-def _check_size(job: Job, menus: CandidateTable, asked_mb: float) -> None:
+def _check_size(job: Job, table: CandidateTable, asked_mb: float) -> None:
     """Refuse a size that the dense model already meets, or that the smallest plan does not."""
     dense_mb = (job.dense_file).stat().st_size / 1e6
     if dense_mb <= asked_mb:
@@ -85,7 +85,7 @@ def _check_size(job: Job, menus: CandidateTable, asked_mb: float) -> None:
             f"--size-mb {asked_mb:g} is already met: the dense model takes {dense_mb:.1f} MB; there is "
             "nothing to compress"
         )
-    plan_search.size_costs(job, menus)
+    plan_search.size_costs(job, table)
 
 
 def _no_gain(job: Job, costs: Costs) -> str:
@@ -105,14 +105,14 @@ def _no_gain(job: Job, costs: Costs) -> str:
     )
 
 
-def _fastest(job: Job, menus: CandidateTable) -> Timing | None:
+def _fastest(job: Job, table: CandidateTable) -> Timing | None:
     """Timing of the fastest plan against the dense model, built by its shapes with arbitrary weights.
 
     None if the target is not this machine, or if the plan has quantized, sparse or low-rank sites, whose
     weights do not exist yet.
     """
     backend = job.backend
-    chosen = menus.named(menus.cheapest())
+    chosen = table.named(table.cheapest())
     if backend is None or any(option.form != "dense" and option.units != 0 for option in chosen.values()):
         return None
     removals = {
