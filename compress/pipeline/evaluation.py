@@ -129,7 +129,7 @@ def _agreement(job: Job, expected: nn.Module, model: nn.Module, file: Path) -> l
     examples = parity.padded_examples(job.task.example, job.recipe.shapes.tokens)
     layers = [module for module in expected.modules() if isinstance(module, quantized_layers.QuantizedLinear)]
     kernels = [layer.format.kernel for layer in layers if layer.format.rounds_inputs]
-    rounding = max((TOLERANCES[kernel] for kernel in kernels), default=0.0)
+    rounding = max((TOLERANCES[kernel] for kernel in kernels if kernel in TOLERANCES), default=0.0)
     opened = partial(model_files.opened, job, job.backend, model, file)
     return job.backend.agreement(expected, opened, job.task.output_tensors, examples, rounding=rounding)
 

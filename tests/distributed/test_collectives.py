@@ -24,6 +24,8 @@ pytestmark = pytest.mark.timeout(900)  # two interpreters may have to share a co
 EXACT = 1e-10  # sums in float64 in another order
 STEPS = 1e-7  # of float64 gradients; Adam divides those that are zero but for rounding by 1e-8
 
+TESTS = Path(__file__).parents[1]
+
 
 @pytest.fixture
 def number(monkeypatch):
@@ -173,8 +175,8 @@ def together(command, folder, seconds=800):
             running.append(
                 subprocess.Popen(
                     command,
-                    cwd=Path(__file__).parents[1] / "support",
-                    env=own | {"RANK": rank},
+                    cwd=TESTS,
+                    env=own | {"RANK": rank, "PYTHONPATH": str(TESTS)},
                     stdout=log,
                     stderr=log,
                 )
@@ -203,7 +205,8 @@ def test_a_whole_compilation_by_two_processes_is_that_of_one(tmp_path):
     def words(name):
         recipe = tmp_path / f"{name}.toml"
         recipe.write_text(
-            'model = "classifier:Padded"\ntarget = "a100"\n[budget]\nspeedup = 1.1\n[shapes]\ntokens = 9\n'
+            'model = "support.classifier:Padded"\ntarget = "a100"\n'
+            "[budget]\nspeedup = 1.1\n[shapes]\ntokens = 9\n"
             "[calibration]\nbatch = 5\n[search]\ngenerations = 2\nsamples = 32\n"
             f'[recovery]\nmode = "fast"\nepochs = 1\nbatch = 7\nshard = {str(name == "halves").lower()}\n'
         )
@@ -211,7 +214,7 @@ def test_a_whole_compilation_by_two_processes_is_that_of_one(tmp_path):
         return [sys.executable, "-m", "compress", *own]
 
     alone = subprocess.run(
-        words("one"), cwd=Path(__file__).parents[1] / "support", capture_output=True,
+        words("one"), cwd=TESTS, capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     one = json.loads(alone.stdout)
@@ -271,10 +274,10 @@ def test_a_run_killed_alone_is_finished_by_two(done):
 @pytest.mark.parametrize(
     ("kind", "error", "words"),
     [
-        ("Poisoned", "RefusedElsewhereError", "process 1 of 2: bert.encoder.layer.0.attention: its inputs"),
-        ("Other", "RefusedElsewhereError", "process 1 of 2 has another calibration data than the first"),
-        ("Buggy", "BrokenElsewhereError", "process 1 of 2: IndexError: list index out of range\nTraceback"),
-        ("Unreadable", "RefusedElsewhereError", "process 1 of 2: no such file here"),
+        ("Poisoned", "RemoteRequestError", "process 1 of 2: bert.encoder.layer.0.attention: its inputs"),
+        ("Other", "RemoteRequestError", "process 1 of 2 has another calibration data than the first"),
+        ("Buggy", "RemoteFailureError", "process 1 of 2: IndexError: list index out of range\nTraceback"),
+        ("Unreadable", "RemoteRequestError", "process 1 of 2: no such file here"),
     ],
 )
 def test_what_goes_wrong_in_one_process_is_told_by_the_first(done, kind, error, words):

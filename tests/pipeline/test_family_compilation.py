@@ -127,12 +127,14 @@ def test_every_member_is_a_whole_output_and_later_ones_are_smaller(recipe, made)
 def test_a_second_run_makes_the_same_family_and_recovers_nothing_again(recipe, made):
     folders = [Path(recipe.out) / one.directory for one in made.members]
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
-    checkpoints = [(folder / "compression" / "recovery.safetensors").stat().st_mtime_ns for folder in folders]
+    checkpoints = [
+        (folder / "compression" / "work" / "recovery.safetensors").stat().st_mtime_ns for folder in folders
+    ]
     again = family_compilation.run(recipe, Quiet())
     assert [one.score for one in again.members] == [one.score for one in made.members]
     assert weights == [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert checkpoints == [
-        (folder / "compression" / "recovery.safetensors").stat().st_mtime_ns for folder in folders
+        (folder / "compression" / "work" / "recovery.safetensors").stat().st_mtime_ns for folder in folders
     ]
 
 

@@ -9,9 +9,10 @@ from compress.export.edge.bundle_schema import Golden, Measurement, Pair, Runtim
 from compress.ir import Budget
 from compress.measure import timing
 from compress.measure.intervals import paired_ratio
+from compress.measure.timing import thin
 from compress.recipe import Bench, Recipe, to_toml
 from compress.report import render
-from compress.report.schema import thin
+from compress.report.schema import MOST_SAMPLES
 from support.reports import CPU, report
 
 ROWS, LABELS = 20, 3
@@ -87,7 +88,7 @@ def measurement(
         timings[side] = Timings(
             latency_ms=timing.summarize(np.concatenate(times[side])),
             block_medians_ms=tuple(float(np.median(block)) for block in times[side]),
-            samples_ms=thin(np.concatenate(times[side]).tolist()),
+            samples_ms=thin(np.concatenate(times[side]).tolist(), MOST_SAMPLES),
             settled=True,
             energy=energy,
         )
