@@ -20,7 +20,7 @@ class _Package(ModuleType):
     def __call__(
         self, directory: str | Path, to: str, *, out: str | Path | None = None, archive: bool = False
     ) -> list[Path]:
-        """Write the result of a run as files for a runtime or a device; see `compress.api.verbs.export_files`."""
+        """Write the result of a run as files for a runtime or a device; see `compress.export_files`."""
         return compress.export_files(directory, to, out=out, archive=archive)
 
 
