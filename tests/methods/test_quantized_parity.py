@@ -144,7 +144,7 @@ def doubled(values):
                      "output of .*dense.weight differs", marks=SLOW),
         pytest.param("int8-static", "intermediate.dense.weight_codes", one_code,
                      "output of .*dense.weight differs", marks=SLOW),
-        pytest.param("int4", "value.weight_step", doubled, "the output of .*value.weight differs", marks=SLOW),
+        pytest.param("int4", "value.weight_step", doubled, "output of .*value.weight differs", marks=SLOW),
     ],
 )  # fmt: skip
 def test_one_wrong_number_in_the_file_is_found(kind, ending, change, words, tmp_path):
